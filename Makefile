@@ -1,0 +1,39 @@
+# The environment is made once, by whichever target needs it first. PYTHON names the interpreter it is made from.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed
+
+.PHONY: demo test test-slow check format bench clean
+.DEFAULT_GOAL := help
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+demo: $(STAMP)  ## train six small networks on digits, align them, print the table, draw the figure
+	$(BIN)/python -m experiments.training_trajectories --preset=digits --output_dir=results/demo
+
+test: $(STAMP)  ## the test suite, at most five minutes on two cores
+	$(BIN)/python -m pytest
+
+test-slow: $(STAMP)  ## full widths and many seeds
+	$(BIN)/python -m pytest -m slow
+
+check: $(STAMP)  ## lint, format and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright
+
+format: $(STAMP)  ## rewrite the code in the project's format
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean:  ## remove the environment and caches
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+
+# The stamp is written last, so that an interrupted install is done again.
+$(STAMP): setup.py
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "rebasin needs Python 3.11 or newer, got " + sys.version'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	@touch $(STAMP)

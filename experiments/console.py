@@ -1,0 +1,92 @@
+"""What a person sees while an experiment runs: bars on a terminal, plain lines in a log."""
+
+import contextlib
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from experiments.results import Claim
+
+__all__ = ["Reporter"]
+
+
+class Reporter:
+    """Prints to one console; a test passes its own."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        # Logs have no width of their own.
+        self.console = console or Console(width=None if sys.stdout.isatty() else 80, highlight=False)
+
+    def say(self, text: str) -> None:
+        """Prints a line."""
+        self.console.print(text, markup=False)
+
+    @contextlib.contextmanager
+    def stage(self, description: str, total: int) -> Iterator[Callable[[], None]]:
+        """Shows the progress of `total` steps; yields the function to call after each.
+
+        On a terminal a bar with the time left; elsewhere a line at the end, and one a minute until then.
+        """
+        if self.console.is_terminal:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=20),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+            )
+            with Progress(*columns, console=self.console) as progress:
+                task = progress.add_task(description, total=total)
+                yield lambda: progress.advance(task)
+            return
+        began = last = time.perf_counter()
+        done = 0
+
+        def advance() -> None:
+            nonlocal done, last
+            done += 1
+            now = time.perf_counter()
+            if now - last > 60 and done < total:
+                last = now
+                left = (now - began) / done * (total - done)
+                self.say(f"{description}: {done}/{total} after {now - began:.0f} s, about {left:.0f} s left")
+
+        yield advance
+        self.say(f"{description}: {done}/{total} in {time.perf_counter() - began:.1f} s")
+
+    def table(self, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """Prints a table of text, numbers to the right."""
+        table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
+        for name in header:
+            table.add_column(name, justify="right", no_wrap=True)
+        for row in rows:
+            table.add_row(*row)
+        self.console.print(table)
+
+    def claims(self, claims: Sequence[Claim]) -> None:
+        """Prints each claim with its verdict, what was measured and what the paper says."""
+        for claim in claims:
+            # JSON has no NaN, so the interval of a single replicate is None when it was read back.
+            known = claim.low is not None and claim.low == claim.low
+            spread = f" [{claim.low:.3f}, {claim.high:.3f}]" if known else ""
+            verdict = "holds" if claim.holds else "does not hold"
+            self._wrap(f"{verdict:>13}  ", claim.statement)
+            self._wrap(" " * 15, f"measured {claim.measured:.3f}{spread}; paper: {claim.paper}")
+
+    def _wrap(self, head: str, text: str) -> None:
+        """Prints text behind a head, its later lines below its first."""
+        width = min(self.console.width, 100)
+        self.say(textwrap.fill(text, width, initial_indent=head, subsequent_indent=" " * len(head)))

@@ -1,0 +1,67 @@
+"""Trained networks, found by recipe and seed, and trained where they are not there yet."""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+import time
+
+from experiments.console import Reporter
+from experiments.results import Results
+from rebasin.data import Dataset
+from rebasin.recipes import Recipe
+from rebasin.training import train
+from rebasin.trajectory import Trajectory
+
+__all__ = ["run_directory", "train_networks"]
+
+
+def run_directory(runs_dir: pathlib.Path, recipe: Recipe, seed: int) -> pathlib.Path:
+    """Where a network of a recipe and seed is kept: a folder that tells what it is, with a hash."""
+    text = json.dumps(dataclasses.asdict(recipe), sort_keys=True)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:10]
+    return (
+        runs_dir
+        / f"{recipe.dataset}-{recipe.model}-w{recipe.width}-e{recipe.epochs}-{digest}"
+        / f"seed_{seed}"
+    )
+
+
+def train_networks(
+    recipe: Recipe,
+    dataset: Dataset,
+    seeds: tuple[int, ...],
+    *,
+    runs_dir: pathlib.Path,
+    reporter: Reporter,
+    results: Results,
+) -> list[Trajectory]:
+    """Trains one network for each seed, unless it is there; an interrupted run of the same recipe goes on.
+
+    Args:
+      recipe: how to train.
+      dataset: the data.
+      seeds: one for each network.
+      runs_dir: where networks are kept.
+      reporter: shows progress.
+      results: counts the seconds spent.
+
+    Returns:
+      The trajectories, in the order of `seeds`.
+    """
+    trajectories = []
+    for seed in seeds:
+        directory = run_directory(runs_dir, recipe, seed)
+        began = time.perf_counter()
+        with reporter.stage(f"train seed {seed}", recipe.epochs) as advance:
+            trajectory = train(
+                recipe,
+                dataset,
+                seed=seed,
+                directory=directory,
+                progress=lambda *_, advance=advance: advance(),
+                resume=True,
+            )
+        results.add_seconds("training", time.perf_counter() - began)
+        trajectories.append(trajectory)
+    return trajectories

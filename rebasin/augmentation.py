@@ -1,0 +1,35 @@
+"""Augmentation of image batches, on the device: random crop and horizontal flip."""
+
+import jax
+import jax.numpy as jnp
+
+__all__ = ["CROP_PADDING", "crop_and_flip", "random_crop_and_flip"]
+
+# What torchvision's RandomCrop(32, padding=4) adds to each side, as OpenLTH trains on CIFAR.
+CROP_PADDING = 4
+
+
+def crop_and_flip(images: jax.Array, offsets: jax.Array, flips: jax.Array) -> jax.Array:
+    """Crops each image from its own place in a zero-padded copy, then mirrors it if told to.
+
+    Args:
+      images: [n, h, w, c].
+      offsets: row and column where the crop begins, int [n, 2], each 0 to 2·`CROP_PADDING`.
+      flips: whether to mirror left and right, bool [n].
+
+    Returns:
+      An array like `images`.
+    """
+    _, height, width, _ = images.shape
+    padded = jnp.pad(images, ((0, 0), (CROP_PADDING, CROP_PADDING), (CROP_PADDING, CROP_PADDING), (0, 0)))
+    rows = offsets[:, :1] + jnp.arange(height)[None]
+    columns = jnp.arange(width)[None]
+    columns = offsets[:, 1:] + jnp.where(flips[:, None], width - 1 - columns, columns)
+    return padded[jnp.arange(len(images))[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+
+def random_crop_and_flip(images: jax.Array, key: jax.Array) -> jax.Array:
+    """Crops and mirrors each image of [n, h, w, c] at random, independently and uniformly."""
+    offset_key, flip_key = jax.random.split(key)
+    offsets = jax.random.randint(offset_key, (len(images), 2), 0, 2 * CROP_PADDING + 1)
+    return crop_and_flip(images, offsets, jax.random.bernoulli(flip_key, shape=(len(images),)))

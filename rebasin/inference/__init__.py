@@ -1,0 +1,153 @@
+"""Infers the permutation symmetries of a function from its jaxpr."""
+
+import math
+from typing import Any
+
+import jax
+
+import rebasin.inference.rules  # noqa: F401  # registers every rule
+from rebasin.axis import Axis, Factor, SizedFactor
+from rebasin.errors import InferenceError
+from rebasin.inference.axes import Node, pin, segments
+from rebasin.inference.interpreter import interpret
+from rebasin.inference.registry import Dims, Equation, Rule, register_rule
+from rebasin.spec import PermutationSpec, Pin
+from rebasin.trees import leaf_table
+
+__all__ = ["Equation", "Rule", "infer_spec", "register_rule"]
+
+
+def infer_spec(function: Any, tree: Any, *inputs: Any) -> PermutationSpec:
+    """Finds which axes of which leaves can be permuted together without changing a function.
+
+    The function is traced, never run, and its jaxpr is read equation by equation. Every axis of every value
+    is an unknown permutation; each primitive's rule ties those that must be equal, reads reshaped axes as
+    products and concatenated ones as segments, and pins what it does not cover. Inputs and outputs are
+    pinned, so whatever is
+    left unpinned in `tree` moves freely: the answer is sound by construction, and each pin keeps its reason.
+
+    Args:
+      function: ``function(tree, *inputs)``, any JAX function, for example a Flax model's ``apply``. Close
+        over arguments that are not arrays (`functools.partial`).
+      tree: the parameters, or their shapes (`jax.eval_shape`); usually Flax ``variables`` whole.
+      *inputs: example inputs, or their shapes.
+
+    Returns:
+      A spec for every leaf of `tree`, leaves in the order in which the function uses them. Groups are named
+      after the first leaf that carries them; a second group of the same leaf gets ``#2``.
+
+    Raises:
+      InferenceError: the function cannot be traced with these arguments.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> tree = {"w": jnp.ones((3, 8)), "b": jnp.ones((8,)), "v": jnp.ones((8, 2))}
+      >>> print(infer_spec(lambda t, x: jnp.tanh(x @ t["w"] + t["b"][None]) @ t["v"], tree, jnp.ones((5, 3))))
+      1 group, 3 leaves
+        w: -, w
+        b: w
+        v: w, -
+    """
+    leaves = leaf_table(tree)
+    try:
+        closed = jax.make_jaxpr(function)(tree, *inputs)
+    except (TypeError, ValueError) as error:
+        raise InferenceError(f"the function cannot be traced: {error}") from error
+    dims = [tuple(Node(size) for size in var.aval.shape) for var in closed.jaxpr.invars]
+    for i, input_dims in enumerate(dims[len(leaves) :]):
+        for node in input_dims:
+            pin(node, f"meets an axis of input {i}")
+    of_leaf = dict(zip(leaves, dims, strict=False))
+
+    uses = _Uses()
+    outputs = interpret(closed, dims, uses.note)
+    for i, output_dims in enumerate(outputs):
+        for node in output_dims:
+            pin(node, f"reaches an axis of output {i}")
+        uses.note(output_dims)  # a leaf that is itself an output is used although no equation reads it
+    for leaf_dims in of_leaf.values():
+        for node in leaf_dims if uses.rank(leaf_dims) == math.inf else ():
+            pin(node, "the function does not use this leaf")
+    order = sorted(of_leaf, key=lambda path: uses.rank(of_leaf[path]))
+    return _to_spec({path: of_leaf[path] for path in order})
+
+
+class _Uses:
+    """The order in which leaves are first used, told by their axes: a loop strips the first of them."""
+
+    def __init__(self) -> None:
+        self.seen: dict[Node, int] = {}
+
+    def note(self, dims: Dims) -> None:
+        """Enters an operand."""
+        for node in dims:
+            self.seen.setdefault(node, len(self.seen))
+
+    def rank(self, dims: Dims) -> float:
+        """When a leaf was first used; infinity if it never was, and for a scalar, which has no axes."""
+        return min((self.seen[node] for node in dims if node in self.seen), default=math.inf)
+
+
+def _to_spec(of_leaf: dict[str, Dims]) -> PermutationSpec:
+    """Names the groups and writes the axes of every leaf."""
+    table = _settled(of_leaf)
+    names: dict[Node, str] = {}
+    for path, axes in table.items():
+        fresh = [
+            factor
+            for axis in axes
+            for segment in axis
+            for factor in segment
+            if not factor.is_pinned and factor.root not in names
+        ]
+        for i, node in enumerate(dict.fromkeys(node.root for node in fresh)):
+            names[node] = path if i == 0 else f"{path}#{i + 1}"
+    leaves = tuple((path, tuple(_axis(axis, names) for axis in axes)) for path, axes in table.items())
+    pins = tuple(
+        Pin(path, i, reason)
+        for path, axes in table.items()
+        for i, axis in enumerate(axes)
+        for reason in dict.fromkeys(f.reason for segment in axis for f in segment if f.reason is not None)
+    )
+    return PermutationSpec(leaves, pins=pins)
+
+
+def _settled(of_leaf: dict[str, Dims]) -> dict[str, list[list[list[Node]]]]:
+    """Segments of every axis, once writing one of them pins nothing more."""
+    while True:
+        before = [node.is_pinned for dims in of_leaf.values() for node in _parts(dims)]
+        table = {path: [segments(node) for node in dims] for path, dims in of_leaf.items()}
+        if before == [node.is_pinned for dims in of_leaf.values() for node in _parts(dims)]:
+            return table
+
+
+def _parts(nodes: Dims) -> list[Node]:
+    """All nodes and their parts, at every depth."""
+    found = []
+    for node in nodes:
+        found += [node, *_parts(node.parts)]
+    return found
+
+
+def _axis(axis: list[list[Node]], names: dict[Node, str]) -> Axis:
+    """An axis of the spec: neighbouring pinned factors, and neighbouring pinned segments, become one."""
+    parts: list[list[SizedFactor]] = []
+    for segment in axis:
+        factors: list[SizedFactor] = []
+        for node in segment:
+            group = None if node.is_pinned else names[node.root]
+            if group is None and factors and factors[-1].group is None:
+                factors[-1] = SizedFactor(factors[-1].size * node.size, None)
+            elif node.size > 1 or len(segment) == 1:
+                factors.append(SizedFactor(node.size, group))
+        if parts and _stays(parts[-1]) and _stays(factors):
+            parts[-1] = [SizedFactor(parts[-1][0].size + factors[0].size, None)]
+        else:
+            parts.append(factors)
+    if len(parts) == 1 and len(parts[0]) == 1:
+        return Axis.whole(parts[0][0].group)
+    return Axis(tuple(tuple(Factor(*factor) for factor in segment) for segment in parts))
+
+
+def _stays(segment: list[SizedFactor]) -> bool:
+    return len(segment) == 1 and segment[0].group is None

@@ -1,0 +1,171 @@
+"""Primitives that move, repeat, cut or join positions without computing anything."""
+
+import math
+from collections.abc import Iterator, Sequence
+
+from rebasin.inference.axes import Node, concatenate, factor, pin, pinned, product, split, unite
+from rebasin.inference.registry import Dims, Equation, register_rule
+
+
+@register_rule("broadcast_in_dim")
+def broadcast_in_dim(equation: Equation, x: Dims, *_: Dims) -> Sequence[Dims]:
+    """Operand axis k becomes output axis d[k]; along every other axis any permutation fits a constant.
+
+    An axis of size 1 that is repeated is constant along the output too.
+    """
+    (shape,) = equation.shapes
+    dims = [Node(size) for size in shape]
+    for node, d in zip(x, equation.params["broadcast_dimensions"], strict=True):
+        if node.size == shape[d]:
+            dims[d] = node
+    return [tuple(dims)]
+
+
+@register_rule("transpose")
+def transpose(equation: Equation, x: Dims) -> Sequence[Dims]:
+    """Output axis i is input axis ``permutation[i]``."""
+    return [tuple(x[i] for i in equation.params["permutation"])]
+
+
+@register_rule("squeeze")
+def squeeze(equation: Equation, x: Dims) -> Sequence[Dims]:
+    """Axes of size 1 are dropped."""
+    return [tuple(node for i, node in enumerate(x) if i not in equation.params["dimensions"])]
+
+
+@register_rule("expand_dims")
+def expand_dims(equation: Equation, x: Dims) -> Sequence[Dims]:
+    """Axes of size 1 are inserted."""
+    rest = iter(x)
+    (shape,) = equation.shapes
+    return [tuple(Node(1) if i in equation.params["dimensions"] else next(rest) for i in range(len(shape)))]
+
+
+@register_rule("reshape")
+def reshape(equation: Equation, x: Dims, *_: Dims) -> Sequence[Dims]:
+    """Positions keep their row-major order: axes are read as products of common factors and rejoined."""
+    (shape,) = equation.shapes
+    if equation.params.get("dimensions") is not None or math.prod(shape) == 0:
+        why = equation.because("a reshape that also transposes, or of no positions")
+        for node in x:
+            pin(node, why)
+        return [tuple(pinned(size, why) for size in shape)]
+    dims: list[Node] = [Node(1)] * len(shape)
+    for ins, outs in _matching_runs([node.size for node in x], shape):
+        whole = product([x[i] for i in ins])
+        parts = factor(whole, [shape[o] for o in outs], equation.because("no common factors"))
+        for o, part in zip(outs, parts, strict=True):
+            dims[o] = part
+    return [tuple(dims)]
+
+
+def _matching_runs(before: Sequence[int], after: Sequence[int]) -> Iterator[tuple[list[int], list[int]]]:
+    """Shortest runs of axes of equal product; axes of size 1 are left out."""
+    left = [i for i, size in enumerate(before) if size != 1]
+    right = [o for o, size in enumerate(after) if size != 1]
+    while left:
+        ins, outs = [left.pop(0)], [right.pop(0)]
+        a, b = before[ins[0]], after[outs[0]]
+        while a != b:
+            if a < b:
+                ins.append(left.pop(0))
+                a *= before[ins[-1]]
+            else:
+                outs.append(right.pop(0))
+                b *= after[outs[-1]]
+        yield ins, outs
+
+
+@register_rule("concatenate")
+def concatenate_rule(equation: Equation, *inputs: Dims) -> Sequence[Dims]:
+    """Along ``dimension`` the operands are segments; along every other axis they are permuted alike."""
+    axis = equation.params["dimension"]
+    dims = list(inputs[0])
+    for other in inputs[1:]:
+        for i, (x, y) in enumerate(zip(dims, other, strict=True)):
+            if i != axis:
+                unite(x, y, equation.because("operands with incompatible factors"))
+    dims[axis] = concatenate([x[axis] for x in inputs])
+    return [tuple(dims)]
+
+
+@register_rule("split")
+def split_rule(equation: Equation, x: Dims) -> Sequence[Dims]:
+    """The outputs are consecutive segments along one axis."""
+    axis = equation.params["axis"]
+    parts = split(x[axis], equation.params["sizes"], equation.because("segments that cut factors"))
+    return [(*x[:axis], part, *x[axis + 1 :]) for part in parts]
+
+
+@register_rule("slice")
+def slice_rule(equation: Equation, x: Dims) -> Sequence[Dims]:
+    """A contiguous range is a segment of its axis; a range with gaps pins it."""
+    starts, limits = equation.params["start_indices"], equation.params["limit_indices"]
+    strides = equation.params["strides"] or (1,) * len(x)
+    (shape,) = equation.shapes
+    dims = []
+    for i, node in enumerate(x):
+        if shape[i] == node.size:
+            dims.append(node)
+        elif strides[i] == 1:
+            sizes = [starts[i], limits[i] - starts[i], node.size - limits[i]]
+            dims.append(split(node, sizes, equation.because("a range that cuts factors"))[1])
+        else:
+            why = equation.because(f"one position in {strides[i]}")
+            pin(node, why)
+            dims.append(pinned(shape[i], why))
+    return [tuple(dims)]
+
+
+@register_rule("pad")
+def pad(equation: Equation, x: Dims, value: Dims) -> Sequence[Dims]:
+    """Padding adds segments of one value, which fit any permutation; inner or negative padding pins."""
+    dims = []
+    (shape,) = equation.shapes
+    for node, size, (low, high, interior) in zip(x, shape, equation.params["padding_config"], strict=True):
+        if interior == 0 and low >= 0 and high >= 0:
+            dims.append(concatenate([Node(low), node, Node(high)]))
+        else:
+            why = equation.because("padding between positions, or negative")
+            pin(node, why)
+            dims.append(pinned(size, why))
+    return [tuple(dims)]
+
+
+@register_rule("rev")
+def rev(equation: Equation, x: Dims) -> Sequence[Dims]:
+    """Reversed axes are pinned: the output's permutation would be another one."""
+    for axis in equation.params["dimensions"]:
+        pin(x[axis], equation.because("the axis is reversed"))
+    return [x]
+
+
+@register_rule("iota")
+def iota(equation: Equation, *_: Dims) -> Sequence[Dims]:
+    """Counts along one axis, which is pinned, and is constant along the others."""
+    (shape,) = equation.shapes
+    counted = equation.params["dimension"]
+    return [
+        tuple(
+            pinned(size, equation.because("positions are counted")) if i == counted else Node(size)
+            for i, size in enumerate(shape)
+        )
+    ]
+
+
+@register_rule("dynamic_slice", "dynamic_update_slice")
+def dynamic_slice(equation: Equation, x: Dims, *rest: Dims) -> Sequence[Dims]:
+    """An axis taken or written whole passes through; a range that starts where the data say pins its axis."""
+    (shape,) = equation.shapes
+    update = rest[0] if equation.primitive == "dynamic_update_slice" else tuple(Node(size) for size in shape)
+    dims = []
+    for node, part, size in zip(x, update, shape, strict=True):
+        if node.size == part.size:
+            unite(node, part, equation.because("operands with incompatible factors"))
+            dims.append(node)
+        else:
+            why = equation.because("a range that starts where the data say")
+            pin(node, why)
+            pin(part, why)
+            dims.append(pinned(size, why))
+    return [tuple(dims)]

@@ -1,0 +1,46 @@
+"""Networks of the experiments, in Flax linen: float images [n, h, w, c] to logits [n, num_classes].
+
+None has dropout or running statistics, so that a network is a function of its parameters alone. They know
+nothing of alignment: `rebasin` meets them through the names of their leaves.
+"""
+
+from collections.abc import Callable, Mapping
+
+import flax.linen as nn
+
+from rebasin.errors import ConfigError
+from rebasin.models.convolution import conv_general_dilated
+from rebasin.models.mlp import MLP
+from rebasin.models.resnet import ResNet20
+from rebasin.models.vgg import VGG16
+
+__all__ = ["MLP", "ResNet20", "VGG16", "build_model", "conv_general_dilated"]
+
+_MODELS: Mapping[str, Callable[[int, int], nn.Module]] = {
+    "mlp": lambda width, num_classes: MLP((width, width, width), num_classes),
+    "resnet20": ResNet20,
+    "vgg16": VGG16,
+}
+
+
+def build_model(name: str, *, width: int, num_classes: int) -> nn.Module:
+    """The model of that name.
+
+    Args:
+      name: ``"mlp"``, ``"resnet20"`` or ``"vgg16"``.
+      width: units of each of the three hidden layers of an MLP, channels of the first layer of the others.
+      num_classes: number of logits.
+
+    Returns:
+      A Flax module that maps images [n, h, w, c] to logits [n, num_classes].
+
+    Raises:
+      ConfigError: no model has that name.
+
+    Examples:
+      >>> build_model("mlp", width=128, num_classes=10).features
+      (128, 128, 128)
+    """
+    if name not in _MODELS:
+        raise ConfigError(f"no model is called {name!r}; the models are {', '.join(sorted(_MODELS))}")
+    return _MODELS[name](width, num_classes)

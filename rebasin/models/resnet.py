@@ -1,0 +1,92 @@
+"""ResNet-20 with LayerNorm, as git-re-basin has it (arXiv 2209.04836)."""
+
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from rebasin.models.convolution import conv_general_dilated
+
+__all__ = ["ResNet20"]
+
+_GROUPS = 3
+_BLOCKS = 3
+
+# Without bias: the norm behind each convolution has one.
+_Conv = partial(nn.Conv, use_bias=False, conv_general_dilated=conv_general_dilated)
+
+
+class _Block(nn.Module):
+    """Two convolutions and a shortcut, which in a strided block is a 1×1 convolution and a norm.
+
+    Attributes:
+      channels: of the output.
+      stride: of the first convolution and the shortcut.
+    """
+
+    channels: int
+    stride: int
+
+    def setup(self) -> None:
+        strides = (self.stride, self.stride)
+        self.conv1 = _Conv(self.channels, (3, 3), strides=strides)
+        self.norm1 = nn.LayerNorm()
+        self.conv2 = _Conv(self.channels, (3, 3))
+        self.norm2 = nn.LayerNorm()
+        if self.stride != 1:
+            self.shortcut = nn.Sequential([_Conv(self.channels, (1, 1), strides=strides), nn.LayerNorm()])
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = nn.relu(self.norm1(self.conv1(x)))
+        y = self.norm2(self.conv2(y))
+        return nn.relu(y + (x if self.stride == 1 else self.shortcut(x)))
+
+
+class _BlockGroup(nn.Module):
+    """Blocks of equal width, of which the first may be strided.
+
+    Attributes:
+      channels: of the output.
+      stride: of the first block.
+    """
+
+    channels: int
+    stride: int
+
+    def setup(self) -> None:
+        self.blocks = [_Block(self.channels, self.stride if index == 0 else 1) for index in range(_BLOCKS)]
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class ResNet20(nn.Module):
+    """A convolution, three groups of three residual blocks, a mean over positions and a dense layer.
+
+    LayerNorm over channels stands in for BatchNorm. Leaves are named as in git-re-basin:
+    ``blockgroups_1/blocks_0/shortcut/layers_0/kernel`` is the convolution of a shortcut.
+
+    Attributes:
+      width: channels of the first group, 16 in the original; the others have 2 and 4 times as many.
+      num_classes: number of logits.
+    """
+
+    width: int = 64
+    num_classes: int = 10
+
+    def setup(self) -> None:
+        """Makes the layers; the attributes give the leaves their names."""
+        self.conv1 = _Conv(self.width, (3, 3))
+        self.norm1 = nn.LayerNorm()
+        self.blockgroups = [_BlockGroup(self.width * 2**g, 1 if g == 0 else 2) for g in range(_GROUPS)]
+        self.dense = nn.Dense(self.num_classes)
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Logits [n, num_classes] of images [n, h, w, c]."""
+        x = nn.relu(self.norm1(self.conv1(images)))
+        for group in self.blockgroups:
+            x = group(x)
+        return self.dense(jnp.mean(x, axis=(1, 2)))

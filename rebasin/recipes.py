@@ -1,0 +1,115 @@
+"""Recipes: all that a training run depends on besides its seed."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from rebasin.errors import ConfigError, problem_list
+
+__all__ = ["REGIMES", "Recipe", "build_recipe"]
+
+# How the training of the paper's experiments differs (arXiv 2404.06498, App. D and H.4): `trajectory` is for
+# the dense and sparse trajectories, `instability` for the children, `remaining` for the rest of the main
+# text, and the two `stability` regimes for the interventions of App. H.4.
+REGIMES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "trajectory": {"warmup_epochs": 5, "weight_decay": 1e-4},
+        "instability": {"warmup_epochs": 1, "weight_decay": 0.0},
+        "remaining": {"warmup_epochs": 1, "weight_decay": 1e-4},
+        "stability_1": {"warmup_epochs": 0, "weight_decay": 1e-4, "peak_learning_rate": 1e-3},
+        "stability_2": {"warmup_epochs": 1, "weight_decay": 0.0},
+    }
+)
+
+# Natural images keep their class under a shift or a mirror image; digits and house numbers do not.
+_AUGMENTED_DATASETS = frozenset({"cifar10", "cifar100"})
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """All that a training run depends on besides its seed; written verbatim into its ``run.json``.
+
+    The defaults are those of arXiv 2404.06498, App. D.
+
+    Attributes:
+      dataset: name of the dataset, as in `rebasin.data`.
+      model: name of the architecture, as in `rebasin.models`.
+      width: width of the architecture.
+      epochs: passes over the training split.
+      num_train: size of the stratified subset of the training split to train on; None takes it whole.
+      batch_size: examples per step; a last short batch is dropped.
+      peak_learning_rate: rate at the end of the warm-up.
+      momentum: of SGD, in [0, 1).
+      warmup_epochs: epochs in which the rate rises linearly from 0; then it falls to 0 along a cosine.
+      weight_decay: λ of coupled L2, λw added to the gradient of every leaf, biases and norm scales included.
+      augment: random crop with padding 4, and horizontal flip.
+
+    Raises:
+      ConfigError: listing every field whose value cannot work.
+
+    Examples:
+      >>> Recipe("digits", "mlp", width=128, epochs=30).batch_size
+      128
+    """
+
+    dataset: str
+    model: str
+    width: int
+    epochs: int
+    num_train: int | None = None
+    batch_size: int = 128
+    peak_learning_rate: float = 0.1
+    momentum: float = 0.9
+    warmup_epochs: int = 5
+    weight_decay: float = 1e-4
+    augment: bool = False
+
+    def __post_init__(self):
+        problems = [
+            f"{name}: wanted at least 1, got {getattr(self, name)}"
+            for name in ("width", "epochs", "batch_size", "num_train")
+            if getattr(self, name) is not None and getattr(self, name) < 1
+        ]
+        if not 0 <= self.warmup_epochs <= max(self.epochs, 0):
+            problems.append(
+                f"warmup_epochs: wanted between 0 and epochs ({self.epochs}), got {self.warmup_epochs}"
+            )
+        if not 0 < self.peak_learning_rate < math.inf:
+            problems.append(f"peak_learning_rate: wanted a positive number, got {self.peak_learning_rate}")
+        if not 0 <= self.momentum < 1:
+            problems.append(f"momentum: wanted at least 0 and less than 1, got {self.momentum}")
+        if not 0 <= self.weight_decay < math.inf:
+            problems.append(f"weight_decay: wanted a number of at least 0, got {self.weight_decay}")
+        if problems:
+            raise ConfigError(problem_list("this recipe cannot work:", problems))
+
+
+def build_recipe(
+    regime: str, *, dataset: str, model: str, width: int, epochs: int = 150, **changes: Any
+) -> Recipe:
+    """The recipe of one of the paper's regimes.
+
+    Args:
+      regime: one of `REGIMES`.
+      dataset: name of the dataset; on CIFAR, augmentation is on unless `changes` says otherwise.
+      model: name of the architecture.
+      width: width of the architecture.
+      epochs: passes over the training split.
+      **changes: any other field of `Recipe`, in place of what the regime says.
+
+    Returns:
+      A `Recipe`.
+
+    Raises:
+      ConfigError: there is no such regime, or a field has a value that cannot work.
+
+    Examples:
+      >>> build_recipe("instability", dataset="cifar10", model="resnet20", width=64).augment
+      True
+    """
+    if regime not in REGIMES:
+        raise ConfigError(f"no regime is called {regime!r}; there are {', '.join(REGIMES)}")
+    fields = {"augment": dataset in _AUGMENTED_DATASETS, **REGIMES[regime], **changes}
+    return Recipe(dataset=dataset, model=model, width=width, epochs=epochs, **fields)

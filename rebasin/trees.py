@@ -1,0 +1,150 @@
+"""Path-named leaves of pytrees, and the checks that public functions make on the trees they are given."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rebasin.errors import NonFiniteError, SpecError, TreeMismatchError, problem_list
+
+__all__ = [
+    "LeafPredicate",
+    "check_finite",
+    "check_same_shapes",
+    "interpolate",
+    "is_weight",
+    "leaf_table",
+    "map_leaves",
+    "path_name",
+]
+
+LeafPredicate = Callable[[str, Any], bool]
+
+# Collections of Flax (and names of common wrappers) whose leaves are estimates or bookkeeping, not weights:
+# the distance between two networks is not measured there, and averaging an optimiser's moments means nothing.
+_STATE_COLLECTIONS = frozenset({"batch_stats", "opt_state", "cache", "intermediates"})
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """Key path as text, for example ``"params/Dense_0/kernel"``."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def leaf_table(tree: Any) -> dict[str, Any]:
+    """Leaves by path name, in the order of the tree.
+
+    Args:
+      tree: any pytree of arrays, or of anything with a shape.
+
+    Returns:
+      A dict from path name to leaf.
+
+    Raises:
+      SpecError: two leaves have the same path name (keys that contain ``/``, or an int key beside its text).
+
+    Examples:
+      >>> leaf_table({"Dense_0": {"kernel": 1, "bias": 2}})
+      {'Dense_0/bias': 2, 'Dense_0/kernel': 1}
+    """
+    table: dict[str, Any] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        name = path_name(path)
+        if name in table:
+            raise SpecError(f"two leaves of the tree are both named {name!r}; rename one of their keys")
+        table[name] = leaf
+    return table
+
+
+def map_leaves(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
+    """Like `jax.tree.map`, with the path name of each leaf as first argument."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, *leaves: function(path_name(path), *leaves), tree, *rest
+    )
+
+
+def is_weight(path: str, leaf: Any) -> bool:
+    """Whether a leaf is a weight: floating, and neither running statistics nor optimiser state.
+
+    This is the default leaf predicate of matching and interpolation.
+
+    Examples:
+      >>> [is_weight(path, jnp.zeros(3)) for path in ("params/Dense_0/kernel", "batch_stats/Norm_0/mean")]
+      [True, False]
+    """
+    return jnp.issubdtype(jnp.result_type(leaf), jnp.floating) and _STATE_COLLECTIONS.isdisjoint(
+        path.split("/")
+    )
+
+
+def interpolate(params_a: Any, params_b: Any, alpha: Any, *, predicate: LeafPredicate = is_weight) -> Any:
+    """The network αA + (1−α)B.
+
+    Leaves that `predicate` leaves out (counters, running statistics) are not averaged: they are taken whole
+    from the nearer network, A from α = ½ on, so that both ends of the segment are exactly the networks given.
+
+    Args:
+      params_a: tree of A.
+      params_b: tree of B, with the leaves, shapes and dtypes of A.
+      alpha: weight of A, a scalar in [0, 1].
+      predicate: ``(path, leaf) -> bool``, the leaves to average.
+
+    Returns:
+      A tree like `params_a`.
+
+    Examples:
+      >>> interpolate({"w": jnp.array([4.0])}, {"w": jnp.array([0.0])}, 0.25)["w"].tolist()
+      [1.0]
+    """
+
+    def mix(path: str, a: Any, b: Any) -> Any:
+        if predicate(path, a):
+            weight = jnp.asarray(alpha, jnp.result_type(a))
+            return weight * a + (1 - weight) * b
+        return jnp.where(jnp.asarray(alpha) >= 0.5, a, b)
+
+    return map_leaves(mix, params_a, params_b)
+
+
+def check_same_shapes(
+    params_a: Any, params_b: Any, *, names: tuple[str, str] = ("params_a", "params_b")
+) -> None:
+    """Raises `TreeMismatchError` with every leaf in which two trees differ in presence, shape or dtype."""
+    a, b = leaf_table(params_a), leaf_table(params_b)
+    problems = [f"{path}: only in {names[0]}" for path in a if path not in b]
+    problems += [f"{path}: only in {names[1]}" for path in b if path not in a]
+    for path in (path for path in a if path in b):
+        shapes = np.shape(a[path]), np.shape(b[path])
+        dtypes = jnp.result_type(a[path]), jnp.result_type(b[path])
+        if shapes[0] != shapes[1]:
+            problems.append(f"{path}: shape {shapes[0]} in {names[0]}, {shapes[1]} in {names[1]}")
+        elif dtypes[0] != dtypes[1]:
+            problems.append(f"{path}: dtype {dtypes[0]} in {names[0]}, {dtypes[1]} in {names[1]}")
+    if problems:
+        raise TreeMismatchError(problem_list(f"{names[0]} and {names[1]} differ:", problems))
+
+
+@jax.jit
+def _finite_flags(leaves: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    return {path: jnp.all(jnp.isfinite(leaf)) for path, leaf in leaves.items()}
+
+
+def check_finite(tree: Any, name: str) -> None:
+    """Raises `NonFiniteError` naming every floating leaf of `tree` that holds NaN or infinity.
+
+    One compiled pass on the device; the message counts what was found in the leaves at fault.
+    """
+    floating = {
+        path: leaf for path, leaf in leaf_table(tree).items() if jnp.issubdtype(leaf.dtype, jnp.inexact)
+    }
+    flags = jax.device_get(_finite_flags(floating))
+    problems = []
+    for path in (path for path, finite in flags.items() if not finite):
+        values = np.asarray(floating[path], np.float64)
+        problems.append(
+            f"{path}: {np.isnan(values).sum()} NaN and {np.isinf(values).sum()} infinite "
+            f"of {values.size} values"
+        )
+    if problems:
+        raise NonFiniteError(problem_list(f"{name} is not finite:", problems))

@@ -1,0 +1,61 @@
+"""Packaging of rebasin; the distribution is called rebasin-jax, because `rebasin` is taken on PyPI."""
+
+import pathlib
+import re
+
+from setuptools import find_packages, setup
+
+HERE = pathlib.Path(__file__).parent
+# Read from the source, since importing the package would need jax before it is installed.
+SOURCE = (HERE / "rebasin/__init__.py").read_text()
+(VERSION,) = re.findall(r'^__version__ = "(.+)"$', SOURCE, re.MULTILINE)
+
+# What training and the experiment binaries add to the alignment library; BUILD_NOTES.md gives the reasons.
+EXPERIMENTS = [
+    "absl-py>=2.1",
+    "array-record>=0.8",
+    "flax>=0.12",
+    "importlib_resources>=6",  # TFDS imports it without declaring it
+    "matplotlib>=3.9",
+    "optax>=0.2.5",
+    "orbax-checkpoint>=0.12",
+    "pillow>=10",  # decodes the PNGs of prepared datasets
+    "rich>=13.7",
+    "tensorflow-datasets>=4.9.9",
+]
+
+# Exact versions: a lint or type rule that changes with a release should not turn a check red by itself.
+TEST = ["chex>=0.1.91", "hypothesis>=6.100", "pytest>=8.3", "pyright[nodejs]==1.1.414", "ruff==0.17.5"]
+
+setup(
+    name="rebasin-jax",
+    version=VERSION,
+    description="Align neural networks modulo permutation: infer symmetries, match, measure barriers.",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    author="The rebasin authors",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=find_packages(include=["rebasin", "rebasin.*"]),
+    package_data={"rebasin": ["py.typed", "digits.npz"]},
+    install_requires=["jax>=0.10", "numpy>=2.0", "scipy>=1.13"],
+    extras_require={"experiments": EXPERIMENTS, "test": [*EXPERIMENTS, *TEST]},
+    keywords=[
+        "jax",
+        "flax",
+        "linear mode connectivity",
+        "permutation symmetry",
+        "model merging",
+        "git re-basin",
+    ],
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

@@ -1,0 +1,254 @@
+import itertools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import rebasin
+from rebasin import PermutationSpec
+from rebasin.errors import ConfigError, NonFiniteError, PermutationError, SpecMismatchError, TreeMismatchError
+from rebasin.trees import is_weight, leaf_table
+
+KEY = jax.random.key(0)
+
+
+def chain_spec(num_hidden):
+    sides = [None, *(f"P{i}" for i in range(num_hidden)), None]
+    table = {}
+    for i, (into, out) in enumerate(itertools.pairwise(sides)):
+        table |= {f"Dense_{i}/kernel": (into, out), f"Dense_{i}/bias": (out,)}
+    return PermutationSpec.from_axes(table)
+
+
+def chain_tree(seed, widths):
+    rng = np.random.default_rng(seed)
+    return {
+        f"Dense_{i}": {
+            "kernel": jnp.asarray(rng.normal(size=(m, n)), jnp.float32),
+            "bias": jnp.asarray(rng.normal(size=n), jnp.float32),
+        }
+        for i, (m, n) in enumerate(itertools.pairwise(widths))
+    }
+
+
+def inner_product(a, b):
+    """⟨A, B⟩ over all weights, in float64."""
+    a, b = leaf_table(a), leaf_table(b)
+    return sum(
+        np.vdot(np.asarray(a[p], np.float64), np.asarray(b[p], np.float64)) for p in a if is_weight(p, a[p])
+    )
+
+
+def permutations_of(sizes):
+    for rows in itertools.product(*(itertools.permutations(range(n)) for n in sizes.values())):
+        yield {group: np.array(row) for group, row in zip(sizes, rows, strict=True)}
+
+
+@pytest.mark.parametrize("start", ["depth", "identity"])
+@pytest.mark.parametrize("seed", range(20))
+def test_planted_permutation_of_one_hidden_layer_is_recovered_exactly(seed, start):
+    spec, a = chain_spec(1), chain_tree(seed, [8, 32, 4])
+    planted = rebasin.random_permutation(spec, a, key=jax.random.key(seed))
+    b = rebasin.permute(spec, planted, a)
+    match = rebasin.weight_matching(spec, a, b, key=KEY, start=start)
+    chex.assert_trees_all_equal(rebasin.permute(spec, match.permutation, b), a)
+    assert match.converged
+    np.testing.assert_allclose(match.objective[-1], inner_product(a, a), rtol=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_planted_permutation_of_a_deep_chain_is_recovered_from_the_depth_start(seed):
+    spec, a = chain_spec(5), chain_tree(seed, [8, 64, 64, 64, 64, 64, 4])
+    b = rebasin.permute(spec, rebasin.random_permutation(spec, a, key=jax.random.key(seed)), a)
+    match = rebasin.weight_matching(spec, a, b, key=KEY)
+    chex.assert_trees_all_equal(rebasin.permute(spec, match.permutation, b), a)
+    assert match.num_sweeps == 1  # nothing is left to do after the first pass
+
+
+@given(st.integers(0, 10**6))
+@settings(max_examples=30)
+def test_no_single_group_can_do_better(seed):
+    """At convergence every group is optimal given the others."""
+    spec, a, b = chain_spec(2), chain_tree(seed, [3, 4, 3, 2]), chain_tree(seed + 1, [3, 4, 3, 2])
+    match = rebasin.weight_matching(spec, a, b, key=KEY)
+    reached = inner_product(a, rebasin.permute(spec, match.permutation, b))
+    np.testing.assert_allclose(match.objective[-1], reached, rtol=1e-5)
+    assert match.converged
+    for group, size in spec.group_sizes(a).items():
+        for row in itertools.permutations(range(size)):
+            other = inner_product(a, rebasin.permute(spec, match.permutation | {group: np.array(row)}, b))
+            assert other <= reached + 1e-4
+
+
+@given(st.integers(0, 10**6))
+@settings(max_examples=20)
+def test_one_hidden_layer_is_the_brute_force_optimum(seed):
+    spec, a, b = chain_spec(1), chain_tree(seed, [3, 4, 2]), chain_tree(seed + 1, [3, 4, 2])
+    match = rebasin.weight_matching(spec, a, b, key=KEY)
+    best = max(inner_product(a, rebasin.permute(spec, p, b)) for p in permutations_of(spec.group_sizes(a)))
+    np.testing.assert_allclose(match.objective[-1], best, rtol=1e-5)
+
+
+@pytest.mark.parametrize("start", ["depth", "identity"])
+@pytest.mark.parametrize("seed", range(5))
+def test_objective_never_falls_and_is_the_inner_product(seed, start):
+    spec, a, b = (
+        chain_spec(4),
+        chain_tree(seed, [6, 40, 30, 20, 10, 3]),
+        chain_tree(seed + 100, [6, 40, 30, 20, 10, 3]),
+    )
+    match = rebasin.weight_matching(spec, a, b, key=KEY, start=start)
+    assert (np.diff(match.objective) >= 0).all()
+    assert len(match.objective) == match.num_sweeps + 1
+    assert match.objective[-1] >= inner_product(a, b)  # never worse than not permuting
+    moved = rebasin.permute(spec, match.permutation, b)
+    np.testing.assert_allclose(match.objective[-1], inner_product(a, moved), rtol=1e-5)
+    # The closed form of the docstring: the distance falls as the objective rises.
+    distance = sum(
+        float(((np.asarray(x, np.float64) - y) ** 2).sum())
+        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(moved), strict=True)
+    )
+    expected = inner_product(a, a) + inner_product(b, b) - 2 * match.objective[-1]
+    np.testing.assert_allclose(distance, expected, rtol=1e-5)
+
+
+def test_group_on_two_axes_of_a_leaf():
+    """A recurrent kernel: the objective is quadratic in the group, and still never falls."""
+    spec = PermutationSpec.from_axes({"w": (None, "P"), "recurrent": ("P", "P"), "v": ("P", None)})
+    for seed in range(10):
+        rng = np.random.default_rng(seed)
+        a, b = (
+            {
+                "w": rng.normal(size=(2, 5)),
+                "recurrent": 3 * rng.normal(size=(5, 5)),
+                "v": rng.normal(size=(5, 2)),
+            }
+            for _ in "ab"
+        )
+        a, b = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), (a, b))
+        match = rebasin.weight_matching(spec, a, b, key=KEY)
+        assert (np.diff(match.objective) >= 0).all()
+        moved = rebasin.permute(spec, match.permutation, b)
+        np.testing.assert_allclose(match.objective[-1], inner_product(a, moved), rtol=1e-5)
+
+
+def test_segments_and_factors_are_matched():
+    spec = PermutationSpec.from_axes(
+        {
+            "left": (None, "P0"),
+            "right": (None, "P1"),
+            "joined": (
+                rebasin.Axis.concatenate(rebasin.Axis.product(3, ("P0", 6)), rebasin.Axis.product(("P1", 5))),
+                None,
+            ),
+        }
+    )
+    rng = np.random.default_rng(0)
+    a = {
+        "left": rng.normal(size=(2, 6)),
+        "right": rng.normal(size=(2, 5)),
+        "joined": rng.normal(size=(23, 4)),
+    }
+    a = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), a)
+    b = rebasin.permute(spec, rebasin.random_permutation(spec, a, key=KEY), a)
+    match = rebasin.weight_matching(spec, a, b, key=KEY)
+    chex.assert_trees_all_equal(rebasin.permute(spec, match.permutation, b), a)
+
+
+def test_deterministic_for_a_key():
+    spec, a, b = chain_spec(3), chain_tree(0, [6, 20, 20, 20, 3]), chain_tree(1, [6, 20, 20, 20, 3])
+    first, second = (rebasin.weight_matching(spec, a, b, key=KEY) for _ in range(2))
+    assert first == second
+    assert first != rebasin.weight_matching(spec, a, a, key=KEY)
+
+
+def test_equal_networks_stay():
+    spec, a = chain_spec(3), chain_tree(0, [6, 20, 20, 20, 3])
+    match = rebasin.weight_matching(spec, a, a, key=KEY)
+    assert rebasin.fixed_points(match.permutation).total == 1.0
+    assert match.converged
+
+
+@pytest.mark.parametrize("start", ["depth", "identity"])
+def test_zeros_and_ties_and_width_one(start):
+    spec = chain_spec(2)
+    zeros = jax.tree.map(jnp.zeros_like, chain_tree(0, [3, 6, 1, 2]))
+    match = rebasin.weight_matching(spec, zeros, zeros, key=KEY, start=start)
+    assert match.converged
+    assert match.objective.tolist() == [0.0] * (match.num_sweeps + 1)
+    ones = jax.tree.map(jnp.ones_like, zeros)
+    assert rebasin.weight_matching(spec, ones, ones, key=KEY, start=start).converged
+
+
+def test_state_does_not_count():
+    """Running statistics move with their units but do not decide which."""
+    spec = PermutationSpec.from_axes({"batch_stats/mean": ("P",), "params/w": (None, "P"), "step": ()})
+    a = {
+        "params": {"w": jnp.array([[1.0, 2.0, 3.0]])},
+        "batch_stats": {"mean": jnp.array([9.0, 9.0, 0.0])},
+        "step": jnp.array(3),
+    }
+    b = {
+        "params": {"w": jnp.array([[3.0, 2.0, 1.0]])},
+        "batch_stats": {"mean": jnp.array([9.0, 9.0, jnp.nan])},
+        "step": jnp.array(4),
+    }
+    match = rebasin.weight_matching(spec, a, b, key=KEY)
+    assert match.permutation["P"].tolist() == [2, 1, 0]
+    everything = rebasin.weight_matching(
+        spec, a, a, key=KEY, predicate=lambda path, leaf: path == "batch_stats/mean"
+    )
+    assert everything.objective[-1] == 162.0
+
+
+def test_a_given_start_and_its_limit_on_sweeps():
+    spec, a, b = chain_spec(3), chain_tree(0, [6, 20, 20, 20, 3]), chain_tree(1, [6, 20, 20, 20, 3])
+    start = rebasin.random_permutation(spec, a, key=KEY)
+    match = rebasin.weight_matching(spec, a, b, key=KEY, start=start, max_sweeps=1)
+    np.testing.assert_allclose(
+        match.objective[0], inner_product(a, rebasin.permute(spec, start, b)), rtol=1e-6
+    )
+    assert (match.num_sweeps, match.converged, match.stats["start"]) == (1, False, "given")
+    again = rebasin.weight_matching(spec, a, b, key=KEY, start=match.permutation)
+    assert again.objective[0] == pytest.approx(match.objective[-1])
+    with pytest.raises(PermutationError, match=r"group 'P0': missing"):
+        rebasin.weight_matching(spec, a, b, key=KEY, start={})
+
+
+def test_bad_input_is_refused():
+    spec, a = chain_spec(1), chain_tree(0, [3, 4, 2])
+    with pytest.raises(
+        TreeMismatchError, match=r"Dense_0/kernel: shape \(3, 4\) in params_a, \(3, 8\) in params_b"
+    ):
+        rebasin.weight_matching(spec, a, chain_tree(0, [3, 8, 2]), key=KEY)
+    broken = jax.tree.map(lambda x: x, a)
+    broken["Dense_0"]["kernel"] = a["Dense_0"]["kernel"].at[0, 0].set(jnp.nan)
+    with pytest.raises(NonFiniteError) as info:
+        rebasin.weight_matching(spec, a, broken, key=KEY)
+    assert str(info.value) == "params_b is not finite:\n  Dense_0/kernel: 1 NaN and 0 infinite of 12 values"
+    with pytest.raises(SpecMismatchError, match="the spec does not fit params_a"):
+        rebasin.weight_matching(chain_spec(2), a, a, key=KEY)
+    with pytest.raises(
+        ConfigError, match=r"unknown start 'random'; known: 'depth', 'identity', or a permutation"
+    ):
+        rebasin.weight_matching(spec, a, a, key=KEY, start="random")
+    with pytest.raises(ConfigError, match="max_sweeps must be at least 1, got 0"):
+        rebasin.weight_matching(spec, a, a, key=KEY, max_sweeps=0)
+
+
+def test_similarities_of_one_shape_compile_once():
+    from rebasin.matching import weights
+
+    weights._gram.clear_cache()
+    spec, a, b = (
+        chain_spec(5),
+        chain_tree(0, [6, 17, 17, 17, 17, 17, 3]),
+        chain_tree(1, [6, 17, 17, 17, 17, 17, 3]),
+    )
+    rebasin.weight_matching(spec, a, b, key=KEY)
+    # Kernels: first, last, and inner ones by either side with or without the other side known; and the bias.
+    assert weights._gram._cache_size() <= 6

@@ -1,0 +1,263 @@
+"""The models: names and shapes of leaves, sizes, and independence of how convolutions are computed."""
+
+import math
+from functools import partial
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from rebasin.errors import ConfigError
+from rebasin.models import MLP, VGG16, ResNet20, build_model, resnet, vgg
+
+MLP_LEAVES = {
+    "Dense_0/kernel": (192, 5),
+    "Dense_0/bias": (5,),
+    "Dense_1/kernel": (5, 6),
+    "Dense_1/bias": (6,),
+    "Dense_2/kernel": (6, 7),
+    "Dense_2/bias": (7,),
+    "Dense_3/kernel": (7, 10),
+    "Dense_3/bias": (10,),
+}
+
+VGG_LEAVES = {
+    "Conv_0/kernel": (3, 3, 3, 2),
+    "Conv_0/bias": (2,),
+    "Conv_1/kernel": (3, 3, 2, 2),
+    "Conv_1/bias": (2,),
+    "Conv_2/kernel": (3, 3, 2, 4),
+    "Conv_2/bias": (4,),
+    "Conv_3/kernel": (3, 3, 4, 4),
+    "Conv_3/bias": (4,),
+    "Conv_4/kernel": (3, 3, 4, 8),
+    "Conv_4/bias": (8,),
+    "Conv_5/kernel": (3, 3, 8, 8),
+    "Conv_5/bias": (8,),
+    "Conv_6/kernel": (3, 3, 8, 8),
+    "Conv_6/bias": (8,),
+    "Conv_7/kernel": (3, 3, 8, 16),
+    "Conv_7/bias": (16,),
+    "Conv_8/kernel": (3, 3, 16, 16),
+    "Conv_8/bias": (16,),
+    "Conv_9/kernel": (3, 3, 16, 16),
+    "Conv_9/bias": (16,),
+    "Conv_10/kernel": (3, 3, 16, 16),
+    "Conv_10/bias": (16,),
+    "Conv_11/kernel": (3, 3, 16, 16),
+    "Conv_11/bias": (16,),
+    "Conv_12/kernel": (3, 3, 16, 16),
+    "Conv_12/bias": (16,),
+    "LayerNorm_0/scale": (2,),
+    "LayerNorm_0/bias": (2,),
+    "LayerNorm_1/scale": (2,),
+    "LayerNorm_1/bias": (2,),
+    "LayerNorm_2/scale": (4,),
+    "LayerNorm_2/bias": (4,),
+    "LayerNorm_3/scale": (4,),
+    "LayerNorm_3/bias": (4,),
+    "LayerNorm_4/scale": (8,),
+    "LayerNorm_4/bias": (8,),
+    "LayerNorm_5/scale": (8,),
+    "LayerNorm_5/bias": (8,),
+    "LayerNorm_6/scale": (8,),
+    "LayerNorm_6/bias": (8,),
+    "LayerNorm_7/scale": (16,),
+    "LayerNorm_7/bias": (16,),
+    "LayerNorm_8/scale": (16,),
+    "LayerNorm_8/bias": (16,),
+    "LayerNorm_9/scale": (16,),
+    "LayerNorm_9/bias": (16,),
+    "LayerNorm_10/scale": (16,),
+    "LayerNorm_10/bias": (16,),
+    "LayerNorm_11/scale": (16,),
+    "LayerNorm_11/bias": (16,),
+    "LayerNorm_12/scale": (16,),
+    "LayerNorm_12/bias": (16,),
+    "Dense_0/kernel": (16, 16),
+    "Dense_0/bias": (16,),
+    "Dense_1/kernel": (16, 16),
+    "Dense_1/bias": (16,),
+    "Dense_2/kernel": (16, 10),
+    "Dense_2/bias": (10,),
+}
+
+RESNET_LEAVES = {
+    "conv1/kernel": (3, 3, 3, 2),
+    "norm1/scale": (2,),
+    "norm1/bias": (2,),
+    "blockgroups_0/blocks_0/conv1/kernel": (3, 3, 2, 2),
+    "blockgroups_0/blocks_0/norm1/scale": (2,),
+    "blockgroups_0/blocks_0/norm1/bias": (2,),
+    "blockgroups_0/blocks_0/conv2/kernel": (3, 3, 2, 2),
+    "blockgroups_0/blocks_0/norm2/scale": (2,),
+    "blockgroups_0/blocks_0/norm2/bias": (2,),
+    "blockgroups_0/blocks_1/conv1/kernel": (3, 3, 2, 2),
+    "blockgroups_0/blocks_1/norm1/scale": (2,),
+    "blockgroups_0/blocks_1/norm1/bias": (2,),
+    "blockgroups_0/blocks_1/conv2/kernel": (3, 3, 2, 2),
+    "blockgroups_0/blocks_1/norm2/scale": (2,),
+    "blockgroups_0/blocks_1/norm2/bias": (2,),
+    "blockgroups_0/blocks_2/conv1/kernel": (3, 3, 2, 2),
+    "blockgroups_0/blocks_2/norm1/scale": (2,),
+    "blockgroups_0/blocks_2/norm1/bias": (2,),
+    "blockgroups_0/blocks_2/conv2/kernel": (3, 3, 2, 2),
+    "blockgroups_0/blocks_2/norm2/scale": (2,),
+    "blockgroups_0/blocks_2/norm2/bias": (2,),
+    "blockgroups_1/blocks_0/conv1/kernel": (3, 3, 2, 4),
+    "blockgroups_1/blocks_0/norm1/scale": (4,),
+    "blockgroups_1/blocks_0/norm1/bias": (4,),
+    "blockgroups_1/blocks_0/conv2/kernel": (3, 3, 4, 4),
+    "blockgroups_1/blocks_0/norm2/scale": (4,),
+    "blockgroups_1/blocks_0/norm2/bias": (4,),
+    "blockgroups_1/blocks_0/shortcut/layers_0/kernel": (1, 1, 2, 4),
+    "blockgroups_1/blocks_0/shortcut/layers_1/scale": (4,),
+    "blockgroups_1/blocks_0/shortcut/layers_1/bias": (4,),
+    "blockgroups_1/blocks_1/conv1/kernel": (3, 3, 4, 4),
+    "blockgroups_1/blocks_1/norm1/scale": (4,),
+    "blockgroups_1/blocks_1/norm1/bias": (4,),
+    "blockgroups_1/blocks_1/conv2/kernel": (3, 3, 4, 4),
+    "blockgroups_1/blocks_1/norm2/scale": (4,),
+    "blockgroups_1/blocks_1/norm2/bias": (4,),
+    "blockgroups_1/blocks_2/conv1/kernel": (3, 3, 4, 4),
+    "blockgroups_1/blocks_2/norm1/scale": (4,),
+    "blockgroups_1/blocks_2/norm1/bias": (4,),
+    "blockgroups_1/blocks_2/conv2/kernel": (3, 3, 4, 4),
+    "blockgroups_1/blocks_2/norm2/scale": (4,),
+    "blockgroups_1/blocks_2/norm2/bias": (4,),
+    "blockgroups_2/blocks_0/conv1/kernel": (3, 3, 4, 8),
+    "blockgroups_2/blocks_0/norm1/scale": (8,),
+    "blockgroups_2/blocks_0/norm1/bias": (8,),
+    "blockgroups_2/blocks_0/conv2/kernel": (3, 3, 8, 8),
+    "blockgroups_2/blocks_0/norm2/scale": (8,),
+    "blockgroups_2/blocks_0/norm2/bias": (8,),
+    "blockgroups_2/blocks_0/shortcut/layers_0/kernel": (1, 1, 4, 8),
+    "blockgroups_2/blocks_0/shortcut/layers_1/scale": (8,),
+    "blockgroups_2/blocks_0/shortcut/layers_1/bias": (8,),
+    "blockgroups_2/blocks_1/conv1/kernel": (3, 3, 8, 8),
+    "blockgroups_2/blocks_1/norm1/scale": (8,),
+    "blockgroups_2/blocks_1/norm1/bias": (8,),
+    "blockgroups_2/blocks_1/conv2/kernel": (3, 3, 8, 8),
+    "blockgroups_2/blocks_1/norm2/scale": (8,),
+    "blockgroups_2/blocks_1/norm2/bias": (8,),
+    "blockgroups_2/blocks_2/conv1/kernel": (3, 3, 8, 8),
+    "blockgroups_2/blocks_2/norm1/scale": (8,),
+    "blockgroups_2/blocks_2/norm1/bias": (8,),
+    "blockgroups_2/blocks_2/conv2/kernel": (3, 3, 8, 8),
+    "blockgroups_2/blocks_2/norm2/scale": (8,),
+    "blockgroups_2/blocks_2/norm2/bias": (8,),
+    "dense/kernel": (8, 10),
+    "dense/bias": (10,),
+}
+
+
+def leaf_shapes(model, image):
+    """Shapes of all parameters by name; nothing is computed."""
+    variables = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, *image), jnp.float32))
+    assert list(variables) == ["params"]
+    leaves = jax.tree_util.tree_leaves_with_path(variables["params"])
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in leaves}
+
+
+@pytest.mark.parametrize(
+    ("model", "image", "expected"),
+    [
+        (MLP((5, 6, 7)), (8, 8, 3), MLP_LEAVES),
+        (VGG16(width=2), (32, 32, 3), VGG_LEAVES),
+        (ResNet20(width=2), (32, 32, 3), RESNET_LEAVES),
+    ],
+    ids=["mlp", "vgg16", "resnet20"],
+)
+def test_names_and_shapes_of_leaves(model, image, expected):
+    assert leaf_shapes(model, image) == expected
+
+
+@pytest.mark.parametrize(
+    ("model", "image", "expected"),
+    [
+        # 784·512 + 512 = 401,920; twice 512·512 + 512 = 262,656; 512·10 + 10 = 5,130.
+        (MLP(), (28, 28, 1), 932_362),
+        # Convolutions 9·in·out + out: 1,792 + 36,928 + 73,856 + 147,584 + 295,168 + 2·590,080 + 1,180,160
+        # + 5·2,359,808 = 14,714,688. Norms 2·(2·64 + 2·128 + 3·256 + 6·512) = 8,448.
+        # Dense 2·(512·512 + 512) + 512·10 + 10 = 530,442.
+        (VGG16(), (32, 32, 3), 15_253_578),
+        # Convolutions 9·in·out: 1,728 + 6·36,864 + (73,728 + 5·147,456) + (294,912 + 5·589,824) = 4,277,952.
+        # Shortcuts 64·128 + 128·256 = 40,960. Norms 2·7·(64 + 128 + 256) = 6,272. Dense 256·10 + 10 = 2,570.
+        (ResNet20(), (32, 32, 3), 4_327_754),
+    ],
+    ids=["mlp", "vgg16", "resnet20"],
+)
+def test_number_of_parameters_at_full_width(model, image, expected):
+    assert sum(math.prod(shape) for shape in leaf_shapes(model, image).values()) == expected
+
+
+@pytest.mark.parametrize("name", ["vgg16", "resnet20"])
+def test_logits_do_not_depend_on_how_convolutions_are_computed(name, monkeypatch):
+    model = build_model(name, width=2, num_classes=3)
+    images = jax.random.normal(jax.random.key(0), (2, 32, 32, 3))
+    variables = randomised(model, images)
+    fast = jax.jit(model.apply)(variables, images)
+    assert np.ptp(fast) > 0.1
+    plain = lax.conv_general_dilated
+    monkeypatch.setattr(vgg, "conv_general_dilated", plain)
+    monkeypatch.setattr(resnet, "_Conv", partial(nn.Conv, use_bias=False, conv_general_dilated=plain))
+    slow = jax.jit(lambda v, x: model.apply(v, x))(variables, images)
+    # Rounding grows through some twenty layers, each of which normalises.
+    chex.assert_trees_all_close(fast, slow, rtol=1e-3, atol=1e-4)
+
+
+def randomised(model, images):
+    """Variables whose every leaf is random: zero biases and unit scales would hide an unused leaf."""
+    shapes = jax.eval_shape(model.init, jax.random.key(0), images)
+    leaves, structure = jax.tree.flatten(shapes)
+    rng = np.random.default_rng(0)
+    scales = [math.sqrt(2 / math.prod(leaf.shape[:-1])) if leaf.ndim > 1 else 1.0 for leaf in leaves]
+    arrays = [
+        jnp.asarray(scale * rng.normal(size=leaf.shape), jnp.float32)
+        for scale, leaf in zip(scales, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(structure, arrays)
+
+
+def test_vgg_pads_small_images_on_all_sides():
+    images = jax.random.normal(jax.random.key(0), (2, 27, 40, 1))
+    padded = vgg._pad_to(images, 32)
+    assert padded.shape == (2, 32, 40, 1)
+    np.testing.assert_array_equal(padded[:, 2:29], images)
+    np.testing.assert_array_equal(padded[:, :2], 0)
+    np.testing.assert_array_equal(padded[:, 29:], 0)
+
+
+def test_vgg_takes_images_of_the_size_of_mnist():
+    model = VGG16(width=1, num_classes=3)
+    images = jax.random.normal(jax.random.key(0), (2, 28, 28, 1))
+    logits = jax.jit(model.apply)(randomised(model, images), images)
+    assert logits.shape == (2, 3)
+    assert np.ptp(logits) > 0.01
+
+
+@pytest.mark.parametrize(("extent", "flat"), [(32, 16), (64, 4 * 16)])
+def test_vgg_flattens_what_five_pools_leave(extent, flat):
+    assert leaf_shapes(VGG16(width=2), (extent, extent, 3))["Dense_0/kernel"] == (flat, 16)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("mlp", MLP((6, 6, 6), num_classes=4)),
+        ("vgg16", VGG16(width=6, num_classes=4)),
+        ("resnet20", ResNet20(width=6, num_classes=4)),
+    ],
+)
+def test_build_model(name, expected):
+    assert build_model(name, width=6, num_classes=4) == expected
+
+
+def test_an_unknown_model_is_an_error():
+    with pytest.raises(ConfigError) as info:
+        build_model("vgg11", width=6, num_classes=4)
+    assert str(info.value) == "no model is called 'vgg11'; the models are mlp, resnet20, vgg16"

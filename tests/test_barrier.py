@@ -1,0 +1,140 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import rebasin
+from rebasin.errors import ConfigError, DataError, NonFiniteError, TreeMismatchError
+
+
+def quadratic(params, batch):
+    """Loss (w − x)² of each example x, and whether w is above it."""
+    loss = (params["w"] - batch["x"]) ** 2
+    return {"loss": loss, "error": (params["w"] > batch["x"]).astype(jnp.float32)}
+
+
+def scalar(value):
+    return {"w": jnp.asarray(value, jnp.float32)}
+
+
+@settings(max_examples=15)  # each shape compiles
+@given(st.floats(-3, 3), st.floats(-3, 3), st.integers(2, 9), st.integers(1, 12), st.integers(0, 1000))
+def test_curve_is_plain_evaluation_at_each_point(a, b, num_alphas, batch_size, seed):
+    x = np.random.default_rng(seed).normal(size=7).astype(np.float32)
+    curve = rebasin.sweep(
+        scalar(a), scalar(b), {"x": x}, quadratic, num_alphas=num_alphas, batch_size=batch_size
+    )
+    w = curve.alphas * np.float32(a) + (1 - curve.alphas) * np.float32(b)
+    assert curve.examples["loss"].shape == (num_alphas, 7)
+    # One multiplication and one addition in float32 on values of at most 36.
+    np.testing.assert_allclose(curve.loss, ((w[:, None] - x) ** 2).mean(axis=1), rtol=1e-5, atol=1e-5)
+
+
+def test_barrier_of_a_parabola_in_closed_form():
+    """On −w² between 1 and −1 the chord is −1 and the barrier 1, at the middle."""
+    curve = rebasin.sweep(
+        scalar(1), scalar(-1), {"x": np.zeros(5)}, lambda p, batch: {"loss": 0 * batch["x"] - p["w"] ** 2}
+    )
+    assert curve.loss_barrier == rebasin.Barrier(1.0, 0.0, 0.5)
+    np.testing.assert_allclose(curve.loss, -((2 * curve.alphas - 1) ** 2), atol=1e-6)
+
+
+def test_conventions_differ_where_the_ends_do():
+    """Ends 4 (A) and 0 (B), middle 5, maximum 5.5: the chord's middle and the ends' mean are both 2."""
+    values = np.array([[0.0], [5.0], [5.0], [5.5], [4.0]])
+    curve = rebasin.BarrierCurve(np.linspace(0, 1, 5), {"loss": values})
+    assert curve.barrier("loss").value == 4.0
+    assert curve.barrier("loss").alpha == 0.25
+    assert curve.barrier("loss", convention="midpoint").value == 3.0
+    assert curve.barrier("loss", convention="endpoint_mean").value == 3.5
+
+
+@given(st.integers(0, 10**6))
+def test_the_barrier_is_never_negative_and_mirrors(seed):
+    rng = np.random.default_rng(seed)
+    values = rng.normal(size=(6, 3))
+    curve = rebasin.BarrierCurve(np.linspace(0, 1, 6), {"loss": values})
+    mirrored = rebasin.BarrierCurve(np.linspace(0, 1, 6), {"loss": values[::-1]})
+    assert curve.loss_barrier.value >= 0
+    np.testing.assert_allclose(curve.loss_barrier.value, mirrored.loss_barrier.value, atol=1e-12)
+    if curve.loss_barrier.value > 0:  # a barrier of 0 stands at either end
+        np.testing.assert_allclose(curve.loss_barrier.alpha, 1 - mirrored.loss_barrier.alpha, atol=1e-12)
+
+
+def test_standard_error_is_paired():
+    """Every example rises by exactly 1 at the middle: no spread, although the losses spread widely."""
+    ends = np.array([0.0, 10.0, 20.0])
+    curve = rebasin.BarrierCurve(np.linspace(0, 1, 3), {"loss": np.stack([ends, ends + 1, ends])})
+    assert curve.loss_barrier == rebasin.Barrier(1.0, 0.0, 0.5)
+    np.testing.assert_allclose(curve.standard_errors["loss"], 10 / np.sqrt(3))
+    uneven = rebasin.BarrierCurve(np.linspace(0, 1, 3), {"loss": np.stack([ends, ends + [0, 1, 2], ends])})
+    np.testing.assert_allclose(uneven.loss_barrier.standard_error, 1 / np.sqrt(3))
+
+
+def test_one_trace_for_a_shape_whatever_the_networks():
+    traces = []
+
+    def metrics(params, batch):
+        traces.append(None)
+        return quadratic(params, batch)
+
+    measure = rebasin.build_sweep(metrics, num_alphas=5, batch_size=4)
+    for a, b in ((1, 2), (3, -1), (0, 0)):
+        measure(scalar(a), scalar(b), {"x": jnp.arange(10.0) * a})
+    assert len(traces) == 1
+    assert measure(scalar(2), scalar(2), {"x": jnp.zeros(10)}).error_barrier.value == 0
+
+
+def test_ends_are_the_networks_to_the_last_bit():
+    key = jax.random.key(0)
+    a, b = ({"w": jax.random.normal(k, (50,))} for k in jax.random.split(key))
+    curve = rebasin.sweep(a, b, jnp.ones((3, 50)), lambda p, batch: {"loss": batch @ p["w"]}, num_alphas=25)
+    plain = [jax.jit(lambda p: jnp.ones((3, 50)) @ p["w"])(p) for p in (b, a)]
+    np.testing.assert_allclose(curve.examples["loss"][[0, -1]], plain, rtol=1e-6)
+
+
+def test_prepare_sees_each_interpolated_network_and_its_alpha():
+    curve = rebasin.sweep(
+        scalar(3),
+        scalar(1),
+        jnp.zeros(2),
+        lambda p, batch, extra: {"loss": batch + extra},
+        num_alphas=3,
+        prepare=lambda p, alpha: 10 * p["w"] + alpha,
+    )
+    assert curve.loss.tolist() == [10.0, 20.5, 31.0]
+
+
+def test_bad_input_is_refused_before_anything_runs():
+    def never(params, batch):
+        raise AssertionError("evaluated")
+
+    for count in (1, 0):
+        with pytest.raises(ConfigError, match=f"num_alphas must be at least 2, got {count}"):
+            rebasin.build_sweep(never, num_alphas=count)
+    with pytest.raises(ConfigError, match="batch_size must be at least 1, got 0"):
+        rebasin.build_sweep(never, batch_size=0)
+    measure = rebasin.build_sweep(never)
+    with pytest.raises(DataError, match="data hold no examples: a barrier needs at least one"):
+        measure(scalar(1), scalar(2), {"x": np.zeros((0, 3))})
+    with pytest.raises(DataError) as info:
+        measure(scalar(1), scalar(2), {"x": np.zeros((4, 3)), "y": np.zeros(5), "z": np.zeros(())})
+    assert str(info.value).splitlines() == [
+        "data must be arrays [n, …] with one common n:",
+        "  x: 4 examples",
+        "  y: 5 examples",
+        "  z: scalar",
+    ]
+    with pytest.raises(TreeMismatchError, match=r"w: shape \(\) in params_a, \(2,\) in params_b"):
+        measure(scalar(1), {"w": jnp.ones(2)}, {"x": np.zeros(3)})
+    with pytest.raises(NonFiniteError, match="params_b is not finite"):
+        measure(scalar(1), scalar(np.nan), {"x": np.zeros(3)})
+    curve = rebasin.BarrierCurve(np.linspace(0, 1, 4), {"loss": np.zeros((4, 2))})
+    with pytest.raises(ConfigError, match="the midpoint needs an odd number of alphas, got 4"):
+        curve.barrier("loss", convention="midpoint")
+    with pytest.raises(ConfigError, match=r"no metric 'accuracy' in this curve; it has \['loss'\]"):
+        curve.barrier("accuracy")
+    with pytest.raises(ConfigError, match="unknown convention 'mean'"):
+        curve.barrier("loss", convention="mean")

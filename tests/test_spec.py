@@ -1,0 +1,179 @@
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from rebasin import Axis, Factor, PermutationSpec, Pin
+from rebasin.errors import SpecError, SpecMismatchError
+
+MLP = PermutationSpec.from_axes(
+    {
+        "Dense_0/kernel": (None, "P0"),
+        "Dense_0/bias": ("P0",),
+        "Dense_1/kernel": ("P0", "P1"),
+        "Dense_1/bias": ("P1",),
+        "Dense_2/kernel": ("P1", None),
+        "Dense_2/bias": (None,),
+    }
+)
+
+
+def mlp_tree(*widths):
+    return {
+        f"Dense_{i}": {"kernel": np.zeros((m, n)), "bias": np.zeros(n)}
+        for i, (m, n) in enumerate(zip(widths, widths[1:], strict=False))
+    }
+
+
+def test_group_sizes_in_order_and_for_shapes_alone():
+    tree = mlp_tree(3, 8, 5, 2)
+    assert MLP.group_sizes(tree) == {"P0": 8, "P1": 5}
+    assert MLP.group_sizes(jax.eval_shape(lambda: jax.tree.map(jax.numpy.asarray, tree))) == {
+        "P0": 8,
+        "P1": 5,
+    }
+
+
+def test_one_spec_serves_every_width():
+    assert MLP.group_sizes(mlp_tree(7, 16, 9, 2)) == {"P0": 16, "P1": 9}
+
+
+def test_every_mismatch_is_listed():
+    tree = mlp_tree(3, 8, 5, 2)
+    tree["Dense_1"] = {"kernel": np.zeros((6, 5)), "bias": np.zeros((5, 1))}
+    tree["Dense_3"] = {"kernel": tree.pop("Dense_2")["kernel"]}
+    with pytest.raises(SpecMismatchError) as info:
+        MLP.group_sizes(tree, name="params_b")
+    assert str(info.value).splitlines() == [
+        "the spec does not fit params_b:",
+        "  Dense_1/kernel axis 0: size 6, but group 'P0' has size 8 from Dense_0/kernel axis 1",
+        "  Dense_1/bias: shape (5, 1), but the spec has 1 axes",
+        "  Dense_2/kernel: no such leaf, but the spec says (P1, -)",
+        "  Dense_2/bias: no such leaf, but the spec says (-)",
+        "  Dense_3/kernel: shape (5, 2), not in the spec",
+    ]
+
+
+def test_sizes_of_segments_and_factors():
+    axis = Axis.concatenate(Axis.product(4, ("P0", 8)), Axis.product(3), Axis.product(("P1", 5)))
+    spec = PermutationSpec.from_axes({"w": (axis,), "v": ("P0", "P1")})
+    assert spec.group_sizes({"w": np.zeros(40), "v": np.zeros((8, 5))}) == {"P0": 8, "P1": 5}
+    with pytest.raises(
+        SpecMismatchError, match=r"w axis 0: size 39, but the spec's 4\*P0:8 \+ 3 \+ P1:5 makes 40"
+    ):
+        spec.group_sizes({"w": np.zeros(39), "v": np.zeros((8, 5))})
+
+
+def test_indexed_groups_have_shapes():
+    spec = PermutationSpec.from_axes(
+        {"query": (None, "heads", "inner"), "stack": ("layer", None, "hidden")},
+        indexed={"inner": ["heads"], "hidden": ["layer"]},
+        fixed=["layer"],
+    )
+    tree = {"query": np.zeros((6, 4, 3)), "stack": np.zeros((12, 6, 7))}
+    assert spec.group_sizes(tree) == {"heads": 4, "inner": (4, 3), "hidden": (12, 7)}
+    assert spec.groups == ("heads", "inner", "hidden")
+
+
+def test_an_axis_named_twice():
+    groups = {"P0": [("w", 1), ("w", 1)], "P1": [("w", 1), ("w", 2), ("u", 0)]}
+    with pytest.raises(SpecError) as info:
+        PermutationSpec.from_groups(groups, {"w": np.zeros((3, 8))})
+    assert str(info.value).splitlines() == [
+        "the groups do not make a spec:",
+        "  w axis 1: named by group 'P0' and by 'P0'",
+        "  w axis 1: named by group 'P0' and by 'P1'",
+        "  group 'P1': w has 2 axes, no axis 2",
+        "  group 'P1': no leaf 'u' in the tree",
+    ]
+
+
+def test_a_spec_that_contradicts_itself():
+    unsized = Axis(((Factor(None, "P0"), Factor(3, None)),))
+    whole = Axis.whole("P0")
+    with pytest.raises(SpecError) as info:
+        PermutationSpec((("w", (unsized,)), ("w", (whole,)), ("v", (Axis(()),))), indexed=(("P0", ("P0",)),))
+    assert str(info.value).splitlines() == [
+        "the spec contradicts itself:",
+        "  w axis 0: P0:None*3 has several parts, so each needs its size",
+        "  w: named twice",
+        "  v axis 0: no segments, or an empty one",
+        "  group 'P0': indexed by ['P0'], wanted groups that are not indexed themselves",
+    ]
+
+
+def test_an_indexed_group_needs_its_index_in_every_leaf():
+    with pytest.raises(
+        SpecError, match=r"v: group 'inner' is indexed by \['heads'\], which it must carry exactly once"
+    ):
+        PermutationSpec.from_axes({"w": ("heads", "inner"), "v": ("inner",)}, indexed={"inner": ["heads"]})
+
+
+def test_equivalent_ignores_names_and_order_of_leaves_but_nothing_else():
+    renamed = PermutationSpec(
+        tuple(
+            (path, tuple(axis.rename({"P0": "a", "P1": "b"}) for axis in axes))
+            for path, axes in reversed(MLP.leaves)
+        )
+    )
+    assert renamed != MLP
+    assert renamed.equivalent(MLP)
+    for path in ("Dense_0/bias", "Dense_1/kernel"):
+        table = MLP.table
+        other = PermutationSpec.from_axes(table | {path: tuple(Axis.whole(None) for _ in table[path])})
+        assert not other.equivalent(MLP)
+    tied = PermutationSpec(
+        tuple(
+            (path, tuple(axis.rename({"P0": "a", "P1": "a"}) for axis in axes)) for path, axes in MLP.leaves
+        )
+    )
+    assert not tied.equivalent(MLP)
+
+
+def test_hashable_static_and_compared_without_reasons():
+    reasons = dataclasses.replace(MLP, pins=(Pin("Dense_2/bias", 0, "output"),))
+    assert reasons == MLP
+    assert hash(reasons) == hash(MLP)
+    assert reasons.digest == MLP.digest
+    sizes = jax.jit(lambda spec, x: x * spec.group_sizes({"b": x})["P0"], static_argnums=0)
+    assert sizes(PermutationSpec.from_axes({"b": ("P0",)}), np.ones(3)).tolist() == [3, 3, 3]
+
+
+def test_json_round_trip(tmp_path):
+    spec = PermutationSpec.from_axes(
+        {"a/'w'": ("heads", Axis.product(4, ("inner", 3))), "b": (), "c": (Axis.whole(None),)},
+        indexed={"inner": ["heads"]},
+    )
+    spec = dataclasses.replace(spec, pins=(Pin("c", 0, "because"),))
+    spec.save(tmp_path / "spec.json")
+    loaded = PermutationSpec.load(tmp_path / "spec.json")
+    assert loaded == spec
+    assert loaded.pins == spec.pins
+    assert loaded.digest == spec.digest
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"format": "rebasin.spec", "version": 2}', '{"format": 1, "version": 1}']
+)
+def test_text_that_is_no_spec(tmp_path, text):
+    path = tmp_path / "spec.json"
+    path.write_text(text)
+    with pytest.raises(
+        SpecError, match=r"spec\.json: (not a saved spec|wanted format rebasin\.spec version 1)"
+    ):
+        PermutationSpec.load(path)
+
+
+def test_printed_form():
+    assert str(MLP).splitlines()[:3] == [
+        "2 groups, 6 leaves",
+        "  Dense_0/kernel: -, P0",
+        "  Dense_0/bias: P0",
+    ]
+    assert MLP.explain().splitlines()[:4] == [
+        "P0 moves",
+        "  Dense_0/kernel axis 1: P0",
+        "  Dense_0/bias axis 0: P0",
+        "  Dense_1/kernel axis 0: P0",
+    ]

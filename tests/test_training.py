@@ -1,0 +1,235 @@
+import dataclasses
+import math
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rebasin.data import Split, load_dataset
+from rebasin.errors import ConfigError, DataError, NonFiniteError, TreeMismatchError
+from rebasin.models import build_model
+from rebasin.recipes import Recipe
+from rebasin.training import (
+    Start,
+    TrainingData,
+    build_epoch,
+    build_init,
+    build_metrics,
+    learning_rate,
+    shuffled_batches,
+    train,
+)
+from rebasin.trajectory import Trajectory
+
+DIGITS = load_dataset("digits")
+MODEL = build_model("mlp", width=8, num_classes=10)
+METRICS = build_metrics(MODEL, DIGITS.mean, DIGITS.std)
+
+# Three steps of 64 and eight examples over; a decay large enough to show.
+RECIPE = Recipe(
+    "digits",
+    "mlp",
+    width=8,
+    epochs=3,
+    num_train=200,
+    batch_size=64,
+    warmup_epochs=1,
+    weight_decay=0.1,
+)
+
+
+@pytest.fixture(scope="module")
+def trajectory(tmp_path_factory):
+    return train(RECIPE, DIGITS, seed=0, directory=tmp_path_factory.mktemp("run") / "seed_0")
+
+
+def training_data(recipe):
+    split = DIGITS.take(num_train=recipe.num_train).train
+    return TrainingData(*jax.device_put((split.images, split.labels, DIGITS.mean, DIGITS.std)))
+
+
+def rate_by_hand(recipe, num_steps, step):
+    warmup, total = recipe.warmup_epochs * num_steps, recipe.epochs * num_steps
+    if step < warmup:
+        return recipe.peak_learning_rate * step / warmup
+    return recipe.peak_learning_rate * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 5, 7])
+def test_learning_rate_equals_its_closed_form(warmup):
+    recipe = dataclasses.replace(RECIPE, epochs=7, warmup_epochs=warmup)
+    schedule = learning_rate(recipe, num_steps=11)
+    rates = np.array([schedule(step) for step in range(77)])
+    # Float32 cosine near π, where it is flat, against float64.
+    np.testing.assert_allclose(rates, [rate_by_hand(recipe, 11, step) for step in range(77)], atol=1e-8)
+
+
+def test_learning_rate_at_its_corners():
+    recipe = Recipe("digits", "mlp", width=8, epochs=30, warmup_epochs=5)
+    schedule = learning_rate(recipe, num_steps=11)
+    assert schedule(0) == 0.0
+    assert schedule(54) == pytest.approx(0.1 * 54 / 55)
+    assert schedule(55) == pytest.approx(0.1)
+    assert schedule(55 + 275 // 2) == pytest.approx(0.05, rel=0.02)
+    # The last step taken is one before zero: 0.1 · sin²(π / 550).
+    assert schedule(329) == pytest.approx(0.1 * math.sin(math.pi / 550) ** 2, rel=1e-2)
+
+
+def test_batches_hold_every_example_at_most_once_and_differ():
+    batches = np.array([shuffled_batches(jax.random.key(seed), 200, 64) for seed in range(5)])
+    assert batches.shape == (5, 3, 64)
+    assert all(len(np.unique(epoch)) == 192 for epoch in batches)
+    assert batches.min() >= 0
+    assert batches.max() < 200
+    assert len({epoch.tobytes() for epoch in batches}) == 5
+    assert len({frozenset(epoch.flat) for epoch in batches}) == 5  # another eight are left out each time
+
+
+def test_an_epoch_equals_its_steps_by_hand():
+    data, key, epoch = training_data(RECIPE), jax.random.key(7), 2
+    state = build_init(RECIPE, 10)(jax.random.key(1), data)
+    gradient_fn = jax.jit(jax.grad(lambda w, batch: jnp.mean(METRICS(w, batch)["loss"])))
+    weights = jax.device_get(state.variables)
+    momentum = jax.tree.map(np.zeros_like, weights)
+    shuffle_key, _ = jax.random.split(jax.random.fold_in(key, epoch))
+    losses = []
+    for index, batch in enumerate(shuffled_batches(shuffle_key, 200, 64)):
+        batch = Split(data.images[batch], data.labels[batch])
+        losses.append(METRICS(weights, batch)["loss"].mean())
+        gradient = jax.device_get(gradient_fn(weights, batch))
+        rate = rate_by_hand(RECIPE, 3, 3 + index)  # the second epoch of three steps
+        momentum = jax.tree.map(lambda m, g, w: 0.9 * m + g + 0.1 * w, momentum, gradient, weights)
+        weights = jax.tree.map(lambda w, m, rate=rate: w - rate * m, weights, momentum)
+
+    state, metrics = build_epoch(RECIPE, 10)(state, epoch, key, data)
+
+    # The same float32 terms, summed in another order over three steps.
+    chex.assert_trees_all_close(state.variables, weights, atol=1e-6)
+    assert metrics.loss == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+def test_augmentation_reaches_the_batches():
+    plain, augmented = RECIPE, dataclasses.replace(RECIPE, augment=True)
+    data = training_data(plain)
+    ends = [
+        build_epoch(recipe, 10)(build_init(plain, 10)(jax.random.key(1), data), 2, jax.random.key(7), data)
+        for recipe in (plain, augmented)
+    ]
+    assert ends[0][1].loss != ends[1][1].loss
+
+
+def test_metrics_are_per_example():
+    variables = MODEL.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
+    batch = Split(DIGITS.test.images[:5], DIGITS.test.labels[:5])
+    values = METRICS(variables, batch)
+    inputs = (batch.images.astype(np.float32) - DIGITS.mean) / DIGITS.std
+    logits = np.asarray(MODEL.apply(variables, inputs), np.float64)
+    log_likelihood = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    np.testing.assert_allclose(values["loss"], -log_likelihood[np.arange(5), batch.labels], rtol=1e-5)
+    np.testing.assert_array_equal(values["error"], (logits.argmax(axis=1) != batch.labels).astype(np.float32))
+    assert values["error"].dtype == np.float32
+
+
+def test_same_seed_same_bits_and_other_seeds_differ(trajectory, tmp_path):
+    again = train(RECIPE, DIGITS, seed=0, directory=tmp_path / "again")
+    other = train(RECIPE, DIGITS, seed=1, directory=tmp_path / "other")
+    for epoch in range(4):
+        chex.assert_trees_all_equal(again[epoch], trajectory[epoch])
+        kernels = [run[epoch]["params"]["Dense_0"]["kernel"] for run in (trajectory, other)]
+        assert not np.array_equal(*kernels)
+    assert again.metrics(3) == trajectory.metrics(3)
+    # Three networks, one program: building again returns it, and it was traced for one set of shapes.
+    assert build_epoch(dataclasses.replace(RECIPE), 10)._cache_size() == 1
+
+
+def test_progress_and_metrics_tell_the_same(tmp_path):
+    calls = []
+    trajectory = train(RECIPE, DIGITS, seed=2, directory=tmp_path, progress=lambda *call: calls.append(call))
+    assert calls == [(epoch, 3, trajectory.metrics(epoch)) for epoch in (1, 2, 3)]
+    assert trajectory.metrics(0) == {}
+    assert set(trajectory.metrics(1)) == {"loss", "error"}
+    assert trajectory.metrics(3)["loss"] < trajectory.metrics(1)["loss"]
+
+
+def test_digits_are_learned_in_a_few_epochs(tmp_path):
+    recipe = Recipe("digits", "mlp", width=64, epochs=8, warmup_epochs=1)
+    trajectory = train(recipe, DIGITS, seed=0, directory=tmp_path)
+    metrics_fn = build_metrics(build_model("mlp", width=64, num_classes=10), DIGITS.mean, DIGITS.std)
+    error = metrics_fn(trajectory.last, DIGITS.test)["error"].mean()
+    assert error < 0.06
+    assert trajectory.metrics(8)["error"] < 0.06
+
+
+def test_without_momentum_a_child_of_the_same_seed_is_its_parent(tmp_path):
+    # Then momentum is all that a child lacks, and data order and rate must go on where the parent's were.
+    recipe = dataclasses.replace(RECIPE, momentum=0.0)
+    parent = train(recipe, DIGITS, seed=0, directory=tmp_path / "parent")
+    child = train(recipe, DIGITS, seed=0, directory=tmp_path / "child", start=Start(parent[1], 1))
+    assert child.epochs == (1, 2, 3)
+    for epoch in child:
+        chex.assert_trees_all_equal(child[epoch], parent[epoch])
+
+
+def test_children_of_other_seeds_part_and_leave_their_start_alone(trajectory, tmp_path):
+    start = jax.tree.map(jnp.array, trajectory[1])
+    children = [
+        train(RECIPE, DIGITS, seed=seed, directory=tmp_path / str(seed), start=Start(start, 1))
+        for seed in (5, 6)
+    ]
+    chex.assert_trees_all_equal(start, trajectory[1])
+    chex.assert_trees_all_equal(*(child[1] for child in children), start)
+    kernels = [child.last["params"]["Dense_0"]["kernel"] for child in children]
+    assert not np.array_equal(*kernels)
+
+
+def test_divergence_says_when_and_keeps_what_was_stored(tmp_path):
+    recipe = dataclasses.replace(RECIPE, peak_learning_rate=1e20, warmup_epochs=1)
+    with pytest.raises(NonFiniteError) as info:
+        train(recipe, DIGITS, seed=0, directory=tmp_path)
+    assert str(info.value).splitlines() == [
+        f"training of {tmp_path} diverged in epoch 1 of 3: the mean training loss is nan",
+        "  Epochs before it are stored. Try a lower peak_learning_rate (now 1e+20) or more warmup_epochs "
+        "(now 1).",
+    ]
+    assert Trajectory(tmp_path).epochs == (0,)
+    with pytest.raises(NonFiniteError):
+        train(recipe, DIGITS, seed=0, directory=tmp_path, resume=True)
+
+
+def test_recipe_and_dataset_must_fit(tmp_path):
+    with pytest.raises(ConfigError) as info:
+        train(
+            dataclasses.replace(RECIPE, dataset="mnist", batch_size=201),
+            DIGITS,
+            seed=0,
+            directory=tmp_path / "run",
+        )
+    assert str(info.value).splitlines() == [
+        "recipe and dataset do not fit:",
+        "  dataset: recipe says 'mnist', got 'digits'",
+        "  batch_size: wanted at most the 200 examples, got 201",
+    ]
+    with pytest.raises(DataError, match="num_train: got 1438, wanted 1 to 1437"):
+        train(dataclasses.replace(RECIPE, num_train=1438), DIGITS, seed=0, directory=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_start_must_fit(trajectory, tmp_path):
+    with pytest.raises(ConfigError) as info:
+        train(RECIPE, DIGITS, seed=0, directory=tmp_path, start=Start(trajectory[3], 3))
+    assert str(info.value) == "start.epoch: wanted at least 0 and less than 3, got 3"
+
+    smaller = {"params": {name: trajectory[1]["params"][name] for name in ("Dense_0", "Dense_1", "Dense_2")}}
+    with pytest.raises(TreeMismatchError) as info:
+        train(RECIPE, DIGITS, seed=0, directory=tmp_path, start=Start(smaller, 1))
+    assert str(info.value).splitlines() == [
+        "start.variables and the recipe's model differ:",
+        "  params/Dense_3/bias: only in the recipe's model",
+        "  params/Dense_3/kernel: only in the recipe's model",
+    ]
+
+    broken = jax.tree.map(lambda leaf: leaf * np.float32("nan"), trajectory[1])
+    with pytest.raises(NonFiniteError, match="start.variables is not finite"):
+        train(RECIPE, DIGITS, seed=0, directory=tmp_path, start=Start(broken, 1))

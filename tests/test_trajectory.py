@@ -1,0 +1,304 @@
+import dataclasses
+import json
+import logging
+import shutil
+import signal
+import subprocess
+import sys
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+from rebasin.data import load_dataset
+from rebasin.errors import TrajectoryError
+from rebasin.recipes import Recipe
+from rebasin.training import Start, train
+from rebasin.trajectory import Trajectory
+
+DIGITS = load_dataset("digits")
+RECIPE = Recipe("digits", "mlp", width=8, epochs=6, num_train=200, batch_size=64, warmup_epochs=1)
+
+# A process that trains RECIPE and kills itself before the N-th change to its run folder: Python's audit
+# events come before each new folder and each rename, which are what Orbax makes a save of.
+KILLED_RUN = """
+import itertools, os, signal, sys
+from rebasin.data import load_dataset
+from rebasin.recipes import Recipe
+from rebasin.training import train
+
+directory, last = sys.argv[1], int(sys.argv[2])
+counter = itertools.count(1)
+
+def kill_at_last(event, arguments):
+    if event in ("os.mkdir", "os.rename") and str(arguments[0]).startswith(directory):
+        if next(counter) == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+sys.addaudithook(kill_at_last)
+recipe = Recipe("digits", "mlp", width=8, epochs=6, num_train=200, batch_size=64, warmup_epochs=1)
+train(recipe, load_dataset("digits"), seed=0, directory=directory, resume=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    return train(RECIPE, DIGITS, seed=0, directory=tmp_path_factory.mktemp("runs") / "finished")
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """Folder of a run that a test may damage."""
+    return shutil.copytree(finished.directory, tmp_path / "copied")
+
+
+def unfinished(directory, epochs):
+    """Takes all but the first epochs out of a finished run."""
+    for epoch in range(epochs, RECIPE.epochs + 1):
+        shutil.rmtree(directory / str(epoch))
+    return directory
+
+
+def contents(directory):
+    return {path: path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()}
+
+
+def test_a_trajectory_maps_epochs_to_trees(finished):
+    trajectory = Trajectory(finished.directory)
+    assert trajectory.epochs == tuple(trajectory) == (0, 1, 2, 3, 4, 5, 6)
+    assert len(trajectory) == 7
+    assert 6 in trajectory
+    assert 7 not in trajectory
+    assert trajectory.complete
+    assert (trajectory.recipe, trajectory.seed) == (RECIPE, 0)
+    chex.assert_trees_all_equal(trajectory.last, trajectory[6])
+    assert trajectory.metrics(6) == finished.metrics(6)
+    assert repr(trajectory) == f"Trajectory({str(finished.directory)!r}, epochs='0-6', complete=True)"
+
+
+def test_trees_are_plain_dicts_of_numpy_arrays(finished):
+    tree = finished[0]
+    assert type(tree) is dict
+    assert type(tree["params"]["Dense_0"]) is dict
+    assert all(type(leaf) is np.ndarray for leaf in jax.tree.leaves(tree))
+    assert tree["params"]["Dense_0"]["kernel"].shape == (64, 8)
+    assert not tree["params"]["Dense_0"]["bias"].any()
+    assert finished[1]["params"]["Dense_0"]["bias"].any()
+
+
+def test_epochs_may_be_sparse(copied):
+    for epoch in (1, 3, 4):
+        shutil.rmtree(copied / str(epoch))
+    trajectory = Trajectory(copied)
+    assert trajectory.epochs == (0, 2, 5, 6)
+    assert "epochs='0, 2, 5-6'" in repr(trajectory)
+    assert trajectory.complete
+
+
+def test_run_json_says_all_that_fixes_the_run(finished):
+    content = json.loads((finished.directory / "run.json").read_text())
+    assert set(content.pop("versions")) == {"jax", "flax", "optax", "orbax-checkpoint"}
+    assert content == {
+        "schema_version": 1,
+        "recipe": dataclasses.asdict(RECIPE),
+        "seed": 0,
+        "num_examples": 200,
+        "leaves": {
+            "params/Dense_0/bias": "float32[8]",
+            "params/Dense_0/kernel": "float32[64, 8]",
+            "params/Dense_1/bias": "float32[8]",
+            "params/Dense_1/kernel": "float32[8, 8]",
+            "params/Dense_2/bias": "float32[8]",
+            "params/Dense_2/kernel": "float32[8, 8]",
+            "params/Dense_3/bias": "float32[10]",
+            "params/Dense_3/kernel": "float32[8, 10]",
+        },
+        "start": None,
+    }
+
+
+def test_a_finished_run_is_returned_as_it_is(finished):
+    before = contents(finished.directory)
+    for resume in (False, True):
+        calls = []
+        again = train(
+            RECIPE,
+            DIGITS,
+            seed=0,
+            directory=finished.directory,
+            resume=resume,
+            progress=lambda *call, calls=calls: calls.append(call),
+        )
+        assert again.complete
+        assert not calls
+    assert contents(finished.directory) == before
+
+
+def test_saving_and_reading_say_nothing_and_leave_logging_alone(tmp_path, capfd):
+    logger = logging.getLogger("absl")
+    level = logger.level
+    trajectory = train(dataclasses.replace(RECIPE, epochs=1), DIGITS, seed=0, directory=tmp_path, resume=True)
+    assert trajectory[1]
+    assert capfd.readouterr() == ("", "")
+    assert logger.level == level
+
+
+@pytest.mark.parametrize("stored", [1, 4])
+def test_resume_ends_at_the_same_bits(finished, copied, stored):
+    trajectory = train(RECIPE, DIGITS, seed=0, directory=unfinished(copied, stored), resume=True)
+    assert trajectory.epochs == finished.epochs
+    for epoch in finished:
+        chex.assert_trees_all_equal(trajectory[epoch], finished[epoch])
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this platform")
+def test_a_run_killed_again_and_again_ends_at_the_same_bits(finished, tmp_path):
+    directory = tmp_path / "run"
+    # A run begins with two changes, its folder and the rename to run.json. A save is four: a folder for the
+    # epoch, one inside it, and two renames, of which the second commits. So these processes die before
+    # run.json is there, before the first save, before epoch 1 is committed, and, having resumed, before the
+    # inner rename of epoch 2.
+    for change in (2, 2, 8, 7):
+        command = [sys.executable, "-c", KILLED_RUN, str(directory), str(change)]
+        killed = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert {path.name for path in directory.iterdir()} == {"run.json", "0", "1", "2.orbax-checkpoint-tmp"}
+    assert Trajectory(directory).epochs == (0, 1)
+
+    trajectory = train(RECIPE, DIGITS, seed=0, directory=directory, resume=True)
+    assert trajectory.epochs == finished.epochs
+    for epoch in finished:
+        chex.assert_trees_all_equal(trajectory[epoch], finished[epoch])
+        assert trajectory.metrics(epoch) == finished.metrics(epoch)
+
+
+def test_not_a_trajectory(tmp_path):
+    with pytest.raises(TrajectoryError) as info:
+        Trajectory(tmp_path)
+    assert str(info.value) == f"{tmp_path} is not a trajectory: it has no run.json"
+
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(TrajectoryError, match="is not a trajectory: it has no run.json"):
+        train(RECIPE, DIGITS, seed=0, directory=tmp_path, resume=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("text", ["", '{"schema_version": 1', "[]", '{"schema_version": 1, "recipe": {}}'])
+def test_a_damaged_run_json(copied, text):
+    (copied / "run.json").write_text(text)
+    with pytest.raises(TrajectoryError) as info:
+        Trajectory(copied)
+    assert str(info.value) == f"{copied}/run.json is damaged or was not written by this version of rebasin"
+
+
+def test_a_run_json_of_another_schema(copied):
+    content = json.loads((copied / "run.json").read_text())
+    (copied / "run.json").write_text(json.dumps(content | {"schema_version": 99}))
+    with pytest.raises(TrajectoryError) as info:
+        Trajectory(copied)
+    assert str(info.value) == f"{copied}/run.json has schema_version 99, and this version of rebasin reads 1"
+
+
+def test_an_epoch_that_is_not_there(finished):
+    for read in (finished.__getitem__, finished.metrics):
+        with pytest.raises(TrajectoryError) as info:
+            read(7)
+        assert str(info.value) == f"epoch 7 of {finished.directory} is not stored; stored epochs: 0-6"
+
+
+def test_a_run_killed_before_its_first_checkpoint(copied):
+    trajectory = Trajectory(unfinished(copied, 0))
+    assert trajectory.epochs == ()
+    assert not trajectory.complete
+    with pytest.raises(TrajectoryError) as info:
+        _ = trajectory.last
+    assert str(info.value) == f"epoch 0 of {copied} is not stored; stored epochs: none"
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:10])
+
+
+@pytest.mark.parametrize("damage", [truncate, lambda path: path.unlink(), lambda path: path.write_bytes(b"")])
+@pytest.mark.parametrize(
+    "pattern", ["state/ocdbt.process_0/d/*", "state/d/*", "state/manifest.ocdbt", "state/_METADATA"]
+)
+def test_a_damaged_checkpoint(finished, copied, pattern, damage):
+    # All data files, as which leaf is in which of them is up to timing.
+    for path in (copied / "3").glob(pattern):
+        damage(path)
+    trajectory = Trajectory(copied)
+    with pytest.raises(TrajectoryError) as info:
+        trajectory[3]
+    assert str(info.value) == (
+        f"the checkpoint in {copied}/3 is damaged or incomplete. Other epochs can still be read; to make "
+        "this one anew, delete the folders of epoch 3 and later, and train with resume=True"
+    )
+    chex.assert_trees_all_equal(trajectory[4], finished[4])
+
+    # What the message advises works.
+    repaired = train(RECIPE, DIGITS, seed=0, directory=unfinished(copied, 3), resume=True)
+    chex.assert_trees_all_equal(repaired[3], finished[3])
+
+
+def test_stored_trees_must_fit_run_json(copied):
+    path = copied / "run.json"
+    content = json.loads(path.read_text())
+    leaves = content["leaves"]
+    leaves["params/Dense_0/kernel"] = "float32[8, 64]"
+    leaves["params/Dense_1/bias"] = "float16[8]"
+    leaves["params/Dense_9/bias"] = leaves.pop("params/Dense_3/bias")
+    path.write_text(json.dumps(content))
+    with pytest.raises(TrajectoryError) as info:
+        Trajectory(copied)[2]
+    assert str(info.value).splitlines() == [
+        f"epoch 2 of {copied} is not the tree wanted:",
+        "  variables/params/Dense_0/kernel: float32[64, 8] stored, float32[8, 64] wanted",
+        "  variables/params/Dense_1/bias: float32[8] stored, float16[8] wanted",
+        "  variables/params/Dense_9/bias: nothing stored, float32[10] wanted",
+        "  variables/params/Dense_3/bias: float32[10] stored, nothing wanted",
+    ]
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_another_run_in_the_folder(finished, resume):
+    before = contents(finished.directory)
+    recipe = dataclasses.replace(RECIPE, width=4, num_train=None)
+    with pytest.raises(TrajectoryError) as info:
+        train(recipe, DIGITS, seed=3, directory=finished.directory, resume=resume)
+    assert str(info.value).splitlines() == [
+        f"{finished.directory} holds another run:",
+        "  recipe.width: stored 8, wanted 4",
+        "  recipe.num_train: stored 200, wanted None",
+        "  seed: stored 0, wanted 3",
+        "  num_examples: stored 200, wanted 1437",
+        "  leaves.params/Dense_0/bias: stored 'float32[8]', wanted 'float32[4]'",
+        "  leaves.params/Dense_0/kernel: stored 'float32[64, 8]', wanted 'float32[64, 4]'",
+        "  leaves.params/Dense_1/bias: stored 'float32[8]', wanted 'float32[4]'",
+        "  leaves.params/Dense_1/kernel: stored 'float32[8, 8]', wanted 'float32[4, 4]'",
+        "  leaves.params/Dense_2/bias: stored 'float32[8]', wanted 'float32[4]'",
+        "  leaves.params/Dense_2/kernel: stored 'float32[8, 8]', wanted 'float32[4, 4]'",
+        "  leaves.params/Dense_3/kernel: stored 'float32[8, 10]', wanted 'float32[4, 10]'",
+    ]
+    assert contents(finished.directory) == before
+
+
+def test_a_child_of_another_start(finished, tmp_path):
+    train(RECIPE, DIGITS, seed=1, directory=tmp_path, start=Start(finished[5], 5))
+    with pytest.raises(TrajectoryError) as info:
+        train(RECIPE, DIGITS, seed=1, directory=tmp_path, start=Start(finished[4], 5))
+    headline, difference = str(info.value).splitlines()
+    assert headline == f"{tmp_path} holds another run:"
+    assert difference.startswith("  start.sha256: stored '")
+
+
+def test_an_unfinished_run_needs_resume(copied):
+    before = contents(unfinished(copied, 3))
+    with pytest.raises(TrajectoryError) as info:
+        train(RECIPE, DIGITS, seed=0, directory=copied)
+    assert str(info.value) == (
+        f"{copied} holds an unfinished run (stored epochs: 0-2; wanted up to 6); pass resume=True to go on "
+        "with it, or choose another folder"
+    )
+    assert contents(copied) == before
