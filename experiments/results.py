@@ -13,12 +13,13 @@ from typing import Any
 
 import jax
 
+import rebasin
 from rebasin.errors import ConfigError, problem_list
 
 __all__ = ["Claim", "Results", "open_results", "write_csv"]
 
 SCHEMA_VERSION = 1
-_PACKAGES = ("rebasin-jax", "jax", "jaxlib", "flax", "optax", "numpy", "scipy", "orbax-checkpoint")
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "scipy", "orbax-checkpoint")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,18 +166,11 @@ def _environment() -> dict[str, Any]:
     device = jax.devices()[0]
     return {
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in _PACKAGES},
+        "packages": {"rebasin": rebasin.__version__, **{name: metadata.version(name) for name in _PACKAGES}},
         "platform": platform.platform(),
         "device": f"{jax.device_count()} × {device.platform} {device.device_kind}",
         "commit": _commit(),
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _commit() -> str | None:
