@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-.PHONY: demo test test-slow check format bench clean
+.PHONY: help demo test test-slow check format clean
 .DEFAULT_GOAL := help
 
 help:  ## this list

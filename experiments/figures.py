@@ -20,7 +20,7 @@ _STYLES = {
     "at_end": (r"$P_t$, applied at the last epoch", "#009E73", (0, (5, 1, 1, 1))),
 }
 
-_RC = {
+_RC: dict[Any, Any] = {
     "font.size": 8,
     "axes.spines.top": False,
     "axes.spines.right": False,

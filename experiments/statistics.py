@@ -19,7 +19,7 @@ class Interval(NamedTuple):
     deviation: float
 
 
-def student_interval(values: Sequence[float], *, confidence: float = 0.95) -> Interval:
+def student_interval(values: Sequence[float] | np.ndarray, *, confidence: float = 0.95) -> Interval:
     """Student's t interval for the mean of independent replicates.
 
     Args:

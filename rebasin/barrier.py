@@ -1,6 +1,5 @@
 """Loss and error along the segment between two networks, and its barrier."""
 
-import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -189,15 +188,14 @@ def build_sweep(
         # `vmap` over alphas would turn convolutions into grouped ones, nine times slower on the CPU.
         return jax.lax.map(at, jnp.asarray(alphas))
 
-    @functools.wraps(evaluate)
     def measure(params_a: Any, params_b: Any, data: Any) -> BarrierCurve:
+        """Measures the segment between two networks; see `rebasin.build_sweep`."""
         check_same_shapes(params_a, params_b)
         for tree, name in ((params_a, "params_a"), (params_b, "params_b")):
             check_finite({p: leaf for p, leaf in leaf_table(tree).items() if predicate(p, leaf)}, name)
         _check_data(data)
         return BarrierCurve(alphas, dict(jax.device_get(evaluate(params_a, params_b, data))))
 
-    measure.__doc__ = "Measures the segment between two networks; see `rebasin.build_sweep`."
     return measure
 
 

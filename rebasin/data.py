@@ -288,7 +288,7 @@ def _newest_version(name: str, root: pathlib.Path) -> pathlib.Path:
     if not versions:
         raise DataError(
             f"dataset {name!r} is not prepared: no {root / name}/<version>/dataset_info.json; "
-            f"{_how_to_prepare(name, root)}"
+            f"point TFDS_DATA_DIR (or data_dir) to the folder that holds it, or {_how_to_prepare(name, root)}"
         )
     return max(versions, key=lambda path: [int(number) for number in path.name.split(".")])
 

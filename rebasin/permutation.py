@@ -142,7 +142,9 @@ def permute(spec: PermutationSpec, permutation: Permutation, tree: Any) -> Any:
         axes = table[path]
         for i, axis in enumerate(axes):
             if any(group in permutation and group not in outer for group in axis.groups):
-                leaf = jnp.take(leaf, _axis_index(axis, leaf.shape[i], permutation, outer), axis=i)
+                where = (slice(None),) * i + (_axis_index(axis, leaf.shape[i], permutation, outer),)
+                # Explicitly sharded arrays do not say by themselves how the result is laid out: as before.
+                leaf = leaf.at[where].get(out_sharding=jax.typeof(leaf).sharding)
         if any(group in outer for axis in axes for group in axis.groups):
             leaf = _reorder_indexed(leaf, axes, permutation, outer)
         return leaf

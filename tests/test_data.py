@@ -226,7 +226,7 @@ def test_dataset_that_is_not_prepared(name, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)  # the folder is looked at first
     assert error_of(name, tmp_path) == (
         f"dataset '{name}' is not prepared: no {tmp_path}/{name}/<version>/dataset_info.json; "
-        + prepare_command(name, tmp_path)
+        "point TFDS_DATA_DIR (or data_dir) to the folder that holds it, or " + prepare_command(name, tmp_path)
     )
 
 

@@ -1,3 +1,7 @@
+import os
+import subprocess
+import sys
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -115,6 +119,34 @@ def test_permute_under_jit_and_vmap(tree):
     stacked = jax.tree.map(lambda *rows: jnp.stack(rows), *permutations)
     together = jax.vmap(lambda p: rebasin.permute(SPEC, p, tree))(stacked)
     chex.assert_trees_all_equal(together, jax.tree.map(lambda *leaves: jnp.stack(leaves), *one_by_one))
+
+
+def test_permute_on_sharded_arrays():
+    """Two devices, the permuted axis itself sharded, automatically or explicitly."""
+    program = """
+import jax, numpy as np
+import rebasin
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+spec = rebasin.PermutationSpec.from_axes({"w": (None, "P0"), "v": ("P0", None)})
+tree = {"w": np.arange(24.0).reshape(3, 8), "v": np.arange(16.0).reshape(8, 2)}
+permutation = rebasin.random_permutation(spec, tree, key=jax.random.key(0))
+row = np.asarray(permutation["P0"])
+for kind in (AxisType.Auto, AxisType.Explicit):
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(kind,))
+    parts = {"w": PartitionSpec(None, "x"), "v": PartitionSpec("x")}
+    sharded = jax.device_put(tree, {k: NamedSharding(mesh, part) for k, part in parts.items()})
+    for function in (rebasin.permute, jax.jit(rebasin.permute, static_argnums=0)):
+        moved = function(spec, permutation, sharded)
+        assert (np.asarray(moved["w"]) == tree["w"][:, row]).all()
+        assert (np.asarray(moved["v"]) == tree["v"][row]).all()
+print(len(jax.devices()))
+"""
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment
+    )
+    assert done.stdout.strip() == "2"
 
 
 def test_random_permutations_are_uniform():

@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import chex
 import jax
@@ -166,6 +167,27 @@ def test_a_run_killed_again_and_again_ends_at_the_same_bits(finished, tmp_path):
     assert {path.name for path in directory.iterdir()} == {"run.json", "0", "1", "2.orbax-checkpoint-tmp"}
     assert Trajectory(directory).epochs == (0, 1)
 
+    trajectory = train(RECIPE, DIGITS, seed=0, directory=directory, resume=True)
+    assert trajectory.epochs == finished.epochs
+    for epoch in finished:
+        chex.assert_trees_all_equal(trajectory[epoch], finished[epoch])
+        assert trajectory.metrics(epoch) == finished.metrics(epoch)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this platform")
+@pytest.mark.parametrize("seed", range(6))
+def test_a_run_killed_at_random_moments_ends_at_the_same_bits(finished, tmp_path, seed):
+    """By the clock, from outside: up to two seconds after the run folder appears, three times over."""
+    directory, rng = tmp_path / "run", np.random.default_rng(seed)
+    command = [sys.executable, "-c", KILLED_RUN, str(directory), "-1"]
+    for _ in range(3):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and not directory.exists():
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 2))
+        process.kill()
+        process.wait()
     trajectory = train(RECIPE, DIGITS, seed=0, directory=directory, resume=True)
     assert trajectory.epochs == finished.epochs
     for epoch in finished:

@@ -36,7 +36,7 @@ def interpret(
     Returns:
       Axes of each output.
     """
-    jaxpr, consts = (closed.jaxpr, closed.consts) if hasattr(closed, "consts") else (closed, ())
+    jaxpr, consts = (closed.jaxpr, closed.consts) if hasattr(closed, "jaxpr") else (closed, ())
     env: dict[Any, Dims] = dict(zip(jaxpr.constvars, map(_constant, consts), strict=True))
     env.update(zip(jaxpr.invars, inputs, strict=True))
     # Programs of a library (`jax.nn.relu`) are traced once, and name the line of whoever called them first.

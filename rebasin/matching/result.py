@@ -43,5 +43,6 @@ class MatchResult:
 jax.tree_util.register_dataclass(
     MatchResult,
     data_fields=["permutation", "objective", "num_sweeps", "converged"],
-    meta_fields=["stats"],
+    meta_fields=[],
+    drop_fields=["stats"],  # timings of two equal results would make two kinds of tree of them
 )

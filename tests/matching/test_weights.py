@@ -166,6 +166,14 @@ def test_deterministic_for_a_key():
     assert first != rebasin.weight_matching(spec, a, a, key=KEY)
 
 
+def test_a_result_is_a_tree_without_its_timings():
+    spec, a = chain_spec(1), chain_tree(0, [3, 6, 2])
+    first, second = (rebasin.weight_matching(spec, a, a, key=KEY) for _ in range(2))
+    assert jax.tree.structure(first) == jax.tree.structure(second)
+    assert jax.tree.map(lambda leaf: leaf, first) == first
+    assert first.stats["assignments"] > 0
+
+
 def test_equal_networks_stay():
     spec, a = chain_spec(3), chain_tree(0, [6, 20, 20, 20, 3])
     match = rebasin.weight_matching(spec, a, a, key=KEY)
