@@ -54,6 +54,14 @@ PRESETS: dict[str, dict[str, Preset]] = {
             epochs=None,
             thresholds=Thresholds(unaligned_above=0.40, any_epoch_at_most=0.10, end_at_most=0.03),
         ),
+        # Not in the paper: the same for a transformer, whose heads and head dimensions are aligned too.
+        "vit": Preset(
+            {"dataset": "digits", "model": "vit", "width": 64, "epochs": 30, "batch_size": 32},
+            replicates=3,
+            num_eval=None,
+            epochs=(0, 1, 2, 3, 5, 7, 10, 14, 20, 30),
+            thresholds=Thresholds(unaligned_above=0.40, any_epoch_at_most=0.10, end_at_most=0.03),
+        ),
     },
     "cpu": {
         "mlp": Preset(

@@ -56,8 +56,11 @@ def cut(leaf: jax.Array, block: Block) -> jax.Array:
 
 
 def join(leaf: jax.Array, pieces: Sequence[tuple[Block, jax.Array]]) -> jax.Array:
-    """The leaf with the values of its blocks replaced."""
+    """A leaf like `leaf` made of the values of all its blocks."""
+    # Not written into `leaf` itself: XLA on CPU (jaxlib 0.10.2) updates it in place while it still reads the
+    # old values of the same block, and silently gets some of them wrong.
+    joined = jnp.zeros_like(leaf)
     for block, values in pieces:
         shape = tuple(s.stop - s.start for s in block.slices)
-        leaf = leaf.at[block.slices].set(values.reshape(shape))
-    return leaf
+        joined = joined.at[block.slices].set(values.reshape(shape))
+    return joined

@@ -9,7 +9,7 @@ along every axis of group g, ``new[i] = old[permutation[g][i]]``. The array of a
 import json
 import math
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -29,11 +29,13 @@ __all__ = [
     "compose",
     "fixed_points",
     "identity_permutation",
+    "index_dims",
     "invert",
     "load_permutation",
     "permute",
     "random_permutation",
     "save_permutation",
+    "take_indexed",
 ]
 
 Permutation: TypeAlias = Mapping[str, Any]  # group -> integer array [n], or [outer…, n]
@@ -146,7 +148,7 @@ def permute(spec: PermutationSpec, permutation: Permutation, tree: Any) -> Any:
                 # Explicitly sharded arrays do not say by themselves how the result is laid out: as before.
                 leaf = leaf.at[where].get(out_sharding=jax.typeof(leaf).sharding)
         if any(group in outer for axis in axes for group in axis.groups):
-            leaf = _reorder_indexed(leaf, axes, permutation, outer)
+            leaf = _reorder_indexed(leaf, axes, permutation, spec)
         return leaf
 
     return map_leaves(reorder, tree)
@@ -171,21 +173,35 @@ def _axis_index(
 
 
 def _reorder_indexed(
-    leaf: jax.Array, axes: tuple[Axis, ...], permutation: Permutation, outer: Mapping[str, tuple[str, ...]]
+    leaf: jax.Array, axes: tuple[Axis, ...], permutation: Permutation, spec: PermutationSpec
 ) -> jax.Array:
     """Applies the inner permutations, each at its new outer position."""
     pieces = []
     for block in iter_blocks(axes, leaf.shape):
         values = cut(leaf, block)
-        for dim, group in enumerate(block.labels):
-            if group is not None and group in outer:
-                dims = [*(block.labels.index(o) for o in outer[group]), dim]
-                # The rows' axes stand in the order of the outer groups, the block's in that of the leaf.
-                rows = jnp.transpose(jnp.asarray(permutation[group]), np.argsort(dims).tolist())
-                shape = [block.shape[d] if d in dims else 1 for d in range(values.ndim)]
-                values = jnp.take_along_axis(values, rows.reshape(shape), axis=dim)
+        for group in (
+            group for group in spec.outward if group in block.labels and group in spec.outer_groups
+        ):
+            dim = block.labels.index(group)
+            values = take_indexed(values, permutation[group], index_dims(block.labels, group, spec), dim)
         pieces.append((block, values))
     return join(leaf, pieces)
+
+
+def index_dims(labels: Sequence[str | None], group: str, spec: PermutationSpec) -> tuple[int, ...]:
+    """The dimensions of a block that index a group, in the order of its index; none for most groups."""
+    return tuple(labels.index(outer) for outer in spec.outer_groups.get(group, ()))
+
+
+def take_indexed(values: jax.Array, rows: jax.Array, index: tuple[int, ...], dim: int) -> jax.Array:
+    """``take`` along one dimension, with rows of their own for each position along the dimensions `index`."""
+    if not index:
+        return jnp.take(values, rows, axis=dim)
+    dims = (*index, dim)
+    # The rows' axes stand in the order of the index, the block's in that of the leaf.
+    rows = jnp.transpose(jnp.asarray(rows), np.argsort(dims).tolist())
+    shape = [size if d in dims else 1 for d, size in enumerate(values.shape)]
+    return jnp.take_along_axis(values, rows.reshape(shape), axis=dim)
 
 
 def invert(spec: PermutationSpec, permutation: Permutation) -> dict[str, jax.Array]:
@@ -198,9 +214,11 @@ def invert(spec: PermutationSpec, permutation: Permutation) -> dict[str, jax.Arr
       >>> invert(spec, {"P0": np.array([2, 0, 1])})["P0"].tolist()
       [1, 2, 0]
     """
-    outer = spec.outer_groups
-    inverse = {g: jnp.argsort(jnp.asarray(row), axis=-1).astype(jnp.int32) for g, row in permutation.items()}
-    return {g: _at_outer(row, outer.get(g, ()), inverse) for g, row in inverse.items()}
+    inverse: dict[str, jax.Array] = {}
+    for group in spec.outward:
+        rows = jnp.argsort(jnp.asarray(permutation[group]), axis=-1).astype(jnp.int32)
+        inverse[group] = _at_outer(rows, group, inverse, spec)
+    return {group: inverse[group] for group in permutation}
 
 
 def compose(spec: PermutationSpec, first: Permutation, second: Permutation) -> dict[str, jax.Array]:
@@ -214,16 +232,17 @@ def compose(spec: PermutationSpec, first: Permutation, second: Permutation) -> d
       >>> compose(spec, {"P0": np.array([2, 0, 1])}, {"P0": np.array([0, 2, 1])})["P0"].tolist()
       [2, 1, 0]
     """
-    outer = spec.outer_groups
-    moved = {g: _at_outer(jnp.asarray(row), outer.get(g, ()), second) for g, row in first.items()}
+    moved = {group: _at_outer(jnp.asarray(rows), group, second, spec) for group, rows in first.items()}
     return {g: jnp.take_along_axis(row, jnp.asarray(second[g]), axis=-1) for g, row in moved.items()}
 
 
-def _at_outer(rows: jax.Array, outer: tuple[str, ...], permutation: Permutation) -> jax.Array:
+def _at_outer(rows: jax.Array, group: str, permutation: Permutation, spec: PermutationSpec) -> jax.Array:
     """Inner permutations reordered with their outer positions; fixed outer groups stay."""
-    for axis, group in enumerate(outer):
-        if group in permutation:
-            rows = jnp.take(rows, jnp.asarray(permutation[group]), axis=axis)
+    outer = spec.outer_groups.get(group, ())
+    for axis, name in enumerate(outer):
+        if name in permutation:
+            index = tuple(outer.index(o) for o in spec.outer_groups.get(name, ()))
+            rows = take_indexed(rows, jnp.asarray(permutation[name]), index, axis)
     return rows
 
 

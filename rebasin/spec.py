@@ -139,6 +139,12 @@ class PermutationSpec:
         return dict(self.indexed)
 
     @property
+    def outward(self) -> tuple[str, ...]:
+        """The groups with every index before what it indexes."""
+        outer = self.outer_groups
+        return tuple(sorted(self.groups, key=lambda group: len(outer.get(group, ()))))
+
+    @property
     def groups(self) -> tuple[str, ...]:
         """The groups that move, in the order of the leaves."""
         seen = dict.fromkeys(g for _, axes in self.leaves for axis in axes for g in axis.groups)
@@ -301,8 +307,11 @@ def _contradictions(spec: PermutationSpec) -> Iterator[str]:
                 if missing:
                     yield f"{path}: group {group!r} is indexed by {missing}, which it must carry exactly once"
     for group, outers in outer.items():
-        if set(outers) & (outer.keys() | {group}) or not outers:
-            yield f"group {group!r}: indexed by {list(outers)}, wanted groups that are not indexed themselves"
+        before: set[str] = set()
+        for other in outers:
+            if other == group or not before.issuperset(outer.get(other, ())):
+                yield f"group {group!r}: indexed by {list(outers)}; {other!r} needs its own index before it"
+            before.add(other)
 
 
 def _canonical(spec: PermutationSpec) -> tuple[Any, ...]:

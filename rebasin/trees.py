@@ -14,10 +14,12 @@ __all__ = [
     "check_finite",
     "check_same_shapes",
     "interpolate",
+    "is_below",
     "is_weight",
     "leaf_table",
     "map_leaves",
     "path_name",
+    "state_leaves",
 ]
 
 LeafPredicate = Callable[[str, Any], bool]
@@ -123,6 +125,60 @@ def check_same_shapes(
             problems.append(f"{path}: dtype {dtypes[0]} in {names[0]}, {dtypes[1]} in {names[1]}")
     if problems:
         raise TreeMismatchError(problem_list(f"{names[0]} and {names[1]} differ:", problems))
+
+
+def state_leaves(state_outputs: Mapping[str, str], outputs: Any, tree: Any) -> dict[str, str]:
+    """Which output of a function is the next value of which leaf of its tree.
+
+    Args:
+      state_outputs: path name in `outputs` to path name in `tree`, of a leaf or of a whole subtree, whose
+        leaves then have the same names below it. ``""`` is all of `outputs` or `tree`.
+      outputs: what the function returns, or its shapes.
+      tree: the tree that the function takes, or its shapes.
+
+    Returns:
+      A dict from path name of an output leaf to path name of a leaf of `tree`.
+
+    Raises:
+      TreeMismatchError: a path is not there, two leaves differ in shape, or two outputs claim one leaf.
+
+    Examples:
+      >>> tree = {"params": {"w": jnp.ones(3)}, "batch_stats": {"mean": jnp.ones(3), "var": jnp.ones(3)}}
+      >>> outputs = (jnp.ones(2), {"batch_stats": tree["batch_stats"]})
+      >>> state_leaves({"1/batch_stats": "batch_stats"}, outputs, tree)
+      {'1/batch_stats/mean': 'batch_stats/mean', '1/batch_stats/var': 'batch_stats/var'}
+    """
+    returned, leaves = leaf_table(outputs), leaf_table(tree)
+    pairs: dict[str, str] = {}
+    problems = []
+    for source, target in state_outputs.items():
+        below = [path for path in returned if is_below(path, source)]
+        if not below:
+            problems.append(f"{source!r}: no such output; the outputs are {list(returned)}")
+        for path in below:
+            leaf = f"{target}/{path[len(source) :].strip('/')}".strip("/")
+            if leaf not in leaves:
+                problems.append(f"{path!r}: its leaf would be {leaf!r}, which is not in the tree")
+            elif np.shape(leaves[leaf]) != np.shape(returned[path]):
+                shapes = np.shape(returned[path]), np.shape(leaves[leaf])
+                problems.append(f"{path!r}: shape {shapes[0]}, but the leaf {leaf!r} has shape {shapes[1]}")
+            elif leaf in pairs.values():
+                problems.append(f"{path!r}: the leaf {leaf!r} already has a next value")
+            else:
+                pairs[path] = leaf
+    if problems:
+        raise TreeMismatchError(problem_list("state_outputs do not fit the function:", problems))
+    return pairs
+
+
+def is_below(path: str, prefix: str) -> bool:
+    """Whether a path name is that of `prefix` itself or of a leaf in its subtree; every path is below ``""``.
+
+    Examples:
+      >>> [is_below("Dense_1/bias", prefix) for prefix in ("", "Dense_1", "Dense_1/bias", "Dense")]
+      [True, True, True, False]
+    """
+    return prefix in ("", path) or path.startswith(f"{prefix}/")
 
 
 @jax.jit

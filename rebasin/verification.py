@@ -10,7 +10,7 @@ import numpy as np
 from rebasin.errors import VerificationError, problem_list
 from rebasin.permutation import identity_permutation, permute
 from rebasin.spec import PermutationSpec
-from rebasin.trees import map_leaves
+from rebasin.trees import leaf_table, map_leaves, state_leaves
 
 __all__ = ["verify_spec"]
 
@@ -24,26 +24,32 @@ def verify_spec(
     function: Callable[..., Any],
     tree: Any,
     *inputs: Any,
+    state_outputs: Mapping[str, str] | None = None,
     key: jax.Array | None = None,
     trials: int = 2,
 ) -> None:
     """Checks that permuting a tree by a spec leaves a function's outputs as they are.
 
+    Outputs that are the next values of leaves (`state_outputs`) must come out permuted as those leaves are.
+
     Every floating leaf is drawn anew, since initial values hide mistakes (zero biases, equal scales): normal
     with the leaf's own root mean square, or 0.1 where that is zero, and positive where the leaf is positive
     throughout, as a variance is. Each group is then permuted by itself, without fixed points, and all groups
-    are permuted together at random. Everything runs in float64, floating inputs included.
+    are permuted together at random. Everything runs in float64, floating inputs included, unless the function
+    cannot be traced so.
 
     Args:
       spec: what to check.
       function: ``function(tree, *inputs)``.
       tree: the tree that `spec` was made for; arrays, not shapes.
       *inputs: example inputs.
+      state_outputs: as in `infer_spec`: outputs that are the next values of leaves of `tree`.
       key: PRNG key of the draws; `jax.random.key(0)` by default, since a check should be repeatable.
       trials: draws of leaves and permutations.
 
     Raises:
       SpecMismatchError: the spec does not fit the tree.
+      TreeMismatchError: `state_outputs` do not fit the function.
       VerificationError: naming every group that changes the outputs, by how much, or that they are not
         finite.
     """
@@ -51,14 +57,22 @@ def verify_spec(
     key = jax.random.key(0) if key is None else key
     seeds = np.asarray(jax.random.key_data(key)).ravel().tolist()
     with jax.enable_x64(True):
-        wide = jax.tree.map(_widen, inputs)
-        epsilon = _narrowest_epsilon(function, jax.tree.map(_widen, tree), wide)
+        cast = _cast(function, tree, inputs)
+        tree, wide = jax.tree.map(cast, (tree, inputs))
+        epsilon = _narrowest_epsilon(function, tree, wide)
+        state = state_leaves(state_outputs or {}, jax.eval_shape(function, tree, *wide), tree)
 
         @jax.jit
         def change(weights: Any, permutation: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
-            before = jax.tree.leaves(function(weights, *wide))
-            after = jax.tree.leaves(function(permute(spec, permutation, weights), *wide))
-            return _distance(before, after), jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in before]))
+            before = leaf_table(function(weights, *wide))
+            after = leaf_table(function(permute(spec, permutation, weights), *wide))
+            finite = jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in before.values()]))
+            # The next state of the permuted network should be the permuted next state.
+            next_values = {leaf: before[path] for path, leaf in state.items()}
+            next_tree = map_leaves(lambda path, leaf: next_values.get(path, leaf), weights)
+            moved = leaf_table(permute(spec, permutation, next_tree))
+            expected = [moved[state[path]] if path in state else x for path, x in before.items()]
+            return _distance(expected, list(after.values())), finite
 
         identity = identity_permutation(spec, tree)
         worst: dict[str, float] = {}
@@ -94,6 +108,15 @@ def _where(spec: PermutationSpec, group: str) -> str:
     return f"; it moves {', '.join(axes)}" if axes else ""
 
 
+def _cast(function: Callable[..., Any], tree: Any, inputs: tuple[Any, ...]) -> Callable[[Any], Any]:
+    """`_widen`, or no change for a function that insists on its types: a loop with a float32 carry."""
+    try:
+        jax.eval_shape(function, *jax.tree.map(_widen, (tree, *inputs)))
+    except TypeError:
+        return jnp.asarray
+    return _widen
+
+
 def _widen(x: Any) -> Any:
     """Floating arrays in float64, anything else as it is."""
     return jnp.asarray(x, jnp.float64) if jnp.issubdtype(jnp.result_type(x), jnp.floating) else x
@@ -105,7 +128,8 @@ def _redraw(leaf: Any, rng: np.random.Generator) -> Any:
     values = np.asarray(leaf, np.float64)
     scale = float(np.sqrt(np.mean(values**2))) if values.size else 0.0
     draw = rng.normal(size=values.shape) * (scale or 0.1)
-    return jnp.asarray(np.abs(draw) + 0.1 * scale if values.size and values.min() > 0 else draw)
+    is_positive = values.size and values.min() > 0
+    return jnp.asarray(np.abs(draw) + 0.1 * scale if is_positive else draw, jnp.result_type(leaf))
 
 
 def _derange(row: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -25,9 +25,10 @@ SPEC = PermutationSpec.from_axes(
         "query": ("P0", "heads", "inner"),
         "fused": (Axis.concatenate(Axis.product(1), Axis.product(("heads", 2), ("inner", 3))),),
         "stack": ("layer", "P0", "hidden"),
+        "deep": ("turn", "sub", "layer"),
         "count": (),
     },
-    indexed={"inner": ["heads"], "hidden": ["layer"]},
+    indexed={"inner": ["heads"], "hidden": ["layer"], "sub": ["layer"], "turn": ["layer", "sub"]},
     fixed=["layer"],
 )
 SHAPES = {
@@ -37,6 +38,7 @@ SHAPES = {
     "query": (4, 2, 3),
     "fused": (7,),
     "stack": (2, 4, 3),
+    "deep": (3, 4, 2),
     "count": (),
 }
 
@@ -67,6 +69,10 @@ def reference(permutation, tree):
                 new["query"][i, h, d] = old["query"][p["P0"][i], *source]
                 new["fused"][1 + 3 * h + d] = old["fused"][1 + 3 * source[0] + source[1]]
                 new["stack"][h, i, d] = old["stack"][h, p["P0"][i], p["hidden"][h, d]]
+    for layer in range(2):
+        for s in range(4):
+            for t in range(3):
+                new["deep"][t, s, layer] = old["deep"][p["turn"][layer, s, t], p["sub"][layer, s], layer]
     new["square"] = old["square"][p["P1"]][:, p["P1"]]
     return new
 

@@ -99,7 +99,7 @@ def test_a_spec_that_contradicts_itself():
         "  w axis 0: P0:None*3 has several parts, so each needs its size",
         "  w: named twice",
         "  v axis 0: no segments, or an empty one",
-        "  group 'P0': indexed by ['P0'], wanted groups that are not indexed themselves",
+        "  group 'P0': indexed by ['P0']; 'P0' needs its own index before it",
     ]
 
 

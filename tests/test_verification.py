@@ -95,3 +95,22 @@ def test_another_tree_is_refused():
     with pytest.raises(SpecMismatchError, match="the spec does not fit params"):
         rebasin.verify_spec(PermutationSpec.from_axes(TABLE), apply, TREE | {"extra": jnp.ones(1)}, X)
     assert not jax.config.jax_enable_x64
+
+
+def test_a_function_that_insists_on_its_types_is_run_in_them():
+    """A loop whose carry starts as float32 cannot be traced with wider weights."""
+    spec = PermutationSpec.from_axes({"w": (None, "P"), "u": ("P", "P"), "v": ("P", None)})
+    rng = np.random.default_rng(1)
+    tree = {
+        name: jnp.asarray(rng.normal(size=s) / 3, jnp.float32)
+        for name, s in zip("wuv", [(3, 8), (8, 8), (8, 2)], strict=True)
+    }
+
+    def recur(t, x):
+        start = jnp.zeros((5, 8), jnp.float32)
+        return jax.lax.fori_loop(0, 3, lambda _, h: jnp.tanh(x @ t["w"] + h @ t["u"]), start) @ t["v"]
+
+    rebasin.verify_spec(spec, recur, tree, X)
+    broken = PermutationSpec.from_axes({"w": (None, "P"), "u": ("P", None), "v": ("P", None)})
+    with pytest.raises(VerificationError, match=r"P: outputs change by .* \(tolerance 1e-02\)"):
+        rebasin.verify_spec(broken, recur, tree, X)

@@ -1,6 +1,7 @@
 """Infers the permutation symmetries of a function from its jaxpr."""
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -8,36 +9,48 @@ import jax
 import rebasin.inference.rules  # noqa: F401  # registers every rule
 from rebasin.axis import Axis, Factor, SizedFactor
 from rebasin.errors import InferenceError
-from rebasin.inference.axes import Node, pin, segments
+from rebasin.inference.axes import Node, pin, segments, unite
+from rebasin.inference.indexing import Equations, find_indices
 from rebasin.inference.interpreter import interpret
-from rebasin.inference.registry import Dims, Equation, Rule, register_rule
+from rebasin.inference.registry import Dims, Equation, Rule, Value, register_rule
 from rebasin.spec import PermutationSpec, Pin
-from rebasin.trees import leaf_table
+from rebasin.trees import is_below, leaf_table, state_leaves
 
 __all__ = ["Equation", "Rule", "infer_spec", "register_rule"]
 
 
-def infer_spec(function: Any, tree: Any, *inputs: Any) -> PermutationSpec:
+def infer_spec(
+    function: Any,
+    tree: Any,
+    *inputs: Any,
+    state_outputs: Mapping[str, str] | None = None,
+    pin: Sequence[str] = (),
+) -> PermutationSpec:
     """Finds which axes of which leaves can be permuted together without changing a function.
 
     The function is traced, never run, and its jaxpr is read equation by equation. Every axis of every value
     is an unknown permutation; each primitive's rule ties those that must be equal, reads reshaped axes as
     products and concatenated ones as segments, and pins what it does not cover. Inputs and outputs are
-    pinned, so whatever is
-    left unpinned in `tree` moves freely: the answer is sound by construction, and each pin keeps its reason.
+    pinned, so whatever is left unpinned in `tree` moves freely: the answer is sound by construction, and each
+    pin keeps its reason.
 
     Args:
       function: ``function(tree, *inputs)``, any JAX function, for example a Flax model's ``apply``. Close
         over arguments that are not arrays (`functools.partial`).
       tree: the parameters, or their shapes (`jax.eval_shape`); usually Flax ``variables`` whole.
       *inputs: example inputs, or their shapes.
+      state_outputs: outputs that are the next values of leaves of `tree` and move with them: path name of an
+        output, or of a subtree of outputs, to that in `tree` (``{"1/batch_stats": "batch_stats"}`` for Flax'
+        ``apply(…, mutable=["batch_stats"])``; ``""`` is the whole tree).
+      pin: path names of leaves, or of subtrees, that are to stay put.
 
     Returns:
       A spec for every leaf of `tree`, leaves in the order in which the function uses them. Groups are named
       after the first leaf that carries them; a second group of the same leaf gets ``#2``.
 
     Raises:
-      InferenceError: the function cannot be traced with these arguments.
+      InferenceError: the function cannot be traced with these arguments, or a leaf to be pinned is unknown.
+      TreeMismatchError: `state_outputs` do not fit the function.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -50,26 +63,52 @@ def infer_spec(function: Any, tree: Any, *inputs: Any) -> PermutationSpec:
     """
     leaves = leaf_table(tree)
     try:
-        closed = jax.make_jaxpr(function)(tree, *inputs)
+        closed, output_shapes = jax.make_jaxpr(function, return_shape=True)(tree, *inputs)
     except (TypeError, ValueError) as error:
         raise InferenceError(f"the function cannot be traced: {error}") from error
-    dims = [tuple(Node(size) for size in var.aval.shape) for var in closed.jaxpr.invars]
+    dims = [Value((Node(size) for size in var.aval.shape), frozenset()) for var in closed.jaxpr.invars]
     for i, input_dims in enumerate(dims[len(leaves) :]):
-        for node in input_dims:
-            pin(node, f"meets an axis of input {i}")
+        _pin_each(input_dims, f"meets an axis of input {i}")
     of_leaf = dict(zip(leaves, dims, strict=False))
+    _pin_by_name(of_leaf, pin)
 
     uses = _Uses()
-    outputs = interpret(closed, dims, uses.note)
-    for i, output_dims in enumerate(outputs):
-        for node in output_dims:
-            pin(node, f"reaches an axis of output {i}")
+    # A leaf is a value of its own: one that a loop takes apart is no operand of any equation as a whole.
+    equations: list[Sequence[Value]] = [(leaf_dims,) for leaf_dims in of_leaf.values()]
+
+    def observe(operands: Sequence[Value], results: Sequence[Value]) -> None:
+        for operand in operands:
+            uses.note(operand)
+        equations.append((*operands, *results))
+
+    outputs = interpret(closed, dims, observe)
+    state = state_leaves(state_outputs or {}, output_shapes, tree)
+    for i, (path, output_dims) in enumerate(zip(leaf_table(output_shapes), outputs, strict=True)):
+        if path in state:
+            for node, next_node in zip(of_leaf[state[path]], output_dims, strict=True):
+                unite(node, next_node, f"output {path} has other factors than {state[path]}")
+        else:
+            _pin_each(output_dims, f"reaches an axis of output {i}")
         uses.note(output_dims)  # a leaf that is itself an output is used although no equation reads it
     for leaf_dims in of_leaf.values():
-        for node in leaf_dims if uses.rank(leaf_dims) == math.inf else ():
-            pin(node, "the function does not use this leaf")
+        if uses.rank(leaf_dims) == math.inf:
+            _pin_each(leaf_dims, "the function does not use this leaf")
     order = sorted(of_leaf, key=lambda path: uses.rank(of_leaf[path]))
-    return _to_spec({path: of_leaf[path] for path in order})
+    return _to_spec({path: of_leaf[path] for path in order}, equations)
+
+
+def _pin_by_name(of_leaf: Mapping[str, Dims], names: Sequence[str]) -> None:
+    unknown = [name for name in names if not any(is_below(path, name) for path in of_leaf)]
+    if unknown:
+        raise InferenceError(f"cannot pin {unknown}: no such leaves; the tree has {list(of_leaf)}")
+    for path, dims in of_leaf.items():
+        if any(is_below(path, name) for name in names):
+            _pin_each(dims, "pinned by the caller")
+
+
+def _pin_each(dims: Dims, reason: str) -> None:
+    for node in dims:
+        pin(node, reason, mixed=False)
 
 
 class _Uses:
@@ -88,7 +127,7 @@ class _Uses:
         return min((self.seen[node] for node in dims if node in self.seen), default=math.inf)
 
 
-def _to_spec(of_leaf: dict[str, Dims]) -> PermutationSpec:
+def _to_spec(of_leaf: Mapping[str, Dims], equations: Equations) -> PermutationSpec:
     """Names the groups and writes the axes of every leaf."""
     table = _settled(of_leaf)
     names: dict[Node, str] = {}
@@ -102,17 +141,22 @@ def _to_spec(of_leaf: dict[str, Dims]) -> PermutationSpec:
         ]
         for i, node in enumerate(dict.fromkeys(node.root for node in fresh)):
             names[node] = path if i == 0 else f"{path}#{i + 1}"
-    leaves = tuple((path, tuple(_axis(axis, names) for axis in axes)) for path, axes in table.items())
+    index = find_indices(equations, list(names))
+    # An axis that stays gets a name where it is the index of a group.
+    fixed = dict.fromkeys(node for nodes in index.values() for node in nodes if node.is_pinned)
+    labels = names | {node: f"index_{i}" for i, node in enumerate(fixed)}
+    indexed = tuple((names[group], tuple(labels[node] for node in nodes)) for group, nodes in index.items())
+    leaves = tuple((path, tuple(_axis(axis, labels) for axis in axes)) for path, axes in table.items())
     pins = tuple(
         Pin(path, i, reason)
         for path, axes in table.items()
         for i, axis in enumerate(axes)
         for reason in dict.fromkeys(f.reason for segment in axis for f in segment if f.reason is not None)
     )
-    return PermutationSpec(leaves, pins=pins)
+    return PermutationSpec(leaves, indexed, tuple(labels[node] for node in fixed), pins)
 
 
-def _settled(of_leaf: dict[str, Dims]) -> dict[str, list[list[list[Node]]]]:
+def _settled(of_leaf: Mapping[str, Dims]) -> dict[str, list[list[list[Node]]]]:
     """Segments of every axis, once writing one of them pins nothing more."""
     while True:
         before = [node.is_pinned for dims in of_leaf.values() for node in _parts(dims)]
@@ -135,7 +179,7 @@ def _axis(axis: list[list[Node]], names: dict[Node, str]) -> Axis:
     for segment in axis:
         factors: list[SizedFactor] = []
         for node in segment:
-            group = None if node.is_pinned else names[node.root]
+            group = names.get(node.root)
             if group is None and factors and factors[-1].group is None:
                 factors[-1] = SizedFactor(factors[-1].size * node.size, None)
             elif node.size > 1 or len(segment) == 1:

@@ -6,7 +6,8 @@ a node, and two axes that must be permuted alike are united into one. A node may
 - *whole*: any permutation of its positions;
 - a *product* of nodes: its positions are read in mixed radix, the first part varying slowest (a reshape);
 - a *sum* of nodes: its positions are consecutive segments (a concatenation);
-- *pinned*: the identity, with the reason.
+- *pinned*: the identity, with the reason; and *mixed* if the program tells its positions apart (neighbours in
+  a convolution, steps of a running sum), so that nothing can be permuted differently at each of them.
 
 Refining (whole → product or sum, any → pinned) only ever shrinks the set of permutations that a node allows,
 and a node never becomes less refined. So the constraints may come in any order, an early answer stays valid
@@ -27,11 +28,15 @@ __all__ = ["Node", "concatenate", "factor", "pin", "pinned", "product", "segment
 # it gains.
 _MAX_SEGMENTS = 1024
 
+# Shifted sums (h + roll(h, 1)) refine each other once a position, and leave the identity in the end: so an
+# axis refined this often is pinned, rather than taken to pieces down to the recursion limit.
+_MAX_DEPTH = 64
+
 
 class Node:
     """One permutation of `size` positions, unknown so far."""
 
-    __slots__ = ("_form", "_parent", "_parts", "_reason", "size")
+    __slots__ = ("_form", "_mixed", "_parent", "_parts", "_reason", "size")
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -39,6 +44,7 @@ class Node:
         self._form: Literal["whole", "product", "sum"] = "whole"
         self._parts: tuple[Node, ...] = ()
         self._reason: str | None = None
+        self._mixed = False
 
     @property
     def root(self) -> "Node":
@@ -70,6 +76,11 @@ class Node:
         """Whether only the identity is left; a single position cannot move."""
         return self.root._reason is not None or self.size <= 1
 
+    @property
+    def is_mixed(self) -> bool:
+        """Whether positions meet each other, so that the axis cannot index a permutation of another."""
+        return self.root._mixed
+
     def __repr__(self) -> str:
         root = self.root
         if root._reason is not None:
@@ -79,20 +90,28 @@ class Node:
         return "(" + {"product": "*", "sum": "+"}[root._form].join(map(repr, root._parts)) + ")"
 
 
-def pinned(size: int, reason: str) -> Node:
-    """A node that allows the identity alone."""
+def pinned(size: int, reason: str, *, mixed: bool = True) -> Node:
+    """A node that allows the identity alone; see `pin`."""
     node = Node(size)
-    pin(node, reason)
+    pin(node, reason, mixed=mixed)
     return node
 
 
-def pin(node: Node, reason: str) -> None:
-    """Leaves a node, and all that is united with it, the identity alone. The first reason is kept."""
+def pin(node: Node, reason: str, *, mixed: bool = True) -> None:
+    """Leaves a node, and all that is united with it, the identity alone. The first reason is kept.
+
+    Args:
+      node: the node.
+      reason: why.
+      mixed: whether positions meet each other; not so where they are only told apart, as the axes of an
+        input.
+    """
     root = node.root
-    if root._reason is None:
-        root._reason = reason
+    if root._reason is None or mixed > root._mixed:
+        root._reason = root._reason or reason
+        root._mixed = root._mixed or mixed
         for part in root._parts:
-            pin(part, reason)
+            pin(part, reason, mixed=mixed)
 
 
 def product(parts: Sequence[Node]) -> Node:
@@ -116,27 +135,31 @@ def _compound(form: Literal["product", "sum"], parts: list[Node], size: int) -> 
         reasons = [part.reason for part in parts if part.size > 1]
         if reasons and None not in reasons:
             node._reason = reasons[0]
+            node._mixed = any(part.is_mixed for part in parts)
     return node
 
 
-def unite(x: Node, y: Node, reason: str) -> None:
+def unite(x: Node, y: Node, reason: str, *, depth: int = 0) -> None:
     """Makes two nodes of one size the same permutation.
 
     Args:
       x: a node.
       y: another.
       reason: what to say where their refinements have nothing in common and both are pinned.
+      depth: how many refinements led here.
     """
     x, y = x.root, y.root
     if x is y:
         return
+    if depth > _MAX_DEPTH:
+        pin(x, reason)
     assert x.size == y.size, f"axes of sizes {x.size} and {y.size} cannot be one"
     if x._reason is not None or y._reason is not None:
-        known = x._reason or y._reason or reason
-        pin(x, known)
-        pin(y, known)
+        known, mixed = x._reason or y._reason or reason, x._mixed or y._mixed
+        pin(x, known, mixed=mixed)
+        pin(y, known, mixed=mixed)
     elif x._form != "whole" and y._form != "whole":
-        _unite_refined(x, y, reason)
+        _unite_refined(x, y, reason, depth)
         # Parts may have been pinned or joined meanwhile; both now describe the same permutations.
         x, y = x.root, y.root
     if x is not y:
@@ -144,7 +167,7 @@ def unite(x: Node, y: Node, reason: str) -> None:
         drop._parent = keep
 
 
-def _unite_refined(x: Node, y: Node, reason: str) -> None:
+def _unite_refined(x: Node, y: Node, reason: str, depth: int) -> None:
     """Brings two refined nodes to one common refinement and unites it part by part."""
     if x._form == "sum" and y._form == "product":
         x, y = y, x
@@ -152,9 +175,9 @@ def _unite_refined(x: Node, y: Node, reason: str) -> None:
     refine = split if x._form == "sum" else factor
     wanted = x._parts
     for a, b in zip(wanted, refine(y, [part.size for part in wanted], reason), strict=True):
-        unite(a, b, reason)
+        unite(a, b, reason, depth=depth + 1)
     if y._reason is not None:
-        pin(x, y._reason)
+        pin(x, y._reason, mixed=y._mixed)
 
 
 def factor(node: Node, sizes: Sequence[int], reason: str) -> list[Node]:
@@ -174,7 +197,7 @@ def factor(node: Node, sizes: Sequence[int], reason: str) -> list[Node]:
     if len(proper) <= 1 or not root.size:
         parts = [root] if len(proper) == 1 else [Node(size) for size in proper]
     elif root._reason is not None:
-        parts = [pinned(size, root._reason) for size in proper]
+        parts = [pinned(size, root._reason, mixed=root._mixed) for size in proper]
     elif root._form == "whole":
         parts = [Node(size) for size in proper]
         root._form, root._parts = "product", tuple(parts)
@@ -206,7 +229,7 @@ def split(node: Node, sizes: Sequence[int], reason: str) -> list[Node]:
     if len(proper) <= 1:
         parts = [root] if proper else []
     elif root._reason is not None:
-        parts = [pinned(size, root._reason) for size in proper]
+        parts = [pinned(size, root._reason, mixed=root._mixed) for size in proper]
     elif root._form == "whole":
         parts = [Node(size) for size in proper]
         root._form, root._parts = "sum", tuple(parts)

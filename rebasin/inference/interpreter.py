@@ -1,6 +1,5 @@
 """Reads a jaxpr equation by equation and keeps the axes of every value."""
 
-import functools
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,7 +10,7 @@ import numpy as np
 from jax.extend import core
 
 from rebasin.inference.axes import Node, pin, pinned
-from rebasin.inference.registry import Dims, Equation, find_rule
+from rebasin.inference.registry import Dims, Equation, Value, find_rule
 
 __all__ = ["interpret"]
 
@@ -21,54 +20,71 @@ _LIBRARIES = tuple(os.sep + name + os.sep for name in ("jax", "jaxlib", "flax", 
 
 def interpret(
     closed: Any,
-    inputs: Sequence[Dims],
-    on_use: Callable[[Dims], None] = lambda dims: None,
+    inputs: Sequence[Value],
+    observe: Callable[[Sequence[Value], Sequence[Value]], None] = lambda operands, results: None,
     caller: str | None = None,
-) -> list[Dims]:
+) -> list[Value]:
     """Runs a program on axes in place of values.
 
     Args:
       closed: a closed jaxpr, or a jaxpr without constants.
-      inputs: axes of each input.
-      on_use: called with the axes of each operand as it is used, in the order of the program.
+      inputs: each input.
+      observe: called with operands and results of each equation, in the order of the program. An equation
+        whose rule runs a program is observed inside, as are the program's own inputs and outputs, each by
+        itself.
       caller: source line of the equation that holds this program, for programs that lie in a library.
 
     Returns:
-      Axes of each output.
+      Each output.
     """
     jaxpr, consts = (closed.jaxpr, closed.consts) if hasattr(closed, "jaxpr") else (closed, ())
-    env: dict[Any, Dims] = dict(zip(jaxpr.constvars, map(_constant, consts), strict=True))
+    env: dict[Any, Value] = dict(zip(jaxpr.constvars, map(_constant, consts), strict=True))
     env.update(zip(jaxpr.invars, inputs, strict=True))
     # Programs of a library (`jax.nn.relu`) are traced once, and name the line of whoever called them first.
     in_library = _is_library(str(getattr(jaxpr.debug_info, "func_src_info", "")))
 
-    def read(atom: Any) -> Dims:
+    def read(atom: Any) -> Value:
         return _constant(atom.val) if isinstance(atom, core.Literal) else env[atom]
 
     for eqn in jaxpr.eqns:
         line = caller if caller is not None and in_library else _source_line(eqn) or caller
-        run = functools.partial(_run, on_use=on_use, caller=line)
+        run = _Runner(observe, line)
         operands = [read(atom) for atom in eqn.invars]
         shapes = tuple(tuple(var.aval.shape) for var in eqn.outvars)
         where = f"{eqn.primitive.name} ({line})" if line else eqn.primitive.name
         equation = Equation(eqn.primitive.name, eqn.params, shapes, where, run)
         rule = find_rule(equation.primitive)
-        if not _holds_programs(equation):
-            for dims in operands:
-                on_use(dims)
         outputs = _pin_all(equation, operands) if rule is None else rule(equation, *operands)
-        env.update(zip(eqn.outvars, outputs, strict=True))
+        context = frozenset(node for value in operands for node in value.context or ())
+        results = [_complete(output, context) for output in outputs]
+        if not run.has_run:
+            observe(operands, results)
+        env.update(zip(eqn.outvars, results, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def _run(
-    inner: Any, operands: Sequence[Dims], *, on_use: Callable[[Dims], None], caller: str | None
-) -> list[Dims]:
-    return interpret(inner, operands, on_use, caller)
+def _complete(output: Dims, context: frozenset[Node]) -> Value:
+    """What a rule returned, as a value: in the context of its operands, if it does not say otherwise."""
+    if not isinstance(output, Value):
+        return Value(output, context)
+    return output if output.context is not None else Value(output, context, output.constant)
 
 
-def _holds_programs(equation: Equation) -> bool:
-    return any("jaxpr" in name or name == "branches" for name in equation.params)
+class _Runner:
+    """Interprets the programs of one equation, and remembers whether its rule asked for any."""
+
+    def __init__(
+        self, observe: Callable[[Sequence[Value], Sequence[Value]], None], caller: str | None
+    ) -> None:
+        self.observe, self.caller, self.has_run = observe, caller, False
+
+    def __call__(self, inner: Any, operands: Sequence[Value]) -> list[Value]:
+        self.has_run = True
+        results = interpret(inner, operands, self.observe, self.caller)
+        # A carry that a loop only hands on is an operand of no equation, and yet one value at all steps.
+        for value in (*operands, *results):
+            self.observe((), (value,))
+        return results
 
 
 def _pin_all(equation: Equation, operands: Sequence[Dims]) -> list[Dims]:
@@ -80,19 +96,19 @@ def _pin_all(equation: Equation, operands: Sequence[Dims]) -> list[Dims]:
     return [tuple(pinned(size, reason) for size in shape) for shape in equation.shapes]
 
 
-def _constant(value: Any) -> Dims:
+def _constant(value: Any) -> Value:
     """Axes of a constant: free where it does not vary along the axis, else pinned."""
     shape = np.shape(value)
     if not shape:
-        return ()
+        return Value((), frozenset())
     if jnp.issubdtype(value.dtype, jax.dtypes.extended):
-        return tuple(pinned(size, "a constant of an opaque type") for size in shape)
+        return Value((pinned(size, "a constant of an opaque type") for size in shape), frozenset())
     array = np.asarray(value)
     nodes = []
     for axis, size in enumerate(shape):
         varies = size > 1 and not (array == array.take([0], axis=axis)).all()
-        nodes.append(pinned(size, "a constant array varies along it") if varies else Node(size))
-    return tuple(nodes)
+        nodes.append(pinned(size, "a constant array varies along it", mixed=False) if varies else Node(size))
+    return Value(nodes, frozenset(), (node for node in nodes if not node.is_pinned))
 
 
 def _source_line(eqn: Any) -> str | None:

@@ -1,13 +1,36 @@
 """The table from primitives to rules, and what a rule is given."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 from rebasin.inference.axes import Node
 
-__all__ = ["Dims", "Equation", "Rule", "find_rule", "register_rule"]
+__all__ = ["Dims", "Equation", "Rule", "Value", "find_rule", "register_rule"]
 
 Dims: TypeAlias = tuple[Node, ...]  # one node per axis of a value
+
+
+class Value(tuple[Node, ...]):
+    """The axes of a value, with what `indexing` wants to know of it beside them.
+
+    Attributes:
+      context: axes of stacked inputs that a loop strips before it hands on a slice for each step. What is
+        computed from such a slice may be permuted differently at each step, as if it still carried the axis.
+        `None` in what a rule returns stands for the contexts of all operands together.
+      constant: those axes along which the value does not vary, so that it says nothing about their
+        permutation.
+    """
+
+    context: frozenset[Node] | None
+    constant: frozenset[Node]
+
+    def __new__(
+        cls, dims: Iterable[Node], context: frozenset[Node] | None = None, constant: Iterable[Node] = ()
+    ) -> "Value":
+        """A value with the axes `dims`."""
+        value = super().__new__(cls, dims)
+        value.context, value.constant = context, frozenset(constant)
+        return value
 
 
 class Equation(NamedTuple):
@@ -18,14 +41,14 @@ class Equation(NamedTuple):
       params: its parameters, as in the jaxpr.
       shapes: shapes of the outputs.
       where: primitive and source line, for reasons.
-      run: interprets an inner jaxpr on the axes of its inputs and returns the axes of its outputs.
+      run: interprets an inner jaxpr on its inputs and returns its outputs.
     """
 
     primitive: str
     params: dict[str, Any]
     shapes: tuple[tuple[int, ...], ...]
     where: str
-    run: Callable[[Any, Sequence[Dims]], list[Dims]]
+    run: Callable[[Any, Sequence[Value]], list[Value]]
 
     def because(self, explanation: str) -> str:
         """The reason of a pin: where it came from, and why."""

@@ -13,13 +13,15 @@ from rebasin.models.convolution import conv_general_dilated
 from rebasin.models.mlp import MLP
 from rebasin.models.resnet import ResNet20
 from rebasin.models.vgg import VGG16
+from rebasin.models.vit import ViT
 
-__all__ = ["MLP", "ResNet20", "VGG16", "build_model", "conv_general_dilated"]
+__all__ = ["MLP", "ResNet20", "VGG16", "ViT", "build_model", "conv_general_dilated"]
 
 _MODELS: Mapping[str, Callable[[int, int], nn.Module]] = {
     "mlp": lambda width, num_classes: MLP((width, width, width), num_classes),
     "resnet20": ResNet20,
     "vgg16": VGG16,
+    "vit": ViT,
 }
 
 
@@ -27,8 +29,9 @@ def build_model(name: str, *, width: int, num_classes: int) -> nn.Module:
     """The model of that name.
 
     Args:
-      name: ``"mlp"``, ``"resnet20"`` or ``"vgg16"``.
-      width: units of each of the three hidden layers of an MLP, channels of the first layer of the others.
+      name: ``"mlp"``, ``"resnet20"``, ``"vgg16"`` or ``"vit"``.
+      width: units of each of the three hidden layers of an MLP, of the residual stream of a transformer,
+        channels of the first layer of the others.
       num_classes: number of logits.
 
     Returns:

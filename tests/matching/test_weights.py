@@ -249,9 +249,9 @@ def test_bad_input_is_refused():
 
 
 def test_similarities_of_one_shape_compile_once():
-    from rebasin.matching import weights
+    from rebasin.matching import ascent
 
-    weights._gram.clear_cache()
+    ascent._gram.clear_cache()
     spec, a, b = (
         chain_spec(5),
         chain_tree(0, [6, 17, 17, 17, 17, 17, 3]),
@@ -259,4 +259,102 @@ def test_similarities_of_one_shape_compile_once():
     )
     rebasin.weight_matching(spec, a, b, key=KEY)
     # Kernels: first, last, and inner ones by either side with or without the other side known; and the bias.
-    assert weights._gram._cache_size() <= 6
+    assert ascent._gram._cache_size() <= 6
+
+
+def attention_spec():
+    """Projections of one attention layer between residual streams, with head dimensions by head."""
+    return PermutationSpec.from_axes(
+        {
+            "embed": (None, "R"),
+            "query": ("R", "H", "QK"),
+            "key": ("R", "H", "QK"),
+            "key_bias": (rebasin.Axis.product(("H", 3), ("QK", 4)),),
+            "value": ("VO", "R", "H"),  # the inside before the head
+            "out": ("H", "VO", "R"),
+            "gate": ("H",),
+            "unembed": ("R", None),
+        },
+        indexed={"QK": ["H"], "VO": ["H"]},
+    )
+
+
+def attention_tree(seed):
+    shapes = {
+        "embed": (9, 6),
+        "query": (6, 3, 4),
+        "key": (6, 3, 4),
+        "key_bias": (12,),
+        "value": (5, 6, 3),
+        "out": (3, 5, 6),
+    }
+    shapes |= {"gate": (3,), "unembed": (6, 7)}
+    rng = np.random.default_rng(seed)
+    return {path: jnp.asarray(rng.normal(size=shape), jnp.float32) for path, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("start", ["depth", "identity"])
+@pytest.mark.parametrize("seed", range(10))
+def test_planted_heads_and_their_insides_are_recovered(seed, start):
+    spec, a = attention_spec(), attention_tree(seed)
+    b = rebasin.permute(spec, rebasin.random_permutation(spec, a, key=jax.random.key(seed)), a)
+    match = rebasin.weight_matching(spec, a, b, key=KEY, start=start)
+    assert (np.diff(match.objective) >= 0).all()
+    np.testing.assert_allclose(
+        match.objective[-1], inner_product(a, rebasin.permute(spec, match.permutation, b)), rtol=1e-5
+    )
+    if start == "depth":
+        chex.assert_trees_all_equal(rebasin.permute(spec, match.permutation, b), a)
+
+
+def test_heads_are_paired_by_their_best_inner_match():
+    """Three heads of three dimensions: brute force over 3! · (3!)³ permutations."""
+    spec = PermutationSpec.from_axes(
+        {"up": (None, "H", "D"), "down": ("H", "D", None), "gate": ("H",)}, indexed={"D": ["H"]}
+    )
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        a, b = (
+            {"up": rng.normal(size=(2, 3, 3)), "down": rng.normal(size=(3, 3, 2)), "gate": rng.normal(size=3)}
+            for _ in range(2)
+        )
+        rows = list(itertools.permutations(range(3)))
+        scores = {}
+        for h, k in itertools.product(
+            range(3), repeat=2
+        ):  # A's head h against B's head k, insides by brute force
+            inside = max(
+                sum(
+                    a["up"][:, h, i] @ b["up"][:, k, row[i]] + a["down"][h, i] @ b["down"][k, row[i]]
+                    for i in range(3)
+                )
+                for row in rows
+            )
+            scores[h, k] = inside + a["gate"][h] * b["gate"][k]
+        best = max(sum(scores[h, row[h]] for h in range(3)) for row in rows)
+        a, b = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), (a, b))
+        match = rebasin.weight_matching(spec, a, b, key=KEY, start="identity")
+        np.testing.assert_allclose(match.objective[-1], best, rtol=1e-5)
+
+
+def test_indices_of_indices_are_recovered():
+    """Stacked layers that stay, heads by layer, head dimensions by both, and a second index between."""
+    spec = PermutationSpec.from_axes(
+        {
+            "up": ("layer", None, "H", "D"),
+            "down": ("D", "H", "layer", None),
+            "both": ("layer", "G", "H", "D2", None),
+            "gate": ("layer", "H"),
+            "g": ("G", None),
+        },
+        indexed={"H": ["layer"], "D": ["layer", "H"], "D2": ["layer", "G", "H"]},
+        fixed=["layer"],
+    )
+    shapes = {"up": (2, 5, 3, 4), "down": (4, 3, 2, 5), "both": (2, 3, 3, 4, 2), "gate": (2, 3), "g": (3, 4)}
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        a = {path: jnp.asarray(rng.normal(size=shape), jnp.float32) for path, shape in shapes.items()}
+        b = rebasin.permute(spec, rebasin.random_permutation(spec, a, key=jax.random.key(seed)), a)
+        match = rebasin.weight_matching(spec, a, b, key=KEY)
+        assert (np.diff(match.objective) >= 0).all()
+        chex.assert_trees_all_equal(rebasin.permute(spec, match.permutation, b), a)

@@ -21,10 +21,10 @@ def dot_general(equation: Equation, x: Dims, y: Dims, *_: Dims) -> Sequence[Dims
 def convolution(equation: Equation, x: Dims, kernel: Dims) -> Sequence[Dims]:
     """``out[n, s, o] = Σ x[n, s + t, c] kernel[t, c, o]``: channels contract, positions are neighbours.
 
+    A window of one position that neither strides nor pads leaves the positions of its axis to themselves.
     With G feature groups, the channels of x are G × c, those of the output G × o', and group g of the one
-    goes to
-    group g of the other: ``kernel[t, c, (g, o')]``. The examples of a batch may be permuted unless they form
-    groups.
+    goes to group g of the other: ``kernel[t, c, (g, o')]``. The examples of a batch may be permuted unless
+    they form groups.
     """
     numbers = equation.params["dimension_numbers"]
     groups = equation.params["feature_group_count"]
@@ -32,8 +32,11 @@ def convolution(equation: Equation, x: Dims, kernel: Dims) -> Sequence[Dims]:
     x_batch, x_channels, *x_space = (x[i] for i in numbers.lhs_spec)
     k_out, k_in, *k_space = (kernel[i] for i in numbers.rhs_spec)
     why = equation.because("neighbouring positions of a convolution")
-    for node in (*x_space, *k_space):
-        pin(node, why)
+    untouched = [_is_pointwise(equation, i, node.size) for i, node in enumerate(k_space)]
+    for i, pointwise in enumerate(untouched):
+        if not pointwise:
+            pin(x_space[i], why)
+            pin(k_space[i], why)
     if equation.params["batch_group_count"] != 1:
         why = equation.because("batch groups")
         for node in (x_batch, x_channels, k_in, k_out):
@@ -49,6 +52,38 @@ def convolution(equation: Equation, x: Dims, kernel: Dims) -> Sequence[Dims]:
     out_batch, out_channels, *out_space = numbers.out_spec
     out[out_batch] = x_batch
     out[out_channels] = product([k_group, k_inner])
-    for axis in out_space:
-        out[axis] = pinned(shape[axis], why)
+    for axis, node, pointwise in zip(out_space, x_space, untouched, strict=True):
+        out[axis] = node if pointwise else pinned(shape[axis], why)
     return [tuple(out)]
+
+
+def _is_pointwise(equation: Equation, i: int, window: int) -> bool:
+    """Whether output position s of space axis i is that of the input: ``out[s] = x[s] kernel[0]``."""
+    params = equation.params
+    padding, stride, dilation = params["padding"][i], params["window_strides"][i], params["lhs_dilation"][i]
+    return window == 1 and tuple(padding) == (0, 0) and stride == 1 and dilation == 1
+
+
+@register_rule("ragged_dot_general")
+def ragged_dot_general(equation: Equation, x: Dims, y: Dims, sizes: Dims, *_: Dims) -> Sequence[Dims]:
+    """``out[i, j] = Σₖ x[i, k] y[g(i), k, j]``: rows of x in runs of `sizes`, one run for each matrix of y.
+
+    Runs are counted, so rows and matrices are pinned; k and j are as in any product. Other ragged forms (the
+    derivatives of this one) are pinned whole.
+    """
+    numbers = equation.params["ragged_dot_dimension_numbers"]
+    (contract_x, contract_y), (batch_x, batch_y) = numbers.dot_dimension_numbers
+    (ragged,), groups = numbers.lhs_ragged_dimensions, numbers.rhs_group_dimensions
+    (shape,) = equation.shapes
+    if ragged in (*contract_x, *batch_x) or len(groups) != 1 or batch_x:
+        why = equation.because("a ragged product of another form than rows by matrices")
+        for node in (*x, *y, *sizes):
+            pin(node, why)
+        return [tuple(pinned(size, why) for size in shape)]
+    for node in (x[ragged], y[groups[0]], *sizes):
+        pin(node, equation.because("rows are counted out to the matrices in order"))
+    for i, j in zip(contract_x, contract_y, strict=True):
+        unite(x[i], y[j], equation.because("operands with incompatible factors"))
+    free_x = [node for i, node in enumerate(x) if i not in contract_x]
+    free_y = [node for j, node in enumerate(y) if j not in (*contract_y, *groups)]
+    return [(*free_x, *free_y)]

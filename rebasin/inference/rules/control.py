@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from typing import Any
 
-from rebasin.inference.axes import Node, pin, unite
-from rebasin.inference.registry import Dims, Equation, register_rule
+from rebasin.inference.axes import pinned, unite
+from rebasin.inference.registry import Dims, Equation, Value, register_rule
 
 
 @register_rule("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint")
-@register_rule("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
-def call(equation: Equation, *inputs: Dims) -> Sequence[Dims]:
+@register_rule("call", "composite", "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
+def call(equation: Equation, *inputs: Value) -> Sequence[Dims]:
     """The inner program runs once on the same operands; rules for its derivatives do not matter."""
     names = ("jaxpr", "call_jaxpr", "fun_jaxpr")
     inner = next(equation.params[name] for name in names if name in equation.params)
@@ -17,7 +17,7 @@ def call(equation: Equation, *inputs: Dims) -> Sequence[Dims]:
 
 
 @register_rule("cond")
-def cond(equation: Equation, index: Dims, *operands: Dims) -> Sequence[Dims]:
+def cond(equation: Equation, index: Dims, *operands: Value) -> Sequence[Dims]:
     """Whichever branch runs, the operands are the same, so all branches' outputs must be permuted alike.
 
     `jax.lax.platform_dependent` is this with an index that names the platform: a spec holds on all of them.
@@ -28,6 +28,12 @@ def cond(equation: Equation, index: Dims, *operands: Dims) -> Sequence[Dims]:
     return first
 
 
+@register_rule("debug_callback", "debug_print")
+def debug(equation: Equation, *_: Dims) -> Sequence[Dims]:
+    """What is printed is for the reader and no result of the function."""
+    return [() for _ in equation.shapes]
+
+
 @register_rule("platform_index")
 def platform_index(equation: Equation) -> Sequence[Dims]:
     """A scalar that names the platform."""
@@ -35,11 +41,11 @@ def platform_index(equation: Equation) -> Sequence[Dims]:
 
 
 @register_rule("while")
-def while_loop(equation: Equation, *inputs: Dims) -> Sequence[Dims]:
+def while_loop(equation: Equation, *inputs: Value) -> Sequence[Dims]:
     """What the body returns is what it gets next, so a carry is permuted alike before and after."""
     params = equation.params
     cond_consts, body_consts = params["cond_nconsts"], params["body_nconsts"]
-    carry = inputs[cond_consts + body_consts :]
+    carry = _carried(inputs[cond_consts + body_consts :])
     equation.run(params["cond_jaxpr"], [*inputs[:cond_consts], *carry])
     results = equation.run(params["body_jaxpr"], [*inputs[cond_consts : cond_consts + body_consts], *carry])
     _unite_all(carry, results, equation.because("the loop changes the factors of a value"))
@@ -47,21 +53,29 @@ def while_loop(equation: Equation, *inputs: Dims) -> Sequence[Dims]:
 
 
 @register_rule("scan")
-def scan(equation: Equation, *inputs: Dims) -> Sequence[Dims]:
-    """As in a while loop; the axis scanned over is a sequence, and pinned."""
+def scan(equation: Equation, *inputs: Value) -> Sequence[Dims]:
+    """As in a while loop; the axis scanned over is a sequence, and pinned.
+
+    A step sees only its own slice, so that what comes from slices alone may be permuted differently at each
+    step.
+    What comes back as carry may not: the carry is one value at all steps.
+    """
     params: dict[str, Any] = equation.params
     consts, carries = params["num_consts"], params["num_carry"]
-    carry, sequences = inputs[consts : consts + carries], inputs[consts + carries :]
+    carry, sequences = _carried(inputs[consts : consts + carries]), inputs[consts + carries :]
+    steps = pinned(params["length"], equation.because("the axis is scanned over in order"), mixed=False)
     for dims in sequences:
-        pin(dims[0], equation.because("the axis is scanned over in order"))
-    results = equation.run(params["jaxpr"], [*inputs[:consts], *carry, *(dims[1:] for dims in sequences)])
+        unite(dims[0], steps, "")
+    slices = [Value(dims[1:], (dims.context or frozenset()) | {steps}) for dims in sequences]
+    results = equation.run(params["jaxpr"], [*inputs[:consts], *carry, *slices])
     _unite_all(carry, results[:carries], equation.because("the loop changes the factors of a value"))
-    stacked = []
-    for dims in results[carries:]:
-        steps = Node(params["length"])
-        pin(steps, equation.because("the axis is scanned over in order"))
-        stacked.append((steps, *dims))
+    stacked = [Value((steps, *dims), (dims.context or frozenset()) - {steps}) for dims in results[carries:]]
     return [*carry, *stacked]
+
+
+def _carried(initial: Sequence[Value]) -> list[Value]:
+    """The carry as a step gets it: constant at the first step, perhaps, but not at the others."""
+    return [Value(value, value.context) for value in initial]
 
 
 def _unite_all(first: Sequence[Dims], second: Sequence[Dims], reason: str) -> None:

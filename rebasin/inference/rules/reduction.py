@@ -18,7 +18,7 @@ def reduce(equation: Equation, x: Dims) -> Sequence[Dims]:
 def arg_reduce(equation: Equation, x: Dims) -> Sequence[Dims]:
     """The answer is a position, so the axis is pinned."""
     for axis in equation.params["axes"]:
-        pin(x[axis], equation.because("the result is a position along it"))
+        pin(x[axis], equation.because("the result is a position along it"), mixed=False)
     return [tuple(node for i, node in enumerate(x) if i not in equation.params["axes"])]
 
 
@@ -31,33 +31,64 @@ def cumulative(equation: Equation, x: Dims) -> Sequence[Dims]:
 
 @register_rule("sort")
 def sort(equation: Equation, *inputs: Dims) -> Sequence[Dims]:
-    """Operands move together along the other axes; the sorted axis is pinned."""
+    """``out[i]`` is the i-th smallest, whatever the order of the operand: symmetric, as a reduction is.
+
+    So the sorted axis stays free and the sorted output is pinned. Several operands move together, along the
+    other axes too. Where some of them are no keys (`argsort` carries positions), equal keys keep the order of
+    the operands, which is pinned.
+    """
     axis = equation.params["dimension"]
-    for dims in inputs:
-        for i, (x, y) in enumerate(zip(inputs[0], dims, strict=True)):
+    for dims in inputs[1:]:
+        for x, y in zip(inputs[0], dims, strict=True):
             unite(x, y, equation.because("operands with incompatible factors"))
-            if i == axis:
-                pin(y, equation.because("the axis is sorted"))
-    return inputs
+    if equation.params["num_keys"] < len(inputs):
+        pin(inputs[0][axis], equation.because("equal keys are sorted by position"), mixed=False)
+    ranks = pinned(inputs[0][axis].size, equation.because("the axis is sorted"))
+    return [(*dims[:axis], ranks, *dims[axis + 1 :]) for dims in inputs]
 
 
-@register_rule("reduce_window_sum", "reduce_window_max", "reduce_window_min")
-def reduce_window(equation: Equation, x: Dims) -> Sequence[Dims]:
-    """An axis with windows of one position passes through; any other is pinned."""
-    params = equation.params
-    (shape,) = equation.shapes
-    dims: list[Node] = []
-    for i, node in enumerate(x):
-        trivial = (
-            params["window_dimensions"][i] == 1
-            and params["window_strides"][i] == 1
-            and tuple(params["padding"][i]) == (0, 0)
-            and params["base_dilation"][i] == 1
-        )
-        if trivial:
-            dims.append(node)
+@register_rule("top_k", "approx_top_k")
+def top_k(equation: Equation, x: Dims) -> Sequence[Dims]:
+    """Values and positions of the largest, in order: positions name the axis, so it is pinned.
+
+    Values alone would be symmetric, as in `sort`. Routing to the k best experts reads the positions and
+    thereby keeps the experts in their order; what belongs to each expert still moves.
+    """
+    axis = equation.params.get("axis", equation.params.get("reduction_dimension", -1)) % len(x)
+    pin(x[axis], equation.because("the results are positions along it"), mixed=False)
+    ranks = pinned(equation.shapes[0][axis], equation.because("the largest come first"))
+    return [(*x[:axis], ranks, *x[axis + 1 :]) for _ in equation.shapes]
+
+
+@register_rule("reduce_window_sum", "reduce_window_max", "reduce_window_min", "reduce_window")
+@register_rule("select_and_gather_add", "select_and_scatter_add")
+def windows(equation: Equation, *inputs: Dims) -> Sequence[Dims]:
+    """Each output position depends on a window of the operands: neighbours, which are pinned.
+
+    An axis with windows of one position passes through, and operands move together along it. The others are
+    the initial values, scalars.
+    """
+    operands = [x for x in inputs if x]
+    first = operands[0] if operands else ()
+    outputs: list[list[Node]] = [[] for _ in equation.shapes]
+    for i, node in enumerate(first):
+        why = equation.because("windows of neighbouring positions")
+        if _passes_windows(equation, i):
+            for x in operands[1:]:
+                unite(node, x[i], equation.because("operands with incompatible factors"))
         else:
-            why = equation.because("windows of neighbouring positions")
-            pin(node, why)
-            dims.append(pinned(shape[i], why))
-    return [tuple(dims)]
+            for x in operands:
+                pin(x[i], why)
+        for dims, shape in zip(outputs, equation.shapes, strict=True):
+            dims.append(node if _passes_windows(equation, i) else pinned(shape[i], why))
+    return [tuple(dims) for dims in outputs]
+
+
+def _passes_windows(equation: Equation, i: int) -> bool:
+    params = equation.params
+    return (
+        params["window_dimensions"][i] == 1
+        and params["window_strides"][i] == 1
+        and tuple(params["padding"][i]) == (0, 0)
+        and params.get("base_dilation", {i: 1})[i] == 1
+    )

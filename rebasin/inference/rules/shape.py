@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from rebasin.inference.axes import Node, concatenate, factor, pin, pinned, product, split, unite
-from rebasin.inference.registry import Dims, Equation, register_rule
+from rebasin.inference.registry import Dims, Equation, Value, register_rule
 
 
 @register_rule("broadcast_in_dim")
@@ -14,11 +14,12 @@ def broadcast_in_dim(equation: Equation, x: Dims, *_: Dims) -> Sequence[Dims]:
     An axis of size 1 that is repeated is constant along the output too.
     """
     (shape,) = equation.shapes
-    dims = [Node(size) for size in shape]
+    fresh = [Node(size) for size in shape]
+    dims = list(fresh)
     for node, d in zip(x, equation.params["broadcast_dimensions"], strict=True):
         if node.size == shape[d]:
             dims[d] = node
-    return [tuple(dims)]
+    return [Value(dims, constant=set(fresh) & set(dims))]
 
 
 @register_rule("transpose")
@@ -89,6 +90,31 @@ def concatenate_rule(equation: Equation, *inputs: Dims) -> Sequence[Dims]:
     return [tuple(dims)]
 
 
+@register_rule("stack")
+def stack(equation: Equation, *inputs: Dims) -> Sequence[Dims]:
+    """``out[…, j, …] = x_j[…]``: operands are permuted alike, and keep their order along the new axis."""
+    axis = equation.params["axis"]
+    for other in inputs[1:]:
+        for x, y in zip(inputs[0], other, strict=True):
+            unite(x, y, equation.because("operands with incompatible factors"))
+    order = pinned(len(inputs), equation.because("operands are stacked in order"), mixed=False)
+    return [(*inputs[0][:axis], order, *inputs[0][axis:])]
+
+
+@register_rule("unstack")
+def unstack(equation: Equation, x: Dims) -> Sequence[Dims]:
+    """``out_j[…] = x[…, j, …]``: every position of the axis is an output of its own."""
+    axis = equation.params["axis"]
+    pin(x[axis], equation.because("each position becomes a value of its own"), mixed=False)
+    return [(*x[:axis], *x[axis + 1 :]) for _ in equation.shapes]
+
+
+@register_rule("tile")
+def tile(equation: Equation, x: Dims) -> Sequence[Dims]:
+    """``out[r · n + i] = x[i]``: an axis is read as (copies, positions), and copies are all the same."""
+    return [tuple(product([Node(r), node]) for r, node in zip(equation.params["reps"], x, strict=True))]
+
+
 @register_rule("split")
 def split_rule(equation: Equation, x: Dims) -> Sequence[Dims]:
     """The outputs are consecutive segments along one axis."""
@@ -99,7 +125,7 @@ def split_rule(equation: Equation, x: Dims) -> Sequence[Dims]:
 
 @register_rule("slice")
 def slice_rule(equation: Equation, x: Dims) -> Sequence[Dims]:
-    """A contiguous range is a segment of its axis; a range with gaps pins it."""
+    """A contiguous range is a segment of its axis; of a range with gaps see `_every_nth`."""
     starts, limits = equation.params["start_indices"], equation.params["limit_indices"]
     strides = equation.params["strides"] or (1,) * len(x)
     (shape,) = equation.shapes
@@ -111,10 +137,23 @@ def slice_rule(equation: Equation, x: Dims) -> Sequence[Dims]:
             sizes = [starts[i], limits[i] - starts[i], node.size - limits[i]]
             dims.append(split(node, sizes, equation.because("a range that cuts factors"))[1])
         else:
-            why = equation.because(f"one position in {strides[i]}")
-            pin(node, why)
-            dims.append(pinned(shape[i], why))
+            dims.append(_every_nth(equation, node, shape[i], strides[i]))
     return [tuple(dims)]
+
+
+def _every_nth(equation: Equation, node: Node, count: int, stride: int) -> Node:
+    """``out[i] = x[stride · i + start]``: if whole strides cover x, it is read as ``[count, stride]``.
+
+    The place within a stride stays put, and strides move as one: the halves of an interleaved pair. Starts
+    below the stride all give the same `count` then. Otherwise the axis is pinned.
+    """
+    why = equation.because(f"one position in {stride}")
+    if count * stride != node.size:
+        pin(node, why, mixed=False)
+        return pinned(count, why, mixed=False)
+    strides, place = factor(node, [count, stride], why)
+    pin(place, why, mixed=False)
+    return strides
 
 
 @register_rule("pad")
@@ -147,7 +186,9 @@ def iota(equation: Equation, *_: Dims) -> Sequence[Dims]:
     counted = equation.params["dimension"]
     return [
         tuple(
-            pinned(size, equation.because("positions are counted")) if i == counted else Node(size)
+            pinned(size, equation.because("positions are counted"), mixed=False)
+            if i == counted
+            else Node(size)
             for i, size in enumerate(shape)
         )
     ]

@@ -1,0 +1,285 @@
+"""Random networks, nested, shared, reshaped, concatenated and residual: no spec may change what they compute.
+
+A network is a list of steps over a pool of values, run with NumPy in float64 and traced with JAX from the
+code.
+"""
+
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from jax import lax
+
+import rebasin
+
+BATCH, CHANNELS = 2, 4
+# fmt: off
+STEPS = [
+    "dense", "dense", "dense", "bias", "scale", "tanh", "split_axis", "merge_axes", "swap_axes",
+    "concatenate", "halve", "add", "multiply", "norm", "mean", "attend", "tied", "running", "reverse",
+    "stack_scan", "sort", "head_bias", "maxout", "gram", "repeat",
+]
+# fmt: on
+
+
+class Network:
+    """A random function of a tree of weights and one input, made by replaying a list of random numbers."""
+
+    def __init__(self, choices):
+        self.choices = choices
+        self.shapes = {}  # filled in by the first run
+
+    def __call__(self, weights, x):
+        """Runs in the library of `x`, NumPy or jax.numpy; without weights, only shapes count."""
+        self.xp = jnp if isinstance(x, jax.Array) else np
+        self.weights, self.count, self.numbers = weights, 0, iter(self.choices)
+        self.pool = [x]
+        for name in [STEPS[n % len(STEPS)] for n in self._take(self._next() % 9 + 3)]:
+            value = self.pool[-1 - self._next() % min(3, len(self.pool))]
+            result = getattr(self, name)(value)
+            if result is not None and result.size <= 4096:
+                self.pool.append(result)
+        return self.dense(self.pool[-1].reshape(BATCH, -1), 3)
+
+    def _next(self):
+        return next(self.numbers, 1)
+
+    def _take(self, n):
+        return [self._next() for _ in range(n)]
+
+    def weight(self, *shape):
+        name = f"w{self.count}"
+        self.count += 1
+        if self.weights is None:
+            self.shapes[name] = shape
+            return np.ones(shape)
+        return self.weights[name]
+
+    def other(self, test):
+        found = [value for value in self.pool if test(value)]
+        return found[self._next() % len(found)] if found else None
+
+    def dense(self, x, width=None):
+        return self.xp.tanh(x @ self.weight(x.shape[-1], width or self._next() % 5 + 2))
+
+    def bias(self, x):
+        return x + self.weight(x.shape[-1])[(None,) * (x.ndim - 1)]
+
+    def scale(self, x):
+        return x * self.weight(*x.shape[1:])[None]
+
+    def head_bias(self, x):
+        """A weight on the last but one axis alone."""
+        return x + self.weight(x.shape[-2])[..., None][(None,) * (x.ndim - 2)] if x.ndim > 2 else None
+
+    def tanh(self, x):
+        return self.xp.tanh(x)
+
+    def split_axis(self, x):
+        n = x.shape[-1]
+        divisor = next((d for d in (2, 3, 5) if n % d == 0 and n > d), None)
+        if divisor is None or x.ndim > 4:
+            return None
+        shape = (divisor, n // divisor) if self._next() % 2 else (n // divisor, divisor)
+        return x.reshape(*x.shape[:-1], *shape)
+
+    def merge_axes(self, x):
+        return x.reshape(*x.shape[:-2], -1) if x.ndim > 2 else None
+
+    def swap_axes(self, x):
+        return self.xp.swapaxes(x, 1, x.ndim - 1) if x.ndim > 2 else None
+
+    def concatenate(self, x):
+        y = self.other(lambda v: v.shape[:-1] == x.shape[:-1])
+        return self.xp.concatenate([x, y], axis=-1)
+
+    def halve(self, x):
+        half = x.shape[-1] // 2
+        return x[..., :half] * x[..., half : 2 * half] if half else None
+
+    def maxout(self, x):
+        return x.reshape(*x.shape[:-1], -1, 2).max(axis=-1) if x.shape[-1] % 2 == 0 else None
+
+    def add(self, x):
+        return x + self.other(lambda v: v.shape == x.shape)
+
+    def multiply(self, x):
+        return x * self.other(lambda v: v.shape == x.shape)
+
+    def norm(self, x):
+        centred = x - x.mean(-1, keepdims=True)
+        return centred / self.xp.sqrt((centred**2).mean(-1, keepdims=True) + 0.1)
+
+    def mean(self, x):
+        return x.mean(axis=1 + self._next() % (x.ndim - 1)) if x.ndim > 2 else None
+
+    def gram(self, x):
+        """All positions against all."""
+        return self.xp.einsum("nab,ncb->nac", x, x) / 4 if x.ndim == 3 else None
+
+    def attend(self, x):
+        """Softmax attention in which the last but one axis is the head or the position, by chance."""
+        if x.ndim != 3:
+            return None
+        q, k, v = (x @ self.weight(x.shape[-1], 3) for _ in range(3))
+        pattern = ("nhd,nhe->nde", "nhd,nkd->nhk")[self._next() % 2]
+        scores = self.xp.exp(self.xp.tanh(self.xp.einsum(pattern, q, k)))
+        scores = scores / scores.sum(-1, keepdims=True)
+        return self.xp.einsum("nde,nhe->nhd" if pattern.endswith("nde") else "nhk,nkd->nhd", scores, v)
+
+    def tied(self, x):
+        w = self.weight(x.shape[-1], x.shape[-1] + 1)
+        return self.xp.tanh(x @ w) @ w.T
+
+    def running(self, x):
+        return self.xp.cumsum(x, axis=1 + self._next() % (x.ndim - 1)) / 4
+
+    def reverse(self, x):
+        return self.xp.flip(x, axis=1 + self._next() % (x.ndim - 1))
+
+    def sort(self, x):
+        return self.xp.sort(x, axis=1 + self._next() % (x.ndim - 1))
+
+    def repeat(self, x):
+        return self.xp.broadcast_to(x[:, None], (x.shape[0], 2, *x.shape[1:])) if x.ndim < 4 else None
+
+    def stack_scan(self, x):
+        """A loop over stacked layers with a residual stream and inner widths."""
+        up, down = self.weight(3, x.shape[-1], 4), self.weight(3, 4, x.shape[-1])
+        if self.xp is jnp:
+            return lax.scan(lambda h, w: (h + jnp.tanh(h @ w[0]) @ w[1], None), x, (up, down))[0]
+        for u, d in zip(up, down, strict=True):
+            x = x + np.tanh(x @ u) @ d
+        return x
+
+
+def draw_weights(shapes, rng):
+    return {name: rng.normal(size=shape) / math.sqrt(max(shape[0], 1)) for name, shape in shapes.items()}
+
+
+def permuted(spec, permutation, weights):
+    """The weights permuted in float64, by permuting positions: the library itself is in float32 here."""
+    positions = {name: np.arange(w.size, dtype=np.int32).reshape(w.shape) for name, w in weights.items()}
+    moved = jax.device_get(rebasin.permute(spec, permutation, positions))
+    return {name: w.ravel()[moved[name]] for name, w in weights.items()}
+
+
+def check_network(choices):
+    """Raises if permuting by the inferred spec changes the network; returns how many groups there were."""
+    network = Network(choices)
+    x = np.random.default_rng(0).normal(size=(BATCH, CHANNELS))
+    network(None, x)
+    shapes = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in network.shapes.items()}
+    spec = rebasin.infer_spec(network, shapes, jax.ShapeDtypeStruct(x.shape, jnp.float32))
+    rng = np.random.default_rng(1)
+    weights = draw_weights(network.shapes, rng)
+    before = network(weights, x)
+    assert np.isfinite(before).all()
+    identity = rebasin.identity_permutation(spec, shapes)
+    shuffled = {group: rng.permuted(row, axis=-1) for group, row in identity.items()}
+    for permutation in (shuffled, *(identity | {group: row} for group, row in shuffled.items())):
+        np.testing.assert_allclose(
+            network(permuted(spec, permutation, weights), x), before, rtol=1e-9, atol=1e-9
+        )
+    return spec
+
+
+networks = st.lists(st.integers(0, 10**4), min_size=8, max_size=60)
+
+
+@given(networks)
+@settings(max_examples=100, suppress_health_check=[HealthCheck.too_slow])
+def test_a_hundred_small_networks_are_sound(choices):
+    check_network(choices)
+
+
+@pytest.mark.slow
+def test_thousands_of_networks_are_sound():
+    """With fixed seeds rather than hypothesis, and a count of what was exercised."""
+    groups = indexed = structured = 0
+    for seed in range(3000):
+        spec = check_network(np.random.default_rng(seed).integers(0, 10**4, size=60).tolist())
+        groups += len(spec.groups)
+        indexed += len(spec.indexed)
+        structured += sum(
+            not axis.is_whole for axis in itertools.chain.from_iterable(a for _, a in spec.leaves)
+        )
+    assert groups > 3000
+    assert indexed > 300
+    assert structured > 300
+
+
+class PlainNetwork(Network):
+    """Values [n, c] only, so that every symmetry permutes whole axes of leaves."""
+
+    steps = ("dense", "dense", "bias", "scale", "add", "multiply", "norm", "tied", "square")
+
+    def __call__(self, weights, x):
+        self.xp = jnp if isinstance(x, jax.Array) else np
+        self.weights, self.count, self.numbers = weights, 0, iter(self.choices)
+        self.pool = [x]
+        for n in self._take(self._next() % 3 + 1):
+            self.pool.append(getattr(self, self.steps[n % len(self.steps)])(self.pool[-1]))
+        return self.xp.tanh(self.pool[-1] @ self.weight(self.pool[-1].shape[-1], 2))
+
+    def dense(self, x, width=None):
+        return self.xp.tanh(x @ self.weight(x.shape[-1], width or self._next() % 2 + 2))
+
+    def square(self, x):
+        w = self.weight(x.shape[-1], x.shape[-1])
+        return self.xp.tanh(x @ w) @ w
+
+
+def symmetric_swaps(network, weights, x):
+    """Every transposition that preserves the function: its two positions, and the axes that it acts on."""
+    before = network(weights, x)
+    axes = [(name, axis) for name, w in weights.items() for axis in range(w.ndim)]
+    found = set()
+    for size in {weights[name].shape[axis] for name, axis in axes}:
+        alike = [(name, axis) for name, axis in axes if weights[name].shape[axis] == size]
+        for i, j in itertools.combinations(range(size), 2):
+            order = np.arange(size)
+            order[[i, j]] = j, i
+            for n in range(1, len(alike) + 1):
+                for subset in itertools.combinations(alike, n):
+                    moved = dict(weights)
+                    for name, axis in subset:
+                        moved[name] = np.take(moved[name], order, axis=axis)
+                    if np.allclose(network(moved, x), before, rtol=1e-9, atol=1e-9):
+                        found.add((i, j, subset))
+    return found
+
+
+@given(st.lists(st.integers(0, 10**4), min_size=6, max_size=12))
+@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
+def test_no_swap_of_two_units_is_missing(choices):
+    """Brute force over all transpositions of whole axes at random weights: those of the spec, and no others.
+
+    A swap may act on several groups at once, so the spec's are those of every set of groups of one size.
+    """
+    network = PlainNetwork(choices)
+    x = np.random.default_rng(0).normal(size=(BATCH, CHANNELS))
+    network(None, x)
+    shapes = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in network.shapes.items()}
+    if sum(len(shape) for shape in network.shapes.values()) > 9:
+        return  # 2⁹ subsets for each pair are enough
+    spec = rebasin.infer_spec(network, shapes, jax.ShapeDtypeStruct(x.shape, jnp.float32))
+    weights = draw_weights(network.shapes, np.random.default_rng(1))
+    expected = set()
+    sizes = spec.group_sizes(shapes)
+    for n in range(1, len(sizes) + 1):
+        for groups in itertools.combinations(sizes, n):
+            if len({sizes[group] for group in groups}) == 1:
+                moved = tuple(
+                    (name, axis)
+                    for name, w in weights.items()
+                    for axis in range(w.ndim)
+                    if set(spec.table[name][axis].groups) & set(groups)
+                )
+                expected |= {(i, j, moved) for i, j in itertools.combinations(range(sizes[groups[0]]), 2)}
+    assert symmetric_swaps(network, weights, x) == expected
