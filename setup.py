@@ -24,8 +24,16 @@ EXPERIMENTS = [
     "tensorflow-datasets>=4.9.9",
 ]
 
-# Exact versions: a lint or type rule that changes with a release should not turn a check red by itself.
-TEST = ["chex>=0.1.91", "hypothesis>=6.100", "pytest>=8.3", "pyright[nodejs]==1.1.414", "ruff==0.17.5"]
+# Exact versions of the linters: a rule that changes with a release should not turn a check red by itself.
+TEST = [
+    "chex>=0.1.91",
+    "dm-haiku>=0.0.16",  # models in other libraries have the same symmetries
+    "equinox>=0.13",
+    "hypothesis>=6.100",
+    "pyright[nodejs]==1.1.414",
+    "pytest>=8.3",
+    "ruff==0.17.5",
+]
 
 setup(
     name="rebasin-jax",

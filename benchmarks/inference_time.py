@@ -107,9 +107,7 @@ def infer_timed(function: Any, *arguments: Any) -> tuple[Any, rebasin.Permutatio
 
 def main() -> None:
     """Prints a row for each model; minima of three runs."""
-    print(
-        f"{'model':>15} {'equations':>9} {'groups':>6} {'tracing s':>9} {'inference s':>11} {'µs/equation':>11}"
-    )
+    print(f"{'model':>15} equations groups tracing/s inference/s µs/equation")
     for name, (model, x) in CASES.items():
         shapes = jax.eval_shape(model.init, jax.random.key(0), x)
         runs = [infer_timed(model.apply, shapes, x) for _ in range(3)]

@@ -1,7 +1,7 @@
 """Random networks, nested, shared, reshaped, concatenated and residual: no spec may change what they compute.
 
-A network is a list of steps over a pool of values, run with NumPy in float64 and traced with JAX from the
-code.
+A network is a list of steps over a pool of values; the same code runs with NumPy in float64 and is traced
+with JAX.
 """
 
 import itertools
