@@ -69,8 +69,8 @@ def weight_matching(
 
     Examples:
       >>> spec = PermutationSpec.from_axes({"w": (None, "P0"), "v": ("P0", None)})
-      >>> a = {"w": jnp.array([[1.0, 2.0, 3.0]]), "v": jnp.array([[1.0], [0.0], [2.0]])}
-      >>> b = {"w": jnp.array([[3.0, 1.0, 2.0]]), "v": jnp.array([[2.0], [1.0], [0.0]])}
+      >>> a = {"w": np.array([[1.0, 2.0, 3.0]]), "v": np.array([[1.0], [0.0], [2.0]])}
+      >>> b = {"w": np.array([[3.0, 1.0, 2.0]]), "v": np.array([[2.0], [1.0], [0.0]])}
       >>> match = weight_matching(spec, a, b, key=jax.random.key(0))
       >>> match.permutation["P0"].tolist(), match.objective.tolist()
       ([1, 2, 0], [19.0, 19.0])
