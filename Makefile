@@ -1,5 +1,7 @@
 # The environment is made once, by whichever target needs it first. PYTHON names the interpreter it is made from.
 PYTHON ?= python3
+# Processes of the test suite. Most of a test is compiling, on one thread.
+WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
@@ -14,10 +16,10 @@ demo: $(STAMP)  ## train six small networks on digits, align them, print the tab
 	$(BIN)/python -m experiments.training_trajectories --preset=digits --output_dir=results/demo
 
 test: $(STAMP)  ## the test suite, at most five minutes on two cores
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 test-slow: $(STAMP)  ## full widths and many seeds
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m slow
 
 check: $(STAMP)  ## lint, format and types
 	$(BIN)/ruff check

@@ -32,6 +32,7 @@ TEST = [
     "hypothesis>=6.100",
     "pyright[nodejs]==1.1.414",
     "pytest>=8.3",
+    "pytest-xdist>=3.6",
     "ruff==0.17.5",
 ]
 

@@ -30,8 +30,8 @@ class Reporter:
         self.console = console or Console(width=None if sys.stdout.isatty() else 80, highlight=False)
 
     def say(self, text: str) -> None:
-        """Prints a line."""
-        self.console.print(text, markup=False)
+        """Prints a line as it is: a long path that is broken cannot be copied."""
+        self.console.print(text, markup=False, soft_wrap=True)
 
     @contextlib.contextmanager
     def stage(self, description: str, total: int) -> Iterator[Callable[[], None]]:
