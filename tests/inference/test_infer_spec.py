@@ -7,27 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from spec_checks import X, check, tree
 
 import rebasin
-from rebasin import Axis, PermutationSpec, infer_spec, verify_spec
+from rebasin import Axis, infer_spec
 from rebasin.errors import InferenceError
 
-X = jnp.asarray(np.random.default_rng(0).normal(size=(5, 3)), jnp.float32)
 IMAGES = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 8, 3)), jnp.float32)
-
-
-def tree(**shapes):
-    rng = np.random.default_rng(1)
-    return {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
-
-
-def check(function, params, *inputs, indexed=None, fixed=(), **expected):
-    """Infers, verifies, and compares with the table expected, whatever the groups are called."""
-    spec = infer_spec(function, params, *inputs)
-    verify_spec(spec, function, params, *inputs)
-    wanted = PermutationSpec.from_axes(expected, indexed=indexed, fixed=fixed)
-    assert spec.equivalent(wanted), f"inferred:\n{spec}\nwanted:\n{wanted}"
-    return spec
 
 
 def dense(t, i, x):

@@ -5,25 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from spec_checks import X, check, tree
 
 from rebasin import Axis, PermutationSpec, infer_spec, verify_spec
 
-X = jnp.asarray(np.random.default_rng(0).normal(size=(5, 3)), jnp.float32)
 IMAGES = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4, 4, 3)), jnp.float32)
 TOKENS = jnp.asarray([[0, 3, 1, 1], [4, 2, 2, 0]])
-
-
-def tree(**shapes):
-    rng = np.random.default_rng(1)
-    return {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
-
-
-def check(function, params, *inputs, indexed=None, fixed=(), **expected):
-    spec = infer_spec(function, params, *inputs)
-    verify_spec(spec, function, params, *inputs)
-    wanted = PermutationSpec.from_axes(expected, indexed=indexed, fixed=fixed)
-    assert spec.equivalent(wanted), f"inferred:\n{spec}\nwanted:\n{wanted}"
-    return spec
 
 
 def reasons(spec):
