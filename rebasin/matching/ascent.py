@@ -37,6 +37,7 @@ class Ascent:
     """One coordinate ascent: the current permutation, its objective, and what has to be solved.
 
     Attributes:
+      groups: the groups of the spec, in its order.
       permutation: current rows of each group.
       objective: ⟨A, P[B]⟩ over all weights, each counted once, float64.
       stale: groups whose neighbours have changed since they were last solved.
@@ -44,20 +45,21 @@ class Ascent:
     """
 
     def __init__(self, spec: PermutationSpec, params_a: Any, params_b: Any, predicate: LeafPredicate) -> None:
-        self.spec = spec
+        self.spec, self.groups = spec, spec.groups  # the property walks all leaves
         a, b = leaf_table(params_a), leaf_table(params_b)
         self.pieces: list[_Piece] = []
+        moving = frozenset(self.groups)
         self.constant = 0.0  # the part of the objective in which nothing moves
         for path, axes in spec.leaves:
             if not predicate(path, a[path]):
                 continue
             for block in iter_blocks(axes, np.shape(a[path])):
                 piece = _piece(spec, a[path], b[path], block)
-                if any(label in spec.groups for label in piece.labels):
+                if not moving.isdisjoint(piece.labels):
                     self.pieces.append(piece)
                 else:
                     self.constant += _inner_product(piece.a, piece.b)
-        self.of_group = {g: [p for p in self.pieces if g in p.labels] for g in spec.groups}
+        self.of_group = {g: [p for p in self.pieces if g in p.labels] for g in self.groups}
         self.neighbours = {
             group: {label for piece in pieces for label in piece.labels if label in self.of_group}
             for group, pieces in self.of_group.items()
@@ -67,7 +69,7 @@ class Ascent:
             group: sum(piece.resolution for piece in pieces) for group, pieces in self.of_group.items()
         }
         outer = spec.outer_groups
-        self.inner = {group: [g for g in spec.groups if group in outer.get(g, ())] for group in spec.groups}
+        self.inner = {group: [g for g in self.groups if group in outer.get(g, ())] for group in self.groups}
         self.stats = {"assignments": 0, "seconds_similarity": 0.0, "seconds_assignment": 0.0}
 
     def restart(self, permutation: Mapping[str, np.ndarray]) -> None:
@@ -107,7 +109,7 @@ class Ascent:
         """
         known: _Rows = {}
         outer = self.spec.outer_groups
-        for group in itertools.chain.from_iterable((*outer.get(g, ()), g) for g in self.spec.groups):
+        for group in itertools.chain.from_iterable((*outer.get(g, ()), g) for g in self.groups):
             if group in known or group not in self.of_group:
                 continue
             free = {group, *self.inner[group]} - known.keys()

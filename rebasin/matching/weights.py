@@ -88,8 +88,8 @@ def weight_matching(
     objective = [ascent.objective]
     converged = False
     while not converged and len(objective) <= max_sweeps:
-        order = jax.random.permutation(jax.random.fold_in(key, len(objective)), len(spec.groups))
-        for group in (spec.groups[i] for i in np.asarray(order)):
+        order = jax.random.permutation(jax.random.fold_in(key, len(objective)), len(ascent.groups))
+        for group in (ascent.groups[i] for i in np.asarray(order)):
             ascent.improve(group)
         objective.append(ascent.objective)
         converged = not ascent.stale

@@ -57,8 +57,7 @@ def scan(equation: Equation, *inputs: Value) -> Sequence[Dims]:
     """As in a while loop; the axis scanned over is a sequence, and pinned.
 
     A step sees only its own slice, so that what comes from slices alone may be permuted differently at each
-    step.
-    What comes back as carry may not: the carry is one value at all steps.
+    step. What comes back as carry may not: the carry is one value at all steps.
     """
     params: dict[str, Any] = equation.params
     consts, carries = params["num_consts"], params["num_carry"]
