@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 import rebasin.inference.rules  # noqa: F401  # registers every rule
 from rebasin.axis import Axis, Factor, SizedFactor
@@ -66,7 +67,7 @@ def infer_spec(
         closed, output_shapes = jax.make_jaxpr(function, return_shape=True)(tree, *inputs)
     except (TypeError, ValueError) as error:
         raise InferenceError(f"the function cannot be traced: {error}") from error
-    dims = [Value((Node(size) for size in var.aval.shape), frozenset()) for var in closed.jaxpr.invars]
+    dims = [_input(var.aval) for var in closed.jaxpr.invars]
     for i, input_dims in enumerate(dims[len(leaves) :]):
         _pin_each(input_dims, f"meets an axis of input {i}")
     of_leaf = dict(zip(leaves, dims, strict=False))
@@ -89,12 +90,19 @@ def infer_spec(
                 unite(node, next_node, f"output {path} has other factors than {state[path]}")
         else:
             _pin_each(output_dims, f"reaches an axis of output {i}")
+        output_dims.pin_named(f"output {i} names positions along it")
         uses.note(output_dims)  # a leaf that is itself an output is used although no equation reads it
     for leaf_dims in of_leaf.values():
         if uses.rank(leaf_dims) == math.inf:
             _pin_each(leaf_dims, "the function does not use this leaf")
     order = sorted(of_leaf, key=lambda path: uses.rank(of_leaf[path]))
     return _to_spec({path: of_leaf[path] for path in order}, equations)
+
+
+def _input(aval: Any) -> Value:
+    """A leaf or an input, of which nothing is known; numbers of a leaf differ."""
+    nodes = [Node(size) for size in aval.shape]
+    return Value(nodes, frozenset(), distinct=nodes if jnp.issubdtype(aval.dtype, jnp.floating) else ())
 
 
 def _pin_by_name(of_leaf: Mapping[str, Dims], names: Sequence[str]) -> None:

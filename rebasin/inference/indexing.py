@@ -20,6 +20,7 @@ import itertools
 from collections.abc import Iterable, Sequence
 
 from rebasin.inference.axes import Node
+from rebasin.inference.notes import named_axes
 from rebasin.inference.registry import Value
 
 __all__ = ["Equations", "find_indices"]
@@ -87,8 +88,9 @@ def _may_index(node: Node) -> bool:
 
 def _blocks(value: Value, cache: dict[tuple[Node, ...], list[_Counter] | None]) -> list[_Counter] | None:
     """How often each factor occurs in each choice of segments; `None` where there is no such form."""
-    # An axis of the context is one that every block carries.
-    key = tuple(node.root for node in (*value, *(value.context or ())))
+    # An axis of the context, or one whose positions the entries name, is one that every block carries.
+    named = (node for node in named_axes(value.note) if node not in value.constant)
+    key = tuple(node.root for node in (*value, *(value.context or ()), *named))
     if key not in cache:
         axes = [_segments(node) for node in key]
         cache[key] = None

@@ -10,7 +10,8 @@ import numpy as np
 from jax.extend import core
 
 from rebasin.inference.axes import Node, pin, pinned
-from rebasin.inference.registry import Dims, Equation, Value, find_rule
+from rebasin.inference.notes import Number
+from rebasin.inference.registry import Dims, Equation, Value, find_rule, is_reader
 
 __all__ = ["interpret"]
 
@@ -54,6 +55,9 @@ def interpret(
         where = f"{eqn.primitive.name} ({line})" if line else eqn.primitive.name
         equation = Equation(eqn.primitive.name, eqn.params, shapes, where, run)
         rule = find_rule(equation.primitive)
+        if not is_reader(rule):
+            for operand in operands:
+                operand.pin_named(equation.because("positions along it are computed with"))
         outputs = _pin_all(equation, operands) if rule is None else rule(equation, *operands)
         context = frozenset(node for value in operands for node in value.context or ())
         results = [_complete(output, context) for output in outputs]
@@ -67,7 +71,9 @@ def _complete(output: Dims, context: frozenset[Node]) -> Value:
     """What a rule returned, as a value: in the context of its operands, if it does not say otherwise."""
     if not isinstance(output, Value):
         return Value(output, context)
-    return output if output.context is not None else Value(output, context, output.constant)
+    if output.context is not None:
+        return output
+    return Value(output, context, output.constant, note=output.note, distinct=output.distinct)
 
 
 class _Runner:
@@ -100,7 +106,8 @@ def _constant(value: Any) -> Value:
     """Axes of a constant: free where it does not vary along the axis, else pinned."""
     shape = np.shape(value)
     if not shape:
-        return Value((), frozenset())
+        is_real = any(jnp.issubdtype(jnp.result_type(value), kind) for kind in (jnp.integer, jnp.floating))
+        return Value((), frozenset(), note=Number(float(value)) if is_real else None)
     if jnp.issubdtype(value.dtype, jax.dtypes.extended):
         return Value((pinned(size, "a constant of an opaque type") for size in shape), frozenset())
     array = np.asarray(value)

@@ -22,7 +22,7 @@ BATCH, CHANNELS = 2, 4
 STEPS = [
     "dense", "dense", "dense", "bias", "scale", "tanh", "split_axis", "merge_axes", "swap_axes",
     "concatenate", "halve", "add", "multiply", "norm", "mean", "attend", "tied", "running", "reverse",
-    "stack_scan", "sort", "head_bias", "maxout", "gram", "repeat",
+    "stack_scan", "sort", "head_bias", "maxout", "gram", "repeat", "route", "pick",
 ]
 # fmt: on
 
@@ -147,6 +147,19 @@ class Network:
 
     def repeat(self, x):
         return self.xp.broadcast_to(x[:, None], (x.shape[0], 2, *x.shape[1:])) if x.ndim < 4 else None
+
+    def route(self, x):
+        """The two best experts of three, by their one-hot codes, weighted or not."""
+        logits, experts = x @ self.weight(x.shape[-1], 3), self.weight(3, x.shape[-1], 2)
+        order = self.xp.argsort(-logits, axis=-1)[..., :2]
+        gates = (order[..., None] == self.xp.arange(3).reshape((1,) * x.ndim + (3,))).sum(-2)
+        return self.xp.einsum("...c,...e,eck->...k", x, gates * self.xp.tanh(logits), experts)
+
+    def pick(self, x):
+        """A weight looked up at the place of the largest value, of which there may be several."""
+        x = (x, self.xp.tanh(x), self.xp.maximum(x, 0), self.xp.round(x))[self._next() % 4]
+        axis = 1 + self._next() % (x.ndim - 1)
+        return self.weight(x.shape[axis], 3)[x.argmax(axis)]
 
     def stack_scan(self, x):
         """A loop over stacked layers with a residual stream and inner widths."""

@@ -117,12 +117,67 @@ def test_sorted_values_are_symmetric_but_argsort_is_not():
 def test_sort_of_several_operands():
     def function(t, x):
         keys, values = lax.sort((x @ t["w"], jnp.tanh(x @ t["u"])), dimension=1, num_keys=1)
+        rounded, carried = lax.sort((jnp.round(x @ t["c"]), x @ t["d"]), dimension=1, num_keys=1)
         both = lax.sort((x @ t["a"], x @ t["b"]), dimension=1, num_keys=2)
-        return keys + values, both
+        return keys + values, rounded + carried, both
 
-    params = tree(w=(3, 6), u=(3, 6), a=(3, 7), b=(3, 7))
-    spec = check(function, params, X, w=(None, None), u=(None, None), a=(None, "P"), b=(None, "P"))
-    assert reasons(spec)["w", 1] == "equal keys are sorted by position"
+    params = tree(w=(3, 6), u=(3, 6), a=(3, 7), b=(3, 7), c=(3, 5), d=(3, 5))
+    free = dict(w=(None, "W"), u=(None, "W"), a=(None, "P"), b=(None, "P"))
+    spec = check(function, params, X, **free, c=(None, None), d=(None, None))
+    assert reasons(spec)["c", 1] == "equal keys are sorted by position"
+
+
+def test_positions_of_the_best_are_followed_to_what_they_look_up():
+    def function(t, x):
+        best, which = lax.top_k(jax.nn.softmax(x @ t["router"]), 2)
+        code = jax.nn.one_hot(which, 4)  # compared with a count
+        found = t["table"][which]  # looked up
+        own = jnp.take_along_axis(x @ t["own"], which, axis=1)
+        mask = jnp.zeros((5, 4)).at[jnp.arange(5)[:, None], which].set(best)  # written
+        return jnp.einsum("bke,ed->bkd", code, t["coded"]), found, own, mask @ t["masked"]
+
+    params = tree(router=(3, 4), table=(4, 2), own=(3, 4), coded=(4, 2), masked=(4, 2))
+    experts = {"table": ("E", None), "coded": ("E", None), "masked": ("E", None)}
+    check(function, params, X, router=(None, "E"), own=(None, "E"), **experts)
+
+
+@pytest.mark.parametrize("logits", [jax.nn.relu, jnp.round, lambda x: x.astype(jnp.bfloat16)])
+def test_experts_that_may_tie_stay(logits):
+    def function(t, x):
+        return t["table"][jnp.argmax(logits(x @ t["router"]), axis=1)]
+
+    spec = check(function, tree(router=(3, 4), table=(4, 2)), X, router=(None, None), table=(None, None))
+    assert reasons(spec)["router", 1] == "of equal values the first along it is chosen"
+
+
+def test_a_repeated_value_ties_with_itself():
+    def function(t, x):
+        same = jnp.broadcast_to((x @ t["w"])[:, :1], (5, 4))
+        return t["table"][jnp.argmax(same, axis=1)]
+
+    spec = infer_spec(function, tree(w=(3, 6), table=(4, 2)), X)
+    assert spec.table["table"] == (Axis.whole(None),) * 2
+
+
+def test_positions_that_are_computed_with_stay():
+    def function(t, x):
+        which = jnp.argmax(x @ t["router"], axis=1)
+        return t["table"][3 - which], t["other"][which]
+
+    params = tree(router=(3, 4), table=(4, 2), other=(4, 2))
+    pins = {name: (None, None) for name in params}
+    spec = check(function, params, X, **pins)
+    assert reasons(spec)["other", 0] == "positions along it are computed with"
+
+
+def test_positions_that_are_an_output_or_carried_by_a_loop_stay():
+    def function(t, x):
+        which = jnp.argmax(x @ t["router"], axis=1)
+        carried = lax.fori_loop(0, 2, lambda _, w: w[::-1], jnp.argmax(x @ t["again"], axis=1))
+        return which, t["table"][carried]
+
+    params = tree(router=(3, 4), again=(3, 4), table=(4, 2))
+    check(function, params, X, **{name: (None, None) for name in params})
 
 
 def test_top_k_moves_along_other_axes():
@@ -131,7 +186,7 @@ def test_top_k_moves_along_other_axes():
         return jnp.einsum("bhk,bhk,hko->bo", values, places.astype(jnp.float32), t["v"])
 
     spec = check(function, tree(w=(3, 6, 4), v=(6, 2, 2)), X, w=(None, "H", None), v=("H", None, None))
-    assert reasons(spec)["w", 2] == "the results are positions along it"
+    assert reasons(spec)["w", 2] == "positions along it are computed with"
 
 
 # --- random numbers -----------------------------------------------------------------------------------------

@@ -511,9 +511,9 @@ def soft_mixture_of_experts():
     return Specimen(function, EXPERTS, (VECTORS,))
 
 
-@exhibit((4, 5))
+@exhibit(4, (4, 5))
 def top_k_mixture_of_experts():
-    """The router names experts by position, so they stay; their hidden units move in each by themselves."""
+    """The router names experts by position; the names follow the experts, and all of them move."""
 
     def function(tree, x):
         best, which = lax.top_k(x @ tree["router"], 2)
@@ -523,9 +523,23 @@ def top_k_mixture_of_experts():
     return Specimen(function, EXPERTS, (VECTORS,))
 
 
-@exhibit(5)
+@exhibit((4, 5))
+def mixture_of_experts_with_ties():
+    """Values that were clipped may tie, and of equal ones the first is chosen: so experts keep their order."""
+
+    def function(tree, x):
+        best, which = lax.top_k(jax.nn.relu(x @ tree["router"]), 2)
+        return run_experts(tree, x, jnp.einsum("bk,bke->be", best, jax.nn.one_hot(which, 4)))
+
+    return Specimen(function, EXPERTS, (VECTORS,))
+
+
+@exhibit(4, 5)
 def mixture_of_experts_by_gather():
-    """Weights of the chosen expert are looked up, so that hidden units are one axis for every expert."""
+    """Weights of the chosen expert are looked up, so that hidden units are one axis for every expert.
+
+    They could be permuted in each expert by itself: a known limit, since an index may name any expert.
+    """
 
     def function(tree, x):
         which = jnp.argmax(x @ tree["router"], axis=-1)
@@ -533,6 +547,25 @@ def mixture_of_experts_by_gather():
         return jnp.einsum("bh,bho->bo", hidden, tree["down"][which])
 
     return Specimen(function, EXPERTS, (VECTORS,))
+
+
+@exhibit(6, (3, 4), (3, 4, 5))
+def scan_over_layers_of_experts():
+    """Experts move in each of three layers by themselves, hidden units in each layer and expert."""
+
+    def function(tree, x):
+        def layer(h, weights):
+            router, up, down = weights
+            best, which = lax.top_k(h @ router, 2)
+            gates = jnp.einsum("bk,bke->be", jax.nn.softmax(best), jax.nn.one_hot(which, 4))
+            hidden = jax.nn.silu(jnp.einsum("bi,eih->beh", h, up))
+            return h + jnp.einsum("be,beh,eho->bo", gates, hidden, down), None
+
+        layers = (tree["router"], tree["up"], tree["down"])
+        return lax.scan(layer, x @ tree["in"], layers)[0] @ tree["out"]
+
+    stacked = shapes(router=(3, 6, 4), up=(3, 4, 6, 5), down=(3, 4, 5, 6))
+    return Specimen(function, stacked | shapes(**{"in": (3, 6), "out": (6, 2)}), (VECTORS,))
 
 
 # --- programs and bookkeeping ------------------------------------------------------------------------------

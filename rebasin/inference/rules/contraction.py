@@ -3,22 +3,24 @@
 from collections.abc import Sequence
 
 from rebasin.inference.axes import Node, factor, pin, pinned, product, unite
-from rebasin.inference.registry import Dims, Equation, register_rule
+from rebasin.inference.registry import Dims, Equation, Value, register_rule
 
 
 @register_rule("dot_general")
-def dot_general(equation: Equation, x: Dims, y: Dims, *_: Dims) -> Sequence[Dims]:
+def dot_general(equation: Equation, x: Value, y: Value, *_: Dims) -> Sequence[Dims]:
     """``out[b, i, j] = Σₖ x[b, i, k] y[b, k, j]``: k is permuted alike on both sides, and so is b."""
     (contract_x, contract_y), (batch_x, batch_y) = equation.params["dimension_numbers"]
     for i, j in (*zip(contract_x, contract_y, strict=True), *zip(batch_x, batch_y, strict=True)):
         unite(x[i], y[j], equation.because("operands with incompatible factors"))
-    free_x = [node for i, node in enumerate(x) if i not in (*contract_x, *batch_x)]
-    free_y = [node for j, node in enumerate(y) if j not in (*contract_y, *batch_y)]
-    return [(*(x[i] for i in batch_x), *free_x, *free_y)]
+    free_x = [i for i in range(len(x)) if i not in (*contract_x, *batch_x)]
+    free_y = [j for j in range(len(y)) if j not in (*contract_y, *batch_y)]
+    dims = [*(x[i] for i in (*batch_x, *free_x)), *(y[j] for j in free_y)]
+    distinct = [*(x[i] for i in free_x if x.is_distinct(i)), *(y[j] for j in free_y if y.is_distinct(j))]
+    return [Value(dims, distinct=distinct)]
 
 
 @register_rule("conv_general_dilated")
-def convolution(equation: Equation, x: Dims, kernel: Dims) -> Sequence[Dims]:
+def convolution(equation: Equation, x: Value, kernel: Value) -> Sequence[Dims]:
     """``out[n, s, o] = Σ x[n, s + t, c] kernel[t, c, o]``: channels contract, positions are neighbours.
 
     A window of one position that neither strides nor pads leaves the positions of its axis to themselves.
@@ -54,7 +56,8 @@ def convolution(equation: Equation, x: Dims, kernel: Dims) -> Sequence[Dims]:
     out[out_channels] = product([k_group, k_inner])
     for axis, node, pointwise in zip(out_space, x_space, untouched, strict=True):
         out[axis] = node if pointwise else pinned(shape[axis], why)
-    return [tuple(out)]
+    k_axis = numbers.rhs_spec[0]
+    return [Value(out, distinct=[out[out_channels]] if groups == 1 and kernel.is_distinct(k_axis) else ())]
 
 
 def _is_pointwise(equation: Equation, i: int, window: int) -> bool:

@@ -3,12 +3,17 @@
 from collections.abc import Sequence
 
 from rebasin.inference.axes import Node, pin, pinned, unite
-from rebasin.inference.registry import Dims, Equation, register_rule
+from rebasin.inference.notes import Components, Note, Positions
+from rebasin.inference.registry import Dims, Equation, Value, reads_notes, register_rule
 
 
 @register_rule("gather")
-def gather(equation: Equation, x: Dims, indices: Dims) -> Sequence[Dims]:
+@reads_notes
+def gather(equation: Equation, x: Value, indices: Value) -> Sequence[Dims]:
     """``out[b, w] = x[indices[b] + w]``: an index names positions, so an axis that is looked up is pinned.
+
+    Not so where the index is known to be a position along an axis: then what is found is the same however the
+    two axes are permuted, as long as they are permuted alike.
 
     The window w spans ``slice_sizes``. An axis whose window is the whole of it passes through, as its only
     index is 0 (any other puts the whole window out of bounds, whatever the order of its positions). The axes
@@ -21,12 +26,17 @@ def gather(equation: Equation, x: Dims, indices: Dims) -> Sequence[Dims]:
     for axis, i in zip(numbers.operand_batching_dims, numbers.start_indices_batching_dims, strict=True):
         unite(x[axis], indices[i], equation.because("operands with incompatible factors"))
     pin(indices[-1], equation.because("the components of an index"))
+    x.pin_named(equation.because("positions along it are looked up"))
+    sizes = equation.params["slice_sizes"]
+    named = _tie_named(
+        equation, x, indices, numbers.start_index_map, {i for i, size in enumerate(sizes) if size == 1}
+    )
     windows = []
-    for axis, (node, size) in enumerate(zip(x, equation.params["slice_sizes"], strict=True)):
+    for axis, (node, size) in enumerate(zip(x, sizes, strict=True)):
         if axis in numbers.operand_batching_dims:
             continue
         whole = node.size == size
-        if not whole:
+        if not whole and axis not in named:
             pin(node, why)
         if axis not in numbers.collapsed_slice_dims:
             windows.append(node if whole else pinned(size, why))
@@ -34,8 +44,35 @@ def gather(equation: Equation, x: Dims, indices: Dims) -> Sequence[Dims]:
     return [tuple(next(window) if o in numbers.offset_dims else next(index) for o in range(len(shape)))]
 
 
+def _tie_named(
+    equation: Equation, x: Dims, indices: Value, components: Sequence[int], single: set[int]
+) -> set[int]:
+    """Ties the axes of x to those whose positions the indices name; returns the axes of x that it tied.
+
+    Args:
+      equation: the gather or scatter.
+      x: what is read or written.
+      indices: the last axis holds the components of an index.
+      components: the axis of x that each component indexes.
+      single: axes of x of which one position is read or written for each index.
+    """
+    notes: tuple[Note, ...] = (indices.note,) * len(components)
+    if isinstance(indices.note, Components):
+        notes = indices.note.parts
+    tied = set()
+    for axis, note in zip(components, notes, strict=True):
+        match note:
+            case Positions(named, beyond=False) if axis in single and named.size == x[axis].size:
+                unite(x[axis], named, equation.because("positions of axes with incompatible factors"))
+                tied.add(axis)
+            case Positions(named):
+                pin(named, equation.because("positions along it look up another axis"), mixed=False)
+    return tied
+
+
 @register_rule("scatter", "scatter-add", "scatter-sub", "scatter-mul", "scatter-min", "scatter-max")
-def scatter(equation: Equation, x: Dims, indices: Dims, updates: Dims, *_: Dims) -> Sequence[Dims]:
+@reads_notes
+def scatter(equation: Equation, x: Value, indices: Value, updates: Value, *_: Dims) -> Sequence[Dims]:
     """``out = x``, then ``out[indices[b] + w] ∘= updates[b, w]`` for every b: the counterpart of gather.
 
     A window axis that is written whole moves with its updates; an axis written in part is pinned. Updates
@@ -49,7 +86,11 @@ def scatter(equation: Equation, x: Dims, indices: Dims, updates: Dims, *_: Dims)
     windows = [axis for axis in range(len(x)) if axis not in skipped]
     for axis, u in zip(windows, numbers.update_window_dims, strict=True):
         _tie_window(x[axis], updates[u], why, incompatible)
-    for axis in numbers.inserted_window_dims:
+    for value in (x, updates):
+        value.pin_named(equation.because("positions along it are written"))
+    inserted = set(numbers.inserted_window_dims)
+    named = _tie_named(equation, x, indices, numbers.scatter_dims_to_operand_dims, inserted)
+    for axis in inserted - named:
         pin(x[axis], why)
 
     placed = [node for u, node in enumerate(updates) if u not in numbers.update_window_dims]

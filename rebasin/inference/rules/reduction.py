@@ -3,23 +3,31 @@
 from collections.abc import Sequence
 
 from rebasin.inference.axes import Node, pin, pinned, unite
-from rebasin.inference.registry import Dims, Equation, register_rule
+from rebasin.inference.notes import Positions
+from rebasin.inference.registry import Dims, Equation, Value, reads_notes, register_rule
 
 
 @register_rule(
     "reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or", "reduce_xor"
 )
-def reduce(equation: Equation, x: Dims) -> Sequence[Dims]:
+def reduce(equation: Equation, x: Value) -> Sequence[Dims]:
     """The reduction does not depend on the order of positions, so the reduced axes stay free."""
-    return [tuple(node for i, node in enumerate(x) if i not in equation.params["axes"])]
+    kept = [i for i in range(len(x)) if i not in equation.params["axes"]]
+    return [Value((x[i] for i in kept), distinct=(x[i] for i in kept if x.is_distinct(i)))]
+
+
+# Of equal numbers the first is chosen, whatever the others' fate.
+_TIES = "of equal values the first along it is chosen"
 
 
 @register_rule("argmax", "argmin")
-def arg_reduce(equation: Equation, x: Dims) -> Sequence[Dims]:
-    """The answer is a position, so the axis is pinned."""
-    for axis in equation.params["axes"]:
-        pin(x[axis], equation.because("the result is a position along it"), mixed=False)
-    return [tuple(node for i, node in enumerate(x) if i not in equation.params["axes"])]
+def arg_reduce(equation: Equation, x: Value) -> Sequence[Dims]:
+    """The answer is a position along the axis, which is pinned only where values could be equal."""
+    (axis,) = equation.params["axes"]
+    if not x.is_distinct(axis):
+        pin(x[axis], equation.because(_TIES), mixed=False)
+    dims = [node for i, node in enumerate(x) if i != axis]
+    return [Value(dims, note=Positions(x[axis]))]
 
 
 @register_rule("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp")
@@ -30,34 +38,41 @@ def cumulative(equation: Equation, x: Dims) -> Sequence[Dims]:
 
 
 @register_rule("sort")
-def sort(equation: Equation, *inputs: Dims) -> Sequence[Dims]:
+@reads_notes
+def sort(equation: Equation, *inputs: Value) -> Sequence[Dims]:
     """``out[i]`` is the i-th smallest, whatever the order of the operand: symmetric, as a reduction is.
 
     So the sorted axis stays free and the sorted output is pinned. Several operands move together, along the
     other axes too. Where some of them are no keys (`argsort` carries positions), equal keys keep the order of
-    the operands, which is pinned.
+    the operands, which is pinned unless the first keys all differ.
     """
     axis = equation.params["dimension"]
+    keys, rest = inputs[: equation.params["num_keys"]], inputs[equation.params["num_keys"] :]
+    for x in keys:
+        x.pin_named(equation.because("positions along it are compared"))
     for dims in inputs[1:]:
         for x, y in zip(inputs[0], dims, strict=True):
             unite(x, y, equation.because("operands with incompatible factors"))
-    if equation.params["num_keys"] < len(inputs):
+    if rest and not keys[0].is_distinct(axis):
         pin(inputs[0][axis], equation.because("equal keys are sorted by position"), mixed=False)
     ranks = pinned(inputs[0][axis].size, equation.because("the axis is sorted"))
-    return [(*dims[:axis], ranks, *dims[axis + 1 :]) for dims in inputs]
+    sorted_dims = [(*x[:axis], ranks, *x[axis + 1 :]) for x in inputs]
+    notes = [*(None for _ in keys), *(x.note for x in rest)]
+    return [Value(dims, note=note) for dims, note in zip(sorted_dims, notes, strict=True)]
 
 
 @register_rule("top_k", "approx_top_k")
-def top_k(equation: Equation, x: Dims) -> Sequence[Dims]:
-    """Values and positions of the largest, in order: positions name the axis, so it is pinned.
+def top_k(equation: Equation, x: Value) -> Sequence[Dims]:
+    """The largest values, in order, and their positions along the axis; pinned where there may be ties.
 
-    Values alone would be symmetric, as in `sort`. Routing to the k best experts reads the positions and
-    thereby keeps the experts in their order; what belongs to each expert still moves.
+    Values alone would be symmetric, as in `sort`.
     """
     axis = equation.params.get("axis", equation.params.get("reduction_dimension", -1)) % len(x)
-    pin(x[axis], equation.because("the results are positions along it"), mixed=False)
+    if not x.is_distinct(axis):
+        pin(x[axis], equation.because(_TIES), mixed=False)
     ranks = pinned(equation.shapes[0][axis], equation.because("the largest come first"))
-    return [(*x[:axis], ranks, *x[axis + 1 :]) for _ in equation.shapes]
+    dims = (*x[:axis], ranks, *x[axis + 1 :])
+    return [dims, Value(dims, note=Positions(x[axis]))]
 
 
 @register_rule("reduce_window_sum", "reduce_window_max", "reduce_window_min", "reduce_window")

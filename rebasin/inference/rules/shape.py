@@ -4,11 +4,13 @@ import math
 from collections.abc import Iterator, Sequence
 
 from rebasin.inference.axes import Node, concatenate, factor, pin, pinned, product, split, unite
-from rebasin.inference.registry import Dims, Equation, Value, register_rule
+from rebasin.inference.notes import Components, Positions
+from rebasin.inference.registry import Dims, Equation, Value, reads_notes, register_rule
 
 
 @register_rule("broadcast_in_dim")
-def broadcast_in_dim(equation: Equation, x: Dims, *_: Dims) -> Sequence[Dims]:
+@reads_notes
+def broadcast_in_dim(equation: Equation, x: Value, *_: Dims) -> Sequence[Dims]:
     """Operand axis k becomes output axis d[k]; along every other axis any permutation fits a constant.
 
     An axis of size 1 that is repeated is constant along the output too.
@@ -19,35 +21,40 @@ def broadcast_in_dim(equation: Equation, x: Dims, *_: Dims) -> Sequence[Dims]:
     for node, d in zip(x, equation.params["broadcast_dimensions"], strict=True):
         if node.size == shape[d]:
             dims[d] = node
-    return [Value(dims, constant=set(fresh) & set(dims))]
+    return [x.moved(dims, constant=set(fresh) & set(dims))]
 
 
 @register_rule("transpose")
-def transpose(equation: Equation, x: Dims) -> Sequence[Dims]:
+@reads_notes
+def transpose(equation: Equation, x: Value) -> Sequence[Dims]:
     """Output axis i is input axis ``permutation[i]``."""
-    return [tuple(x[i] for i in equation.params["permutation"])]
+    return [x.moved(x[i] for i in equation.params["permutation"])]
 
 
 @register_rule("squeeze")
-def squeeze(equation: Equation, x: Dims) -> Sequence[Dims]:
+@reads_notes
+def squeeze(equation: Equation, x: Value) -> Sequence[Dims]:
     """Axes of size 1 are dropped."""
-    return [tuple(node for i, node in enumerate(x) if i not in equation.params["dimensions"])]
+    return [x.moved(node for i, node in enumerate(x) if i not in equation.params["dimensions"])]
 
 
 @register_rule("expand_dims")
-def expand_dims(equation: Equation, x: Dims) -> Sequence[Dims]:
+@reads_notes
+def expand_dims(equation: Equation, x: Value) -> Sequence[Dims]:
     """Axes of size 1 are inserted."""
     rest = iter(x)
     (shape,) = equation.shapes
-    return [tuple(Node(1) if i in equation.params["dimensions"] else next(rest) for i in range(len(shape)))]
+    return [x.moved(Node(1) if i in equation.params["dimensions"] else next(rest) for i in range(len(shape)))]
 
 
 @register_rule("reshape")
-def reshape(equation: Equation, x: Dims, *_: Dims) -> Sequence[Dims]:
+@reads_notes
+def reshape(equation: Equation, x: Value, *_: Dims) -> Sequence[Dims]:
     """Positions keep their row-major order: axes are read as products of common factors and rejoined."""
     (shape,) = equation.shapes
     if equation.params.get("dimensions") is not None or math.prod(shape) == 0:
         why = equation.because("a reshape that also transposes, or of no positions")
+        x.pin_named(why)
         for node in x:
             pin(node, why)
         return [tuple(pinned(size, why) for size in shape)]
@@ -57,7 +64,7 @@ def reshape(equation: Equation, x: Dims, *_: Dims) -> Sequence[Dims]:
         parts = factor(whole, [shape[o] for o in outs], equation.because("no common factors"))
         for o, part in zip(outs, parts, strict=True):
             dims[o] = part
-    return [tuple(dims)]
+    return [x.moved(dims)]
 
 
 def _matching_runs(before: Sequence[int], after: Sequence[int]) -> Iterator[tuple[list[int], list[int]]]:
@@ -78,7 +85,8 @@ def _matching_runs(before: Sequence[int], after: Sequence[int]) -> Iterator[tupl
 
 
 @register_rule("concatenate")
-def concatenate_rule(equation: Equation, *inputs: Dims) -> Sequence[Dims]:
+@reads_notes
+def concatenate_rule(equation: Equation, *inputs: Value) -> Sequence[Dims]:
     """Along ``dimension`` the operands are segments; along every other axis they are permuted alike."""
     axis = equation.params["dimension"]
     dims = list(inputs[0])
@@ -87,6 +95,10 @@ def concatenate_rule(equation: Equation, *inputs: Dims) -> Sequence[Dims]:
             if i != axis:
                 unite(x, y, equation.because("operands with incompatible factors"))
     dims[axis] = concatenate([x[axis] for x in inputs])
+    if axis == len(dims) - 1 and all(x[axis].size == 1 for x in inputs):
+        return [Value(dims, note=Components(tuple(x.note for x in inputs)))]
+    for x in inputs:
+        x.pin_named(equation.because("positions are joined to other numbers"))
     return [tuple(dims)]
 
 
@@ -124,8 +136,12 @@ def split_rule(equation: Equation, x: Dims) -> Sequence[Dims]:
 
 
 @register_rule("slice")
-def slice_rule(equation: Equation, x: Dims) -> Sequence[Dims]:
+@reads_notes
+def slice_rule(equation: Equation, x: Value) -> Sequence[Dims]:
     """A contiguous range is a segment of its axis; of a range with gaps see `_every_nth`."""
+    if isinstance(x.note, Components):
+        x.pin_named(equation.because("a part of an index"))
+        x = Value(x)
     starts, limits = equation.params["start_indices"], equation.params["limit_indices"]
     strides = equation.params["strides"] or (1,) * len(x)
     (shape,) = equation.shapes
@@ -138,7 +154,7 @@ def slice_rule(equation: Equation, x: Dims) -> Sequence[Dims]:
             dims.append(split(node, sizes, equation.because("a range that cuts factors"))[1])
         else:
             dims.append(_every_nth(equation, node, shape[i], strides[i]))
-    return [tuple(dims)]
+    return [x.moved(dims)]
 
 
 def _every_nth(equation: Equation, node: Node, count: int, stride: int) -> Node:
@@ -181,17 +197,11 @@ def rev(equation: Equation, x: Dims) -> Sequence[Dims]:
 
 @register_rule("iota")
 def iota(equation: Equation, *_: Dims) -> Sequence[Dims]:
-    """Counts along one axis, which is pinned, and is constant along the others."""
+    """``out[i] = i``: names the positions of its own axis, whatever their order; constant along others."""
     (shape,) = equation.shapes
-    counted = equation.params["dimension"]
-    return [
-        tuple(
-            pinned(size, equation.because("positions are counted"), mixed=False)
-            if i == counted
-            else Node(size)
-            for i, size in enumerate(shape)
-        )
-    ]
+    nodes = [Node(size) for size in shape]
+    # A count says nothing about a permutation that it may follow.
+    return [Value(nodes, constant=nodes, note=Positions(nodes[equation.params["dimension"]]))]
 
 
 @register_rule("dynamic_slice", "dynamic_update_slice")
