@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-.PHONY: help demo test test-slow check format clean
+.PHONY: help demo test test-slow zoo-table check format clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -20,6 +20,9 @@ test: $(STAMP)  ## the test suite, at most five minutes on two cores
 
 test-slow: $(STAMP)  ## full widths and many seeds
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m slow
+
+zoo-table: $(STAMP)  ## verify the spec of every architecture of the zoo and write their table in BUILD_NOTES.md
+	PYTHONPATH=tests/inference $(BIN)/python tests/inference/zoo_table.py
 
 check: $(STAMP)  ## lint, format and types
 	$(BIN)/ruff check

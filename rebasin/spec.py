@@ -1,5 +1,6 @@
 """`PermutationSpec`: which axes of which leaves move together, as plain, hashable data."""
 
+import collections
 import dataclasses
 import hashlib
 import itertools
@@ -15,7 +16,10 @@ from rebasin.axis import Axis, AxisLike, Factor
 from rebasin.errors import SpecError, SpecMismatchError, problem_list
 from rebasin.trees import leaf_table
 
-__all__ = ["GroupSize", "PermutationSpec", "Pin"]
+__all__ = ["NO_RULE", "GroupSize", "PermutationSpec", "Pin"]
+
+# How the reason of a pin ends that a primitive without a rule caused; before it stand primitive and line.
+NO_RULE = ": this primitive has no rule"
 
 GroupSize: TypeAlias = int | tuple[int, ...]
 
@@ -246,7 +250,7 @@ class PermutationSpec:
         return hashlib.sha256(dataclasses.replace(self, pins=()).to_json().encode()).hexdigest()
 
     def explain(self) -> str:
-        """The groups with the axes that carry them, then every axis that stays put and why."""
+        """The groups with the axes that carry them, then every reason why axes stay put, and what it cost."""
         axes = [(f"{path} axis {i}", axis) for path, row in self.leaves for i, axis in enumerate(row)]
         lines = []
         for group in self.groups:
@@ -254,17 +258,29 @@ class PermutationSpec:
                 f"{group} moves",
                 *(f"  {where}: {axis}" for where, axis in axes if group in axis.groups),
             ]
-        lines += ["stays put", *(f"  {pin.path} axis {pin.axis}: {pin.reason}" for pin in self.pins)]
+        for reason in dict.fromkeys(pin.reason for pin in self.pins):
+            lines += [
+                f"stays put: {reason}",
+                *(f"  {pin.path} axis {pin.axis}" for pin in self.pins if pin.reason == reason),
+            ]
+        unknown = collections.defaultdict(list)
+        for pin in self.pins:
+            if pin.reason.endswith(NO_RULE):
+                unknown[pin.reason.split()[0]].append(pin.path)
+        for primitive, paths in unknown.items():
+            cost = f"{_count(len(paths), 'axis', 'axes')} of {_count(len(set(paths)), 'leaf', 'leaves')}"
+            lines.append(f"the primitive {primitive} has no rule, which pins {cost}; register_rule adds one")
         return "\n".join(lines)
 
     def __str__(self) -> str:
-        def count(number: int, singular: str, plural: str) -> str:
-            return f"{number} {singular if number == 1 else plural}"
-
-        head = f"{count(len(self.groups), 'group', 'groups')}, {count(len(self.leaves), 'leaf', 'leaves')}"
+        head = f"{_count(len(self.groups), 'group', 'groups')}, {_count(len(self.leaves), 'leaf', 'leaves')}"
         rows = [f"  {path}: {', '.join(map(str, axes)) or 'scalar'}" for path, axes in self.leaves]
         rows += [f"  {group} is indexed by {', '.join(outer)}" for group, outer in self.indexed]
         return "\n".join([head, *rows])
+
+
+def _count(number: int, singular: str, plural: str) -> str:
+    return f"{number} {singular if number == 1 else plural}"
 
 
 def _axis_problems(

@@ -1,5 +1,6 @@
 """Infers the permutation symmetries of a function from its jaxpr."""
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,7 +14,8 @@ from rebasin.errors import InferenceError
 from rebasin.inference.axes import Node, pin, segments, unite
 from rebasin.inference.indexing import Equations, find_indices
 from rebasin.inference.interpreter import interpret
-from rebasin.inference.registry import Dims, Equation, Rule, Value, register_rule
+from rebasin.inference.registry import Equation, Rule, register_rule
+from rebasin.inference.values import Dims, Value
 from rebasin.spec import PermutationSpec, Pin
 from rebasin.trees import is_below, leaf_table, state_leaves
 
@@ -91,6 +93,8 @@ def infer_spec(
         else:
             _pin_each(output_dims, f"reaches an axis of output {i}")
         output_dims.pin_named(f"output {i} names positions along it")
+        for fold in output_dims.folds:
+            fold.open()
         uses.note(output_dims)  # a leaf that is itself an output is used although no equation reads it
     for leaf_dims in of_leaf.values():
         if uses.rank(leaf_dims) == math.inf:
@@ -147,9 +151,11 @@ def _to_spec(of_leaf: Mapping[str, Dims], equations: Equations) -> PermutationSp
             for factor in segment
             if not factor.is_pinned and factor.root not in names
         ]
+        numbers = itertools.count(2)
         for i, node in enumerate(dict.fromkeys(node.root for node in fresh)):
-            names[node] = path if i == 0 else f"{path}#{i + 1}"
-    index = find_indices(equations, list(names))
+            later = (f"{path}#{n}" for n in numbers)
+            names[node] = path if i == 0 else next(name for name in later if name not in of_leaf)
+    index = find_indices([[value.unfolded for value in values] for values in equations], list(names))
     # An axis that stays gets a name where it is the index of a group.
     fixed = dict.fromkeys(node for nodes in index.values() for node in nodes if node.is_pinned)
     labels = names | {node: f"index_{i}" for i, node in enumerate(fixed)}

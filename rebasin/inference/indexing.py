@@ -21,7 +21,7 @@ from collections.abc import Iterable, Sequence
 
 from rebasin.inference.axes import Node
 from rebasin.inference.notes import named_axes
-from rebasin.inference.registry import Value
+from rebasin.inference.values import Value
 
 __all__ = ["Equations", "find_indices"]
 
@@ -49,17 +49,30 @@ def find_indices(equations: Equations, groups: Sequence[Node]) -> dict[Node, tup
     candidates = _candidates(equations, set(groups))
     position = {group: i for i, group in enumerate(groups)}
     index: dict[Node, list[Node]] = {}
-    for group in groups:
-        chosen = [
-            other
-            for other in candidates.get(group, ())
-            if other.is_pinned or position[other] < position[group] or group not in candidates.get(other, ())
-        ]
+    settling = set()
+
+    def settle(group: Node) -> None:
+        """Settles every index of a group before the group itself."""
+        settling.add(group)
+        chosen = []
+        for other in candidates.get(group, ()):
+            mutual = group in candidates.get(other, ())
+            if other.is_pinned:
+                chosen.append(other)
+            elif (position[other] < position[group] or not mutual) and other not in settling:
+                chosen.append(other)
+                if other not in index:
+                    settle(other)
+        settling.remove(group)
         chosen.sort(key=lambda node: (len(index.get(node, ())), position.get(node, -1)))
         # The index of an index must be one's own too: the permutation of heads may differ by layer only where
         # the head dimensions are told apart by layer as well.
         index[group] = [o for o in chosen if set(index.get(o, ())) <= set(chosen)]
-    return {group: tuple(chosen) for group, chosen in index.items() if chosen}
+
+    for group in groups:
+        if group not in index:
+            settle(group)
+    return {group: tuple(index[group]) for group in groups if index[group]}
 
 
 def _candidates(equations: Equations, groups: set[Node]) -> dict[Node, dict[Node, None]]:

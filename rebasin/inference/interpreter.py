@@ -11,7 +11,9 @@ from jax.extend import core
 
 from rebasin.inference.axes import Node, pin, pinned
 from rebasin.inference.notes import Number
-from rebasin.inference.registry import Dims, Equation, Value, find_rule, is_reader
+from rebasin.inference.registry import Equation, find_rule, prepare
+from rebasin.inference.values import Dims, Value
+from rebasin.spec import NO_RULE
 
 __all__ = ["interpret"]
 
@@ -55,9 +57,7 @@ def interpret(
         where = f"{eqn.primitive.name} ({line})" if line else eqn.primitive.name
         equation = Equation(eqn.primitive.name, eqn.params, shapes, where, run)
         rule = find_rule(equation.primitive)
-        if not is_reader(rule):
-            for operand in operands:
-                operand.pin_named(equation.because("positions along it are computed with"))
+        prepare(rule, operands, equation.because("positions along it are computed with"))
         outputs = _pin_all(equation, operands) if rule is None else rule(equation, *operands)
         context = frozenset(node for value in operands for node in value.context or ())
         results = [_complete(output, context) for output in outputs]
@@ -73,7 +73,9 @@ def _complete(output: Dims, context: frozenset[Node]) -> Value:
         return Value(output, context)
     if output.context is not None:
         return output
-    return Value(output, context, output.constant, note=output.note, distinct=output.distinct)
+    return Value(
+        output, context, output.constant, note=output.note, distinct=output.distinct, folds=output.folds
+    )
 
 
 class _Runner:
@@ -95,7 +97,7 @@ class _Runner:
 
 def _pin_all(equation: Equation, operands: Sequence[Dims]) -> list[Dims]:
     """What happens to a primitive without a rule: nothing that it touches may move."""
-    reason = equation.because("this primitive has no rule")
+    reason = equation.where + NO_RULE
     for dims in operands:
         for node in dims:
             pin(node, reason)

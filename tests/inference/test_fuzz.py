@@ -23,6 +23,7 @@ STEPS = [
     "dense", "dense", "dense", "bias", "scale", "tanh", "split_axis", "merge_axes", "swap_axes",
     "concatenate", "halve", "add", "multiply", "norm", "mean", "attend", "tied", "running", "reverse",
     "stack_scan", "sort", "head_bias", "maxout", "gram", "repeat", "route", "pick",
+    "take_apart",
 ]
 # fmt: on
 
@@ -87,6 +88,19 @@ class Network:
             return None
         shape = (divisor, n // divisor) if self._next() % 2 else (n // divisor, divisor)
         return x.reshape(*x.shape[:-1], *shape)
+
+    def take_apart(self, x):
+        """Reshaped, and parts of it taken out; the whole of it may be used later."""
+        n = x.shape[-1]
+        copies = next((d for d in (2, 3, 5) if n % d == 0 and n > d), None)
+        if copies is None or x.ndim > 3:
+            return None
+        parts = self.xp.moveaxis(x.reshape(*x.shape[:-1], copies, -1), -2, 1)
+        if self._next() % 2:
+            self.pool.append(parts)
+        if self._next() % 2 and copies > 2:
+            return parts[:, :-1].sum(1) * parts[:, -1]
+        return parts[:, 0] * self.xp.tanh(parts[:, -1])
 
     def merge_axes(self, x):
         return x.reshape(*x.shape[:-2], -1) if x.ndim > 2 else None

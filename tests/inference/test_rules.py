@@ -122,7 +122,7 @@ def test_sort_of_several_operands():
         return keys + values, rounded + carried, both
 
     params = tree(w=(3, 6), u=(3, 6), a=(3, 7), b=(3, 7), c=(3, 5), d=(3, 5))
-    free = dict(w=(None, "W"), u=(None, "W"), a=(None, "P"), b=(None, "P"))
+    free = {"w": (None, "W"), "u": (None, "W"), "a": (None, "P"), "b": (None, "P")}
     spec = check(function, params, X, **free, c=(None, None), d=(None, None))
     assert reasons(spec)["c", 1] == "equal keys are sorted by position"
 
@@ -165,7 +165,7 @@ def test_positions_that_are_computed_with_stay():
         return t["table"][3 - which], t["other"][which]
 
     params = tree(router=(3, 4), table=(4, 2), other=(4, 2))
-    pins = {name: (None, None) for name in params}
+    pins = dict.fromkeys(params, (None, None))
     spec = check(function, params, X, **pins)
     assert reasons(spec)["other", 0] == "positions along it are computed with"
 
@@ -177,7 +177,7 @@ def test_positions_that_are_an_output_or_carried_by_a_loop_stay():
         return which, t["table"][carried]
 
     params = tree(router=(3, 4), again=(3, 4), table=(4, 2))
-    check(function, params, X, **{name: (None, None) for name in params})
+    check(function, params, X, **dict.fromkeys(params, (None, None)))
 
 
 def test_top_k_moves_along_other_axes():

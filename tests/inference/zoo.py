@@ -345,10 +345,17 @@ def fused_projections_split(x):
     return nn.DenseGeneral(3, axis=(-2, -1))(jax.nn.dot_product_attention(q, k, v))
 
 
-@linen(2, (2, 4), inputs=(SEQUENCES,))
+@linen(2, (2, 4), (2, 4), inputs=(SEQUENCES,))
 def fused_projections_reshaped(x):
-    """Read as ``[3, heads, dims]``, so the dims of values are those of queries and keys: a known limit."""
+    """Read as ``[3, heads, dims]`` and taken apart, so that values have dimensions of their own."""
     q, k, v = jnp.moveaxis(nn.Dense(24)(x).reshape(2, 5, 3, 2, 4), 2, 0)
+    return nn.DenseGeneral(3, axis=(-2, -1))(jax.nn.dot_product_attention(q, k, v))
+
+
+@linen(2, (2, 4), inputs=(SEQUENCES,))
+def fused_projections_in_one_kernel(x):
+    """A kernel of shape ``[3, heads, dims]``: three axes of a leaf, each with one group; a known limit."""
+    q, k, v = jnp.moveaxis(nn.DenseGeneral((3, 2, 4))(x), 2, 0)
     return nn.DenseGeneral(3, axis=(-2, -1))(jax.nn.dot_product_attention(q, k, v))
 
 
@@ -525,7 +532,7 @@ def top_k_mixture_of_experts():
 
 @exhibit((4, 5))
 def mixture_of_experts_with_ties():
-    """Values that were clipped may tie, and of equal ones the first is chosen: so experts keep their order."""
+    """Values that were clipped may tie, and of equal ones the first is chosen: experts keep their order."""
 
     def function(tree, x):
         best, which = lax.top_k(jax.nn.relu(x @ tree["router"]), 2)

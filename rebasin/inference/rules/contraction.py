@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 
 from rebasin.inference.axes import Node, factor, pin, pinned, product, unite
-from rebasin.inference.registry import Dims, Equation, Value, register_rule
+from rebasin.inference.registry import Equation, register_rule
+from rebasin.inference.values import Dims, Value
 
 
 @register_rule("dot_general")

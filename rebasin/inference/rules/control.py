@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from rebasin.inference.axes import pinned, unite
-from rebasin.inference.registry import Dims, Equation, Value, reads_notes, register_rule
+from rebasin.inference.registry import Equation, keeps_folds, reads_notes, register_rule
+from rebasin.inference.values import Dims, Value
 
 _CHANGES = "the loop changes the factors of a value"
 
@@ -12,6 +13,7 @@ _CHANGES = "the loop changes the factors of a value"
 @register_rule("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint")
 @register_rule("call", "composite", "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
 @reads_notes
+@keeps_folds
 def call(equation: Equation, *inputs: Value) -> Sequence[Dims]:
     """The inner program runs once on the same operands; rules for its derivatives do not matter."""
     names = ("jaxpr", "call_jaxpr", "fun_jaxpr")

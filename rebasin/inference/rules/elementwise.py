@@ -6,7 +6,8 @@ import jax.numpy as jnp
 
 from rebasin.inference.axes import Node, pin, pinned, unite
 from rebasin.inference.notes import NEVER, Never, Note, Number, Positions
-from rebasin.inference.registry import Dims, Equation, Value, reads_notes, register_rule
+from rebasin.inference.registry import Equation, reads_notes, register_rule
+from rebasin.inference.values import Dims, Value
 
 # fmt: off
 _UNARY = [

@@ -5,7 +5,8 @@ from collections.abc import Iterator, Sequence
 
 from rebasin.inference.axes import Node, concatenate, factor, pin, pinned, product, split, unite
 from rebasin.inference.notes import Components, Positions
-from rebasin.inference.registry import Dims, Equation, Value, reads_notes, register_rule
+from rebasin.inference.registry import Equation, keeps_folds, reads_notes, register_rule
+from rebasin.inference.values import Dims, Fold, Value
 
 
 @register_rule("broadcast_in_dim")
@@ -26,6 +27,7 @@ def broadcast_in_dim(equation: Equation, x: Value, *_: Dims) -> Sequence[Dims]:
 
 @register_rule("transpose")
 @reads_notes
+@keeps_folds
 def transpose(equation: Equation, x: Value) -> Sequence[Dims]:
     """Output axis i is input axis ``permutation[i]``."""
     return [x.moved(x[i] for i in equation.params["permutation"])]
@@ -33,6 +35,7 @@ def transpose(equation: Equation, x: Value) -> Sequence[Dims]:
 
 @register_rule("squeeze")
 @reads_notes
+@keeps_folds
 def squeeze(equation: Equation, x: Value) -> Sequence[Dims]:
     """Axes of size 1 are dropped."""
     return [x.moved(node for i, node in enumerate(x) if i not in equation.params["dimensions"])]
@@ -40,6 +43,7 @@ def squeeze(equation: Equation, x: Value) -> Sequence[Dims]:
 
 @register_rule("expand_dims")
 @reads_notes
+@keeps_folds
 def expand_dims(equation: Equation, x: Value) -> Sequence[Dims]:
     """Axes of size 1 are inserted."""
     rest = iter(x)
@@ -50,7 +54,10 @@ def expand_dims(equation: Equation, x: Value) -> Sequence[Dims]:
 @register_rule("reshape")
 @reads_notes
 def reshape(equation: Equation, x: Value, *_: Dims) -> Sequence[Dims]:
-    """Positions keep their row-major order: axes are read as products of common factors and rejoined."""
+    """Positions keep their row-major order: axes are read as products of common factors and rejoined.
+
+    Factors are put off (`Fold`), for the case that they turn out to be segments.
+    """
     (shape,) = equation.shapes
     if equation.params.get("dimensions") is not None or math.prod(shape) == 0:
         why = equation.because("a reshape that also transposes, or of no positions")
@@ -59,12 +66,16 @@ def reshape(equation: Equation, x: Value, *_: Dims) -> Sequence[Dims]:
             pin(node, why)
         return [tuple(pinned(size, why) for size in shape)]
     dims: list[Node] = [Node(1)] * len(shape)
+    folds = []
     for ins, outs in _matching_runs([node.size for node in x], shape):
         whole = product([x[i] for i in ins])
-        parts = factor(whole, [shape[o] for o in outs], equation.because("no common factors"))
-        for o, part in zip(outs, parts, strict=True):
+        if len(outs) == 1:
+            dims[outs[0]] = whole
+            continue
+        folds.append(Fold(whole, [shape[o] for o in outs], equation.because("no common factors")))
+        for o, part in zip(outs, folds[-1].parts, strict=True):
             dims[o] = part
-    return [x.moved(dims)]
+    return [Value(dims, note=x.note, distinct=x.distinct, folds=folds)]
 
 
 def _matching_runs(before: Sequence[int], after: Sequence[int]) -> Iterator[tuple[list[int], list[int]]]:
@@ -114,9 +125,13 @@ def stack(equation: Equation, *inputs: Dims) -> Sequence[Dims]:
 
 
 @register_rule("unstack")
-def unstack(equation: Equation, x: Dims) -> Sequence[Dims]:
+@keeps_folds
+def unstack(equation: Equation, x: Value) -> Sequence[Dims]:
     """``out_j[…] = x[…, j, …]``: every position of the axis is an output of its own."""
     axis = equation.params["axis"]
+    cut = _cut_fold(x, axis, [1] * x[axis].size)
+    if cut is not None:
+        return [part.moved(node for i, node in enumerate(part) if i != axis) for part in cut]
     pin(x[axis], equation.because("each position becomes a value of its own"), mixed=False)
     return [(*x[:axis], *x[axis + 1 :]) for _ in equation.shapes]
 
@@ -128,23 +143,54 @@ def tile(equation: Equation, x: Dims) -> Sequence[Dims]:
 
 
 @register_rule("split")
-def split_rule(equation: Equation, x: Dims) -> Sequence[Dims]:
+@keeps_folds
+def split_rule(equation: Equation, x: Value) -> Sequence[Dims]:
     """The outputs are consecutive segments along one axis."""
     axis = equation.params["axis"]
+    cut = _cut_fold(x, axis, equation.params["sizes"])
+    if cut is not None:
+        return cut
     parts = split(x[axis], equation.params["sizes"], equation.because("segments that cut factors"))
     return [(*x[:axis], part, *x[axis + 1 :]) for part in parts]
 
 
+def _cut_fold(x: Value, axis: int, sizes: Sequence[int]) -> list[Value] | None:
+    """The segments of an axis that is the first of a fold, still folded.
+
+    Where it is not, `None`, and the folds are open.
+    """
+    first = [fold for fold in x.folds if not fold.is_open and fold.parts[0] is x[axis]]
+    if not first:
+        for fold in x.folds:
+            fold.open()
+        return None
+    others = [fold for fold in x.folds if fold is not first[0]]
+    values = []
+    for piece in first[0].cut(sizes):
+        new = dict(zip(first[0].parts, piece.parts, strict=True))
+        values.append(Value((new.get(node, node) for node in x), note=x.note, folds=[*others, piece]))
+    return values
+
+
 @register_rule("slice")
 @reads_notes
+@keeps_folds
 def slice_rule(equation: Equation, x: Value) -> Sequence[Dims]:
     """A contiguous range is a segment of its axis; of a range with gaps see `_every_nth`."""
     if isinstance(x.note, Components):
         x.pin_named(equation.because("a part of an index"))
-        x = Value(x)
+        x = Value(x, folds=x.folds)
     starts, limits = equation.params["start_indices"], equation.params["limit_indices"]
     strides = equation.params["strides"] or (1,) * len(x)
     (shape,) = equation.shapes
+    shortened = [i for i, node in enumerate(x) if shape[i] != node.size]
+    if len(shortened) == 1 and strides[shortened[0]] == 1:
+        (i,) = shortened
+        cut = _cut_fold(x, i, [starts[i], limits[i] - starts[i], x[i].size - limits[i]])
+        if cut is not None:
+            return cut[1:2]
+    for fold in x.folds:
+        fold.open()
     dims = []
     for i, node in enumerate(x):
         if shape[i] == node.size:
