@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from experiments.results import Results
 
-__all__ = ["draw_trajectories"]
+__all__ = ["RC", "draw_trajectories"]
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; the lines differ in dashes too.
 _STYLES = {
@@ -20,7 +20,7 @@ _STYLES = {
     "at_end": (r"$P_t$, applied at the last epoch", "#009E73", (0, (5, 1, 1, 1))),
 }
 
-_RC: dict[Any, Any] = {
+RC: dict[Any, Any] = {
     "font.size": 8,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -42,7 +42,7 @@ def draw_trajectories(results: Results, path: pathlib.Path) -> None:
       path: the PNG to write.
     """
     recipe = results.config["recipe"]
-    with mpl.rc_context(_RC):
+    with mpl.rc_context(RC):
         figure = Figure(figsize=(9.6, 3.0), layout="constrained")
         left, middle, right = figure.subplots(1, 3)
         for axes, metric, names, scale in (
