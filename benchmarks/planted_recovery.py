@@ -8,19 +8,17 @@ Recovered is exact: every leaf of the permuted network is that of the other bit 
 import contextlib
 import itertools
 import time
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
-import rebasin
-from benchmarks.git_rebasin import git_rebasin_matching
+from benchmarks.methods import METHODS
 from benchmarks.planting import PLANTED, Architecture, is_recovered, plant
 from experiments.console import Reporter
 from rebasin.errors import SpecError
 
-__all__ = ["METHODS", "Outcome", "recover"]
+__all__ = ["Outcome", "recover"]
 
 SEEDS = 20
 HEADER = ("model", "method", "recovered", "sweeps", "solves", "ms")
@@ -40,18 +38,6 @@ class Outcome(NamedTuple):
     sweeps: int
     solves: int
     milliseconds: float
-
-
-def _ours(*args: Any, **options: Any) -> tuple[Mapping[str, Any], int, int]:
-    match = rebasin.weight_matching(*args, **options)
-    return match.permutation, match.num_sweeps, match.stats["assignments"]
-
-
-METHODS: Mapping[str, Callable[..., tuple[Mapping[str, Any], int, int]]] = {
-    "git-re-basin": git_rebasin_matching,
-    "rebasin, start=identity": lambda *args, **options: _ours(*args, start="identity", **options),
-    "rebasin": _ours,
-}
 
 
 def recover(architecture: Architecture, method: str, seed: int) -> Outcome:
