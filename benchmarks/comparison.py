@@ -11,7 +11,7 @@ import numpy as np
 
 import rebasin
 from benchmarks.fresh_process import run_fresh
-from benchmarks.methods import METHODS, OURS, PEER, first_call
+from benchmarks.methods import METHODS, OURS, PEER, Found
 from benchmarks.problems import Problem
 from rebasin.trees import is_weight, leaf_table
 
@@ -140,34 +140,38 @@ def compare(problem: Problem, *, first_calls: int, advance: Callable[[], None]) 
         a, b = jax.block_until_ready(jax.device_put(pair.load()))
         judge = _Judge(problem.spec, a, b, sweep)
         runs.append(Run(pair.name, 0, UNALIGNED, **judge(None)))
-        for method in METHODS.values() if i == 0 else ():
-            method(problem.spec, a, b, key=jax.random.key(0))
+        if i == 0:
+            _time_each(problem.spec, a, b, key=0, turn=0)
         for key in range(i * problem.keys, (i + 1) * problem.keys):
-            for name in _rotated(list(METHODS), next(turns)):
-                began = time.perf_counter()
-                found = METHODS[name](problem.spec, a, b, key=jax.random.key(key))
-                seconds = time.perf_counter() - began
-                values = judge(found.permutation)
-                runs.append(
-                    Run(
-                        pair.name,
-                        key,
-                        name,
-                        seconds=seconds,
-                        sweeps=found.sweeps,
-                        solves=found.solves,
-                        **values,
-                    )
-                )
+            for name, (seconds, found) in _time_each(problem.spec, a, b, key=key, turn=next(turns)).items():
+                counts = {"sweeps": found.sweeps, "solves": found.solves}
+                runs.append(Run(pair.name, key, name, seconds=seconds, **counts, **judge(found.permutation)))
                 advance()
-    first = {OURS: [], PEER: []}
-    for turn in range(first_calls):
-        pair = problem.pairs[turn % len(problem.pairs)]
-        trees = jax.device_get(pair.load())
-        for name in _rotated(list(first), turn):
-            first[name].append(run_fresh(first_call, name, problem.spec, *trees, turn))
-            advance()
+    first = _first_calls(problem, first_calls, advance)
     return Outcome(problem.model, problem.weights, problem.parameters, runs, first)
+
+
+def _time_each(
+    spec: rebasin.PermutationSpec, a: Any, b: Any, *, key: int, turn: int
+) -> dict[str, tuple[float, Found]]:
+    """Seconds and result of every method, one right after the other."""
+    results = {}
+    for name in _rotated(METHODS, turn):
+        began = time.perf_counter()
+        found = METHODS[name](spec, a, b, key=jax.random.key(key))
+        results[name] = (time.perf_counter() - began, found)
+    return results
+
+
+def _first_calls(problem: Problem, count: int, advance: Callable[[], None]) -> dict[str, list[float]]:
+    """Seconds of first calls of ours and of the peer, in turns."""
+    seconds: dict[str, list[float]] = {OURS: [], PEER: []}
+    for turn in range(count):
+        trees = jax.device_get(problem.pairs[turn % len(problem.pairs)].load())
+        for name in _rotated(seconds, turn):
+            seconds[name].append(run_fresh("benchmarks.methods:first_call", name, problem.spec, *trees, turn))
+            advance()
+    return seconds
 
 
 class _Judge:

@@ -2,9 +2,9 @@
 
 import pathlib
 import pickle
+import pkgutil
 import subprocess
 import sys
-from collections.abc import Callable
 from typing import Any
 
 __all__ = ["run_fresh"]
@@ -12,11 +12,11 @@ __all__ = ["run_fresh"]
 _ROOT = pathlib.Path(__file__).parents[1]
 
 
-def run_fresh(function: Callable[..., Any], *args: Any) -> Any:
+def run_fresh(function: str, *args: Any) -> Any:
     """The result of ``function(*args)``, computed in a new interpreter.
 
     Args:
-      function: a public function of a module, so that it can be named.
+      function: its name, for example ``"benchmarks.methods:first_call"``.
       *args: anything that can be pickled.
 
     Raises:
@@ -29,7 +29,7 @@ def run_fresh(function: Callable[..., Any], *args: Any) -> Any:
         cwd=_ROOT,
     )
     if done.returncode:
-        raise RuntimeError(f"{function.__module__}.{function.__name__} failed:\n{done.stderr.decode()}")
+        raise RuntimeError(f"{function} failed:\n{done.stderr.decode()}")
     # The result comes last: a library may have written to stdout before.
     return pickle.loads(bytes.fromhex(done.stdout.decode().splitlines()[-1]))
 
@@ -37,7 +37,7 @@ def run_fresh(function: Callable[..., Any], *args: Any) -> Any:
 def main() -> None:
     """Reads a call from stdin, and writes what it returns."""
     function, args = pickle.load(sys.stdin.buffer)
-    print(pickle.dumps(function(*args)).hex())
+    print(pickle.dumps(pkgutil.resolve_name(function)(*args)).hex())
 
 
 if __name__ == "__main__":
