@@ -176,7 +176,7 @@ def _trained_problem(
 
     return Problem(
         model=_NAMES[recipe.model].format(recipe.width),
-        weights=f"{recipe.dataset}, {recipe.epochs} ep",
+        weights=f"{recipe.dataset} e{recipe.epochs}",
         spec=rebasin.infer_spec(model.apply, found[0].last, image),
         parameters=_count(found[0].last),
         pairs=tuple(

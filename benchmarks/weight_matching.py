@@ -13,28 +13,23 @@ Objectives and barriers of all methods are computed by the same code. --output g
 with every run, hardware and versions, and the tables as weight_matching.txt.
 """
 
-import dataclasses
-import json
 import os
 import pathlib
 import platform
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from absl import app, flags, logging
 from rich.console import Console
 
-from benchmarks.comparison import UNALIGNED, Outcome, compare, count_runs, tally
-from benchmarks.methods import METHODS, OURS, PEER
+from benchmarks.comparison import Outcome, compare, count_runs
 from benchmarks.problems import MODELS, Problem, find_trained, gaussian_problems, train_digits
+from benchmarks.tables import WIDTH, report, save
 from experiments.console import Reporter
 from experiments.results import describe_environment
 from rebasin.errors import RebasinError
 
-__all__ = ["report", "save"]
-
-WIDTH = 100
 WEIGHTS = ("gaussian", "trained")
 
 _MODELS = flags.DEFINE_list("models", list(MODELS), "Architectures.")
@@ -55,96 +50,6 @@ _DATA_DIR = flags.DEFINE_string("data_dir", None, "TFDS folder; by default $TFDS
 _OUTPUT = flags.DEFINE_string("output", None, "Folder for weight_matching.json and weight_matching.txt.")
 for _flag, _known in ((_MODELS, MODELS), (_WEIGHTS, WEIGHTS)):
     flags.register_validator(_flag, set(_known).issuperset, f"known: {', '.join(_known)}")
-
-
-def report(outcomes: Sequence[Outcome], reporter: Reporter) -> None:
-    """Prints the tables, and every case in which ours ends lower than the peer."""
-    reporter.say(f"\nSeconds, medians over pairs and keys; ratio: {OURS} / {PEER}")
-    reporter.table(
-        (
-            "\nmodel",
-            "\nweights",
-            f"warm\n{OURS}",
-            f"\n{PEER}",
-            "\nratio",
-            f"first\n{OURS}",
-            f"\n{PEER}",
-            "\nratio",
-            "sweeps",
-            "solves",
-        ),
-        [_time_row(outcome) for outcome in outcomes],
-    )
-    reporter.say(
-        f"\nObjective ⟨A, P[B]⟩; its mean against {PEER}'s; on how many pairs and keys it is higher, equal\n"
-        "and lower; barriers on test data, mean ± standard deviation over pairs"
-    )
-    reporter.table(
-        ("model", "weights", "method", "objective", "against", "+/=/-", "loss barrier", "error barrier %"),
-        [row for outcome in outcomes for row in _quality_rows(outcome)],
-    )
-    reporter.say(f"\nEvery case in which {OURS} ends lower than {PEER}:")
-    losses = [line for outcome in outcomes for line in _losses(outcome)]
-    for line in losses or ["none"]:
-        reporter.say(f"  {line}")
-
-
-def _time_row(outcome: Outcome) -> tuple[str, ...]:
-    ours, peer = (outcome.median(method, "seconds") for method in (OURS, PEER))
-    counts = [
-        "/".join(f"{outcome.median(method, field):.0f}" for method in (OURS, PEER))
-        for field in ("sweeps", "solves")
-    ]
-    first = ["", "", ""]
-    if outcome.first[OURS]:
-        medians = [sorted(outcome.first[method])[len(outcome.first[method]) // 2] for method in (OURS, PEER)]
-        first = [*(f"{seconds:.2f}" for seconds in medians), f"{medians[0] / medians[1]:.2f}"]
-    warm = [f"{ours:.3g}", f"{peer:.3g}", f"{ours / peer:.2f}"]
-    return outcome.model, outcome.weights, *warm, *first, *counts
-
-
-def _quality_rows(outcome: Outcome) -> Iterator[tuple[str, ...]]:
-    reference, _ = outcome.mean(PEER, "objective") or (0.0, 0.0)
-    for i, method in enumerate((UNALIGNED, *METHODS)):
-        objective, _ = outcome.mean(method, "objective") or (0.0, 0.0)
-        against = counts = ""
-        if method not in (UNALIGNED, PEER):
-            against = f"{100 * (objective / reference - 1):+.3f} %"
-            score = tally(outcome, method)
-            counts = f"{score.higher}/{score.equal}/{len(score.lower)}"
-        where = (outcome.model, outcome.weights) if i == 0 else ("", "")
-        barriers = [
-            _spread(outcome.mean(method, "loss_barrier"), 1.0, 4),
-            _spread(outcome.mean(method, "error_barrier"), 100.0, 1),
-        ]
-        yield *where, method, f"{objective:.6g}", against, counts, *barriers
-
-
-def _spread(values: tuple[float, float] | None, scale: float, digits: int) -> str:
-    if values is None:
-        return ""
-    mean, deviation = (f"{scale * value:.{digits}f}" for value in values)
-    return mean if deviation == "nan" else f"{mean} ± {deviation}"
-
-
-def _losses(outcome: Outcome) -> Iterator[str]:
-    for ours, peer in tally(outcome, OURS).lower:
-        relative = 100 * (ours.objective / peer.objective - 1)
-        yield (
-            f"{outcome.model}, {outcome.weights}, {ours.pair}, key {ours.key}: {ours.objective:.7g} against "
-            f"{peer.objective:.7g} ({relative:+.4f} %)"
-        )
-
-
-def save(outcomes: Sequence[Outcome], directory: pathlib.Path, about: dict[str, Any]) -> None:
-    """Writes ``weight_matching.json`` and ``weight_matching.txt``."""
-    directory.mkdir(parents=True, exist_ok=True)
-    content = {**about, "outcomes": [dataclasses.asdict(outcome) for outcome in outcomes]}
-    (directory / "weight_matching.json").write_text(json.dumps(content, indent=1) + "\n")
-    with (directory / "weight_matching.txt").open("w") as file:
-        console = Reporter(Console(file=file, width=WIDTH))
-        console.say(f"{about['hardware']['processor']}, {about['hardware']['cores']} cores")
-        report(outcomes, console)
 
 
 def _hardware() -> dict[str, Any]:
@@ -197,6 +102,8 @@ def main(argv: list[str]) -> None:
                 save(outcomes, pathlib.Path(_OUTPUT.value), about)
     except RebasinError as error:
         sys.exit(f"error: {error}")
+    if not outcomes:
+        sys.exit("error: nothing to compare")
     report(outcomes, reporter)
 
 
