@@ -12,7 +12,7 @@ import numpy as np
 import rebasin
 from benchmarks.planting import Architecture, draw_network
 from experiments.console import Reporter
-from experiments.pairs import train_networks
+from experiments.pairs import run_directory, train_networks
 from experiments.presets import choose_preset
 from experiments.results import Results
 from rebasin.data import load_dataset
@@ -25,8 +25,13 @@ __all__ = ["MODELS", "Pair", "Problem", "find_trained", "gaussian_problems", "tr
 
 MODELS = ("mlp", "vgg16", "resnet20")
 
-# Networks that the comparison wants, by preset and model.
-_WANTED = (("digits", "mlp"), ("cpu", "mlp"), ("cpu", "vgg16"), ("cpu", "resnet20"))
+# Trained networks that the comparison wants, in its order, and the preset that trains them.
+_WANTED = {
+    ("digits", "mlp"): "digits",
+    ("mnist", "mlp"): "cpu",
+    ("cifar10", "vgg16"): "cpu",
+    ("cifar10", "resnet20"): "cpu",
+}
 
 _CIFAR = (1, 32, 32, 3)
 # The width of each, and the architecture. ResNet-20 of width 64 is ×4 in git-re-basin's count, 256 is ×16.
@@ -100,13 +105,15 @@ def gaussian_problems(models: Sequence[str], *, pairs: int, max_width: int) -> I
 def train_digits(runs_dir: pathlib.Path, seeds: Sequence[int], reporter: Reporter) -> None:
     """Trains the MLPs of the preset digits, which takes seconds, unless they are there."""
     recipe = choose_preset("digits", "mlp").build_recipe("trajectory")
+    directories = {seed: run_directory(runs_dir, recipe, seed) for seed in seeds}
+    missing = tuple(
+        seed
+        for seed, path in directories.items()
+        if not (path / "run.json").exists() or not Trajectory(path).complete
+    )
+    results = Results("benchmark", {})  # counts seconds, which are of no interest here
     train_networks(
-        recipe,
-        load_dataset("digits"),
-        tuple(seeds),
-        runs_dir=runs_dir,
-        reporter=reporter,
-        results=Results("benchmark", {}),
+        recipe, load_dataset("digits"), missing, runs_dir=runs_dir, reporter=reporter, results=results
     )
 
 
@@ -125,7 +132,7 @@ def find_trained(
       models: names of the architectures that count.
       runs_dir: where the experiments keep networks.
       keys: seeds of the matching for each pair, all different.
-      num_eval: test examples on which barriers are measured.
+      num_eval: test examples on which barriers are measured; 0 leaves them out.
       data_dir: TFDS folder.
       say: is told what is left out and how to train it.
     """
@@ -136,28 +143,21 @@ def find_trained(
             say(f"left out, unfinished: {path.parent}")
         elif trajectory.recipe.model in models:
             runs[trajectory.recipe].append(trajectory)
-    for preset, model in _WANTED:
-        wanted = choose_preset(preset, model).build_recipe("trajectory")
-        if model in models and not any(
-            len(runs[r]) > 1 for r in list(runs) if (r.dataset, r.model) == (wanted.dataset, model)
-        ):
+    paired = {recipe: found for recipe, found in runs.items() if len(found) > 1}
+    there = {(recipe.dataset, recipe.model) for recipe in paired}
+    for (dataset, model), preset in _WANTED.items():
+        if model in models and (dataset, model) not in there:
             say(
-                f"left out, no pair of {model} on {wanted.dataset} in {runs_dir}; to train three:\n"
+                f"left out, no pair of {model} on {dataset} in {runs_dir}; to train three:\n"
                 f"  python -m experiments.training_trajectories --preset={preset} --model={model} "
-                f"--runs_dir={runs_dir} --output_dir=results/{wanted.dataset}_{model}"
+                f"--runs_dir={runs_dir} --output_dir=results/{dataset}_{model}"
             )
-    for recipe, found in sorted(runs.items(), key=lambda item: _order(item[0])):
-        if len(found) > 1:
-            yield _trained_problem(recipe, found, keys=keys, num_eval=num_eval, data_dir=data_dir)
+    for recipe in sorted(paired, key=_order):
+        yield _trained_problem(recipe, paired[recipe], keys=keys, num_eval=num_eval, data_dir=data_dir)
 
 
 def _order(recipe: Recipe) -> tuple[Any, ...]:
-    known = [
-        (preset.dataset, model)
-        for p, model in _WANTED
-        for preset in [choose_preset(p, model).build_recipe("trajectory")]
-    ]
-    which = (recipe.dataset, recipe.model)
+    which, known = (recipe.dataset, recipe.model), list(_WANTED)
     return known.index(which) if which in known else len(known), which, recipe.width, recipe.epochs
 
 
@@ -184,7 +184,7 @@ def _trained_problem(
             for a, b in zip(found[::2], found[1::2], strict=False)
         ),
         keys=keys,
-        build_sweep=build_sweep,
+        build_sweep=build_sweep if num_eval else None,
     )
 
 

@@ -21,7 +21,9 @@ WIDTH = 100
 
 def report(outcomes: Sequence[Outcome], reporter: Reporter) -> None:
     """Prints the tables, and every case in which ours ends lower than the peer."""
-    reporter.say(f"\nSeconds, medians over pairs and keys; ratio: {OURS} / {PEER}")
+    reporter.say(
+        f"\nMedians over pairs and keys: seconds, and {OURS}/{PEER} for the ratio, sweeps and solves"
+    )
     reporter.table(
         (
             "\nmodel",

@@ -42,7 +42,12 @@ _MAX_WIDTH = flags.DEFINE_integer(
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Pairs with Gaussian weights.", lower_bound=1)
 _KEYS = flags.DEFINE_integer("keys", 5, "Seeds of the matching for each trained pair.", lower_bound=1)
 _FIRST = flags.DEFINE_integer("first_calls", 3, "First calls of each method that are timed.", lower_bound=0)
-_NUM_EVAL = flags.DEFINE_integer("num_eval", 1000, "Test examples for barriers.", lower_bound=1)
+_NUM_EVAL = flags.DEFINE_integer(
+    "num_eval",
+    1000,
+    "Test examples for barriers, which take most of the time; 0 leaves them out.",
+    lower_bound=0,
+)
 _RUNS_DIR = flags.DEFINE_string(
     "runs_dir", None, "Folder of trained networks; by default $REBASIN_RUNS_DIR or ~/.cache/rebasin/runs."
 )
