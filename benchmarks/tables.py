@@ -107,5 +107,7 @@ def save(outcomes: Sequence[Outcome], directory: pathlib.Path, about: dict[str, 
     (directory / "weight_matching.json").write_text(json.dumps(content, indent=1) + "\n")
     with (directory / "weight_matching.txt").open("w") as file:
         console = Reporter(Console(file=file, width=WIDTH))
-        console.say(f"{about['hardware']['processor']}, {about['hardware']['cores']} cores")
+        hardware = about["hardware"]
+        load = hardware["load_average"][0]  # above the benchmark's own, something else was running
+        console.say(f"{hardware['processor']}, {hardware['cores']} cores, load average {load:.1f} before")
         report(outcomes, console)

@@ -108,9 +108,10 @@ def wide_outcome():
 
 
 def test_tables_fit_and_json_holds_every_run(small_outcome, tmp_path):
-    save([small_outcome, wide_outcome()], tmp_path, {"hardware": {"processor": "abacus", "cores": 2}})
+    hardware = {"processor": "abacus", "cores": 2, "load_average": (0.25, 0.0, 0.0)}
+    save([small_outcome, wide_outcome()], tmp_path, {"hardware": hardware})
     lines = (tmp_path / "weight_matching.txt").read_text().splitlines()
-    assert lines[0] == "abacus, 2 cores"
+    assert lines[0] == "abacus, 2 cores, load average 0.2 before"
     assert max(map(len, lines)) <= WIDTH
     assert not any("…" in line for line in lines)
     loss = "  ResNet-20 w256, cifar10 e150, seeds 12, 13, key 4: -123457 against -123456 (-0.0008 %)"
