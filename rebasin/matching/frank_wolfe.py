@@ -1,9 +1,10 @@
 """Frank–Wolfe matching: all groups, and all networks, jointly.
 
-The method is that of C2M3 (Crisostomi et al. 2024, arXiv 2405.17897). Every group's permutation is relaxed to a doubly stochastic matrix (`rebasin.soft`). A step takes the gradient
-of the objective in all of them at once, finds the vertex that it points to by one linear assignment for each
-matrix, and goes towards that vertex as far as the objective rises. The objective on that segment is a
-polynomial, so the best step is found exactly. At the end the matrices are rounded to permutations.
+The method is that of C2M3 (Crisostomi et al. 2024, arXiv 2405.17897). Every group's permutation is relaxed to
+a doubly stochastic matrix (`rebasin.soft`). A step takes the gradient of the objective in all of them at
+once, finds the vertex that it points to by one linear assignment for each matrix, and goes towards that
+vertex as far as the objective rises. The objective on that segment is a polynomial, so the best step is found
+exactly. At the end the matrices are rounded to permutations.
 
 Networks of a set are aligned through a *universe*, one order of units for all of them: P_i brings network i
 into that order, and P_i and P_j together align j with i. So alignments are cycle-consistent by construction.

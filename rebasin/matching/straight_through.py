@@ -6,13 +6,14 @@ and moves θ̃ down the gradient of the midpoint's loss ℓ(½A + ½P[B]) in P[B
 """
 
 import functools
+import math
 import time
 from typing import Any
 
 import jax
 import numpy as np
 
-from rebasin.errors import RebasinError
+from rebasin.errors import NonFiniteError, RebasinError
 from rebasin.matching.checks import check_at_least, check_networks
 from rebasin.matching.losses import LossFn, check_loss, iter_batches, mean_loss, weights_of, with_weights
 from rebasin.matching.result import MatchResult
@@ -66,7 +67,7 @@ def straight_through_matching(
       RebasinError: Optax is not installed.
       SpecMismatchError: a tree does not fit the spec.
       TreeMismatchError: A and B differ in leaves, shapes or dtypes.
-      NonFiniteError: a weight is NaN or infinite.
+      NonFiniteError: a weight, or the loss of a midpoint, is NaN or infinite.
       DataError: the data are empty or of different lengths, or `loss_fn` returns something else than [n].
       PermutationError: `start` is a permutation that does not fit.
       ConfigError: an option has a value that cannot work.
@@ -80,7 +81,12 @@ def straight_through_matching(
 
     def midpoint_loss(permutation: Permutation) -> float:
         middle = interpolate(params_a, permute(spec, permutation, params_b), 0.5, predicate=predicate)
-        return float(mean_loss(middle, data, loss_fn=loss_fn, batch_size=batch_size))
+        loss = float(mean_loss(middle, data, loss_fn=loss_fn, batch_size=batch_size))
+        if not math.isfinite(loss):
+            raise NonFiniteError(
+                f"the loss of a midpoint is {loss}: straight_through_matching cannot learn by it"
+            )
+        return loss
 
     match_key, batch_key = jax.random.split(key)
     match = weight_matching(spec, params_a, params_b, key=match_key, start=start, predicate=predicate)
