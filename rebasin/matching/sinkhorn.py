@@ -2,16 +2,13 @@
 
 Each group has a real matrix X, from which Sinkhorn's algorithm makes the doubly stochastic matrix S(X) =
 argmax ⟨X, S⟩ + entropy(S), of the form diag(u) exp(X) diag(v). A loss of the network so moved is minimised in
-X by gradient descent. Sinkhorn's algorithm is that of OTT. Gradients are implicit: they come from the
-equations that S fulfils, not from the iterations. With G = ∂ℓ/∂S and H = S∘G,
-
-    ∂ℓ/∂X = H − S∘(f1ᵀ + 1gᵀ),  where  [diag(S1) S; Sᵀ diag(Sᵀ1)] [f; g] = [H1; Hᵀ1].
+X by gradient descent (`rebasin.matching.plans`).
 """
 
 import functools
+import itertools
 import math
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
@@ -19,28 +16,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rebasin.errors import ConfigError, NonFiniteError, RebasinError
+from rebasin.errors import ConfigError
 from rebasin.matching.checks import check_at_least, check_networks
 from rebasin.matching.losses import LossFn, check_loss, iter_batches, mean_loss
+from rebasin.matching.plans import import_solver, sinkhorn_plans
 from rebasin.matching.result import MatchResult
+from rebasin.matching.search import Search, check_step, import_optax
 from rebasin.matching.weights import weight_matching
 from rebasin.permutation import Permutation, check_permutation, identity_permutation, permute
 from rebasin.soft import harden, soft_permute, soften, uniform_soft
 from rebasin.spec import PermutationSpec
 from rebasin.trees import LeafPredicate, interpolate, is_weight, leaf_table
 
-__all__ = ["Loss", "Start", "sinkhorn_matching", "sinkhorn_plan"]
+__all__ = ["Loss", "Start", "sinkhorn_matching"]
 
 Loss = Literal["l2", "midpoint", "random"]
 Start = Literal["weights", "identity", "uniform"]
 
 # Where the loss on the segment is measured for the objective of "random": the midpoint rule with five cells.
 _RANDOM_ALPHAS = (0.1, 0.3, 0.5, 0.7, 0.9)
-
-# OTT's own implicit gradients end in NaN, and an exception from the device, for plans near a permutation
-# (0.6.0, costs of unit variance at ε = 0.1): the system is singular there. This ridge makes it solvable; in
-# directions that it damps, S∘(f1ᵀ + 1gᵀ) has next to no influence.
-_RIDGE = 1e-6
 
 
 def sinkhorn_matching(
@@ -87,9 +81,10 @@ def sinkhorn_matching(
       predicate: ``(path, leaf) -> bool``, the leaves that are measured and averaged.
 
     Returns:
-      The match. ``objective`` is the best so far, at the start and after each step. ``converged`` says whether
-      the last step left the hard permutation as it was. ``stats`` has the soft loss of every step
-      (``soft_losses``), ``evaluations`` of hard permutations, ``start``, ``loss`` and ``seconds``.
+      The match. ``objective`` is the best so far, at the start and after each step. ``converged`` says
+      whether the last step left the hard permutation as it was. ``stats`` has the loss of every step's soft
+      network (``soft_losses``) and hard permutation (``losses``), the ``evaluations`` of the latter,
+      ``start``, ``loss`` and ``seconds``.
 
     Raises:
       RebasinError: OTT or Optax is not installed.
@@ -101,7 +96,8 @@ def sinkhorn_matching(
       ConfigError: an option has a value that cannot work, or `loss_fn` or `data` is missing.
     """
     began = time.perf_counter()
-    optax = _import_solver()
+    import_solver()
+    optax = import_optax("sinkhorn_matching")
     check_at_least(1, num_steps=num_steps)
     check_networks(spec, {"params_a": params_a, "params_b": params_b}, predicate)
     if loss not in get_args(Loss):
@@ -115,96 +111,28 @@ def sinkhorn_matching(
     start_key, batch_key, alpha_key = jax.random.split(key, 3)
     hard_loss = _build_hard_loss(spec, params_a, params_b, loss_fn, data, loss, batch_size, predicate)
     permutation, x = _start(spec, params_a, params_b, start, start_key, predicate)
-    best, value = permutation, hard_loss(permutation)
-    best_value, evaluations = value, 1
-    objective, soft_losses, unchanged = [-value], [], True
+    search = Search(hard_loss, permutation)
     optimizer = optax.adam(learning_rate)
     state = optimizer.init(x)
-    batches = None if data is None else iter_batches(batch_key, data, batch_size)
-    for step in range(num_steps):
+    batches = itertools.repeat(None) if data is None else iter_batches(batch_key, data, batch_size)
+    soft_losses = []
+    for step, batch in zip(range(num_steps), batches, strict=False):
         alpha = jax.random.uniform(jax.random.fold_in(alpha_key, step)) if loss == "random" else 0.5
-        batch = None if batches is None else next(batches)
         soft_loss, gradient = _loss_and_gradient(
             x, params_a, params_b, batch, alpha, spec=spec, loss_fn=loss_fn, predicate=predicate
         )
-        _check_step(step, soft_loss, gradient)
+        check_step(step, gradient, soft_loss)
         soft_losses.append(float(soft_loss))
         updates, state = optimizer.update(gradient, state)
         x = optax.apply_updates(x, updates)
-        hard = harden(spec, x)
-        unchanged = all(np.array_equal(row, permutation[group]) for group, row in hard.items())
-        if not unchanged:
-            permutation, value = hard, hard_loss(hard)
-            evaluations += 1
-            if value < best_value:
-                best, best_value = hard, value
-        objective.append(-best_value)
+        search.offer(harden(spec, x))
     stats = {
         "start": start if isinstance(start, str) else "given",
         "loss": loss,
         "soft_losses": np.array(soft_losses),
-        "evaluations": evaluations,
         "seconds": time.perf_counter() - began,
     }
-    return MatchResult(best, np.array(objective), num_steps, unchanged, stats)
-
-
-@jax.custom_vjp
-def sinkhorn_plan(x: jax.Array) -> jax.Array:
-    """The doubly stochastic matrices S(X) of a stack, ``[k, n, n]``, with implicit gradients.
-
-    By OTT's Sinkhorn in log space, to an error of 1e-4 of the mass in the marginals or 1,000 iterations.
-    """
-    from ott.geometry import geometry
-    from ott.problems.linear import linear_problem
-    from ott.solvers.linear import sinkhorn
-
-    solver = sinkhorn.Sinkhorn(threshold=1e-4, max_iterations=1000)
-
-    def plan(x: jax.Array) -> jax.Array:
-        problem = linear_problem.LinearProblem(geometry.Geometry(cost_matrix=-x, epsilon=1.0))
-        return solver(problem).matrix * len(x)
-
-    # OTT broadcasts ranks, which a strict caller may have forbidden.
-    with jax.numpy_rank_promotion("allow"):
-        return jax.vmap(plan)(x)
-
-
-def _plan_forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    plan = sinkhorn_plan(x)
-    return plan, plan
-
-
-def _plan_backward(plan: jax.Array, cotangent: jax.Array) -> tuple[jax.Array]:
-    """The module's formula; g is eliminated, and the shift that leaves f1ᵀ + 1gᵀ as it is, filled up."""
-    rows, columns = plan.sum(axis=2), plan.sum(axis=1)
-    h = plan * cotangent
-    right, below = h.sum(axis=2), h.sum(axis=1)
-    multiply = functools.partial(jnp.einsum, precision="highest")
-    n = plan.shape[-1]
-    schur = -multiply("kij,kj,klj->kil", plan, 1 / columns, plan)
-    schur += (rows[:, :, None] + _RIDGE) * jnp.eye(n)[None] + 1 / n
-    f = jnp.linalg.solve(schur, (right - multiply("kij,kj->ki", plan, below / columns))[..., None])[..., 0]
-    g = (below - multiply("kij,ki->kj", plan, f)) / columns
-    return (h - plan * (f[:, :, None] + g[:, None, :]),)
-
-
-sinkhorn_plan.defvjp(_plan_forward, _plan_backward)
-
-
-def _plans(x: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """S(X) of every group; matrices of one size go through one solver, which is compiled once for them."""
-    sizes: dict[int, list[str]] = {}
-    for group, matrices in x.items():
-        sizes.setdefault(matrices.shape[-1], []).append(group)
-    plans: dict[str, jax.Array] = {}
-    for n, groups in sizes.items():
-        stacks = [x[group].reshape(-1, n, n) for group in groups]
-        solved = jnp.ones_like(jnp.concatenate(stacks)) if n == 1 else sinkhorn_plan(jnp.concatenate(stacks))
-        ends = np.cumsum([len(stack) for stack in stacks])[:-1]
-        for group, part in zip(groups, jnp.split(solved, ends), strict=True):
-            plans[group] = part.reshape(x[group].shape)
-    return plans
+    return search.result(stats)
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "loss_fn", "predicate"))
@@ -222,7 +150,7 @@ def _loss_and_gradient(
     """The soft loss and its gradient in X; without a `loss_fn` it is the squared distance."""
 
     def soft_loss(x: dict[str, jax.Array]) -> jax.Array:
-        moved = soft_permute(spec, _plans(x), params_b)
+        moved = soft_permute(spec, sinkhorn_plans(x), params_b)
         if loss_fn is None:
             return _squared_distance(params_a, moved, predicate)
         return loss_fn(interpolate(params_a, moved, alpha, predicate=predicate), batch).mean()
@@ -260,8 +188,6 @@ def _build_hard_loss(
         moved = permute(spec, permutation, params_b)
         points = [interpolate(params_a, moved, alpha, predicate=predicate) for alpha in alphas]
         losses = [float(mean_loss(p, data, loss_fn=loss_fn, batch_size=batch_size)) for p in points]
-        if not all(map(math.isfinite, losses)):
-            raise NonFiniteError(f"losses on the segment are not finite: {losses} at α = {list(alphas)}")
         return sum(losses) / len(losses)
 
     return hard_loss
@@ -293,29 +219,6 @@ def _start(
     x = {}
     for group, matrix in matrices.items():
         n = matrix.shape[-1]
-        # exp(log(n−1)) against n−1 others; of the uniform matrix every entry is the same, which means nothing.
+        # exp(log(n−1)) against n−1 others. Where all entries are equal it makes no difference.
         x[group] = jnp.asarray(math.log(max(n - 1, 1)) * matrix, jnp.float32)
     return permutation, x
-
-
-def _check_step(step: int, soft_loss: jax.Array, gradient: Mapping[str, jax.Array]) -> None:
-    if not math.isfinite(float(soft_loss)):
-        raise NonFiniteError(f"step {step}: the loss of the soft network is {float(soft_loss)}")
-    wrong = [group for group, g in gradient.items() if not np.isfinite(g).all()]
-    if wrong:
-        raise NonFiniteError(f"step {step}: the gradient is not finite for the groups {wrong}")
-
-
-def _import_solver() -> Any:
-    """Imports OTT, whose import warns of one of its own dependencies, and returns Optax."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # jaxopt announces that it is no longer kept
-            import optax
-            import ott.solvers.linear.sinkhorn  # noqa: F401
-    except ImportError as error:
-        raise RebasinError(
-            "sinkhorn_matching needs ott-jax and optax, which are not installed: "
-            "pip install 'rebasin-jax[sinkhorn]'"
-        ) from error
-    return optax

@@ -1,4 +1,4 @@
-"""Matching by the straight-through estimator (git-re-basin, arXiv 2209.04836, algorithm 3).
+"""Matching by the straight-through estimator (git-re-basin, arXiv 2209.04836, section 3.3).
 
 A target network θ̃, at first A, is learned so that the permutation which brings B closest to it makes a good
 midpoint with A. Each step finds that permutation, P = argmax ⟨θ̃, P[B]⟩, by weight matching from the last one,
@@ -6,17 +6,15 @@ and moves θ̃ down the gradient of the midpoint's loss ℓ(½A + ½P[B]) in P[B
 """
 
 import functools
-import math
 import time
 from typing import Any
 
 import jax
-import numpy as np
 
-from rebasin.errors import NonFiniteError, RebasinError
 from rebasin.matching.checks import check_at_least, check_networks
 from rebasin.matching.losses import LossFn, check_loss, iter_batches, mean_loss, weights_of, with_weights
 from rebasin.matching.result import MatchResult
+from rebasin.matching.search import Search, check_step, import_optax
 from rebasin.matching.weights import Start, weight_matching
 from rebasin.permutation import Permutation, permute
 from rebasin.spec import PermutationSpec
@@ -35,7 +33,7 @@ def straight_through_matching(
     key: jax.Array,
     start: Start | Permutation = "depth",
     num_steps: int = 100,
-    learning_rate: float = 1e-3,
+    learning_rate: float = 3e-3,
     batch_size: int = 500,
     predicate: LeafPredicate = is_weight,
 ) -> MatchResult:
@@ -58,10 +56,9 @@ def straight_through_matching(
       predicate: ``(path, leaf) -> bool``, the leaves that are matched, learned and averaged.
 
     Returns:
-      The match. ``objective[0]`` is that of weight matching, or of the permutation given, if that is better;
-      then the best after each step. ``converged`` says whether the last step left the permutation as it was.
-      ``stats`` has the midpoint loss of every step's own permutation (``losses``), ``evaluations`` and
-      ``seconds``.
+      The match. ``objective`` is the best so far: at the start, after the first weight matching, and after
+      each step. ``converged`` says whether the last step left the permutation as it was. ``stats`` has the
+      midpoint loss of every step's own permutation (``losses``), the ``evaluations`` of it, and ``seconds``.
 
     Raises:
       RebasinError: Optax is not installed.
@@ -73,37 +70,26 @@ def straight_through_matching(
       ConfigError: an option has a value that cannot work.
     """
     began = time.perf_counter()
-    optax = _import_optax()
+    optax = import_optax("straight_through_matching")
     check_at_least(1, num_steps=num_steps)
     check_networks(spec, {"params_a": params_a, "params_b": params_b}, predicate)
     check_loss(loss_fn, params_a, data, batch_size, user="straight_through_matching")
-    options = {"loss_fn": loss_fn, "predicate": predicate}
 
     def midpoint_loss(permutation: Permutation) -> float:
         middle = interpolate(params_a, permute(spec, permutation, params_b), 0.5, predicate=predicate)
-        loss = float(mean_loss(middle, data, loss_fn=loss_fn, batch_size=batch_size))
-        if not math.isfinite(loss):
-            raise NonFiniteError(
-                f"the loss of a midpoint is {loss}: straight_through_matching cannot learn by it"
-            )
-        return loss
+        return float(mean_loss(middle, data, loss_fn=loss_fn, batch_size=batch_size))
 
     match_key, batch_key = jax.random.split(key)
     match = weight_matching(spec, params_a, params_b, key=match_key, start=start, predicate=predicate)
-    permutation, loss = match.permutation, midpoint_loss(match.permutation)
-    best, best_loss = permutation, loss
-    if not isinstance(start, str) and (given := midpoint_loss(start)) < loss:
-        best, best_loss = {group: np.asarray(row, np.int32) for group, row in start.items()}, given
-    objective, losses, evaluations = [-best_loss], [loss], 1
-
+    search = Search(midpoint_loss, match.permutation if isinstance(start, str) else start)
+    search.offer(match.permutation)
     target = weights_of(params_a, predicate)
     optimizer = optax.adam(learning_rate)
     state = optimizer.init(target)
-    batches = iter_batches(batch_key, data, batch_size)
-    unchanged = True
-    for step in range(num_steps):
-        moved = weights_of(permute(spec, permutation, params_b), predicate)
-        gradient = _gradient(moved, params_a, next(batches), **options)
+    for step, batch in zip(range(num_steps), iter_batches(batch_key, data, batch_size), strict=False):
+        moved = weights_of(permute(spec, search.current, params_b), predicate)
+        loss, gradient = _loss_and_gradient(moved, params_a, batch, loss_fn=loss_fn, predicate=predicate)
+        check_step(step, gradient, loss)
         updates, state = optimizer.update(gradient, state)
         target = optax.apply_updates(target, updates)
         match = weight_matching(
@@ -111,44 +97,21 @@ def straight_through_matching(
             with_weights(params_a, target),
             params_b,
             key=jax.random.fold_in(match_key, step),
-            start=permutation,
+            start=search.current,
             predicate=predicate,
         )
-        unchanged = all(np.array_equal(row, permutation[group]) for group, row in match.permutation.items())
-        if not unchanged:
-            permutation, loss = match.permutation, midpoint_loss(match.permutation)
-            evaluations += 1
-        if loss < best_loss:
-            best, best_loss = permutation, loss
-        losses.append(loss)
-        objective.append(-best_loss)
-    stats = {
-        "losses": np.array(losses),
-        "evaluations": evaluations,
-        "seconds": time.perf_counter() - began,
-    }
-    return MatchResult(best, np.array(objective), num_steps, unchanged, stats)
+        search.offer(match.permutation)
+    return search.result({"seconds": time.perf_counter() - began})
 
 
 @functools.partial(jax.jit, static_argnames=("loss_fn", "predicate"))
-def _gradient(
+def _loss_and_gradient(
     moved: dict[str, Any], params_a: Any, batch: Any, *, loss_fn: LossFn, predicate: LeafPredicate
-) -> dict[str, Any]:
-    """Gradient of the midpoint's mean loss in the weights of P[B]."""
+) -> tuple[jax.Array, dict[str, Any]]:
+    """The midpoint's mean loss, and its gradient in the weights of P[B]."""
 
     def loss(moved: dict[str, Any]) -> jax.Array:
         middle = interpolate(params_a, with_weights(params_a, moved), 0.5, predicate=predicate)
         return loss_fn(middle, batch).mean()
 
-    return jax.grad(loss)(moved)
-
-
-def _import_optax() -> Any:
-    try:
-        import optax
-    except ImportError as error:
-        raise RebasinError(
-            "straight_through_matching needs Optax, which is not installed: "
-            "pip install 'rebasin-jax[experiments]', or optax alone"
-        ) from error
-    return optax
+    return jax.value_and_grad(loss)(moved)
