@@ -137,20 +137,20 @@ def cycle_error(spec: PermutationSpec, pairwise: Mapping[tuple[int, int], Permut
     """How far alignments between pairs of networks are from agreeing with each other.
 
     For networks i, j, k, aligning k with j, that with i, and the result with k again should leave every unit
-    of k where it was. The error is the share of units that it moves, the mean over both directions of every
-    cycle of three networks, and over there-and-back of every pair that is given both ways. It is 0 exactly
-    if all alignments come from one universe.
+    of k where it was. The error is the share of units that it moves, the mean over all cycles of three
+    networks in both directions. It is 0 for alignments through one universe, and near 1 where agreement is a
+    matter of chance.
 
     Args:
       spec: the symmetries.
       pairwise: ``(i, j)`` to the permutation of network j that aligns it with network i, for all pairs of
-        networks in at least one direction; the other is then its inverse.
+        three networks or more in at least one direction; the other is then its inverse.
 
     Returns:
       A share in [0, 1].
 
     Raises:
-      PermutationError: a pair is missing, or there are fewer than two networks.
+      PermutationError: a pair is missing, or there are fewer than three networks.
 
     Examples:
       >>> spec = PermutationSpec.from_axes({"bias": ("P0",)})
@@ -159,31 +159,22 @@ def cycle_error(spec: PermutationSpec, pairwise: Mapping[tuple[int, int], Permut
       0.667
     """
     networks = sorted({i for pair in pairwise for i in pair})
-    missing = [
-        pair
-        for pair in itertools.combinations(networks, 2)
-        if pair not in pairwise and pair[::-1] not in pairwise
-    ]
-    if len(networks) < 2 or missing:
-        raise PermutationError(f"cycles of the networks {networks} need every pair; missing: {missing}")
+    pairs = itertools.combinations(networks, 2)
+    missing = [pair for pair in pairs if pair not in pairwise and pair[::-1] not in pairwise]
+    if len(networks) < 3 or missing:
+        raise PermutationError(
+            f"cycles need all pairs of at least three networks; got networks {networks}, missing {missing}"
+        )
 
     def aligned(i: int, j: int) -> Permutation:
         return pairwise[i, j] if (i, j) in pairwise else invert(spec, pairwise[j, i])
 
-    cycles: list[tuple[int, ...]] = [
-        pair for pair in itertools.combinations(networks, 2) if {pair, pair[::-1]} <= pairwise.keys()
-    ]
-    for i, j, k in itertools.combinations(networks, 3):
-        cycles += [(i, j, k), (k, j, i)]
     errors = []
-    for cycle in cycles:
-        # From the last network backwards along the cycle, and from the first to the last.
-        first, *rest = [*reversed(list(itertools.pairwise(cycle))), (cycle[-1], cycle[0])]
-        around = aligned(*first)
-        for i, j in rest:
-            around = compose(spec, around, aligned(i, j))
-        errors.append(1 - fixed_points(around).total)
-    return float(np.mean(errors)) if errors else 0.0
+    for i, j, k in itertools.combinations(networks, 3):
+        for first, second, last in ((i, j, k), (k, j, i)):
+            back = compose(spec, aligned(second, last), aligned(first, second))
+            errors.append(1 - fixed_points(compose(spec, back, aligned(last, first))).total)
+    return float(np.mean(errors))
 
 
 def average(
