@@ -22,7 +22,10 @@ from rebasin.soft import BlockMove, SoftPermutation, block_move, move_block
 from rebasin.spec import PermutationSpec
 from rebasin.trees import LeafPredicate, leaf_table
 
-__all__ = ["Relaxation", "joint_objective"]
+__all__ = ["Relaxation", "compiled_permute", "joint_objective"]
+
+# Gathers called one by one cost more than all that a step computes, for small networks.
+compiled_permute = jax.jit(permute, static_argnums=0)
 
 _Softs = tuple[SoftPermutation, ...]  # of all networks but the first
 
@@ -84,7 +87,7 @@ def joint_objective(
 ) -> float:
     """Σ_{i<j} ⟨P_i[θ_i], P_j[θ_j]⟩ over all weights, in float64."""
     moved = [
-        leaf_table(permute(spec, permutation, tree))
+        leaf_table(compiled_permute(spec, permutation, tree))
         for permutation, tree in zip(permutations, trees, strict=True)
     ]
     return sum(

@@ -20,10 +20,11 @@ from rebasin.errors import ConfigError
 from rebasin.matching.checks import check_at_least, check_networks
 from rebasin.matching.losses import LossFn, check_loss, iter_batches, mean_loss
 from rebasin.matching.plans import import_solver, sinkhorn_plans
+from rebasin.matching.relaxation import compiled_permute
 from rebasin.matching.result import MatchResult
 from rebasin.matching.search import Search, check_step, import_optax
 from rebasin.matching.weights import weight_matching
-from rebasin.permutation import Permutation, check_permutation, identity_permutation, permute
+from rebasin.permutation import Permutation, check_permutation, identity_permutation
 from rebasin.soft import harden, soft_permute, soften, uniform_soft
 from rebasin.spec import PermutationSpec
 from rebasin.trees import LeafPredicate, interpolate, is_weight, leaf_table
@@ -178,14 +179,14 @@ def _build_hard_loss(
         reference = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params_a)
 
         def hard_loss(permutation: Permutation) -> float:
-            moved = jax.tree.map(np.asarray, permute(spec, permutation, params_b))
+            moved = jax.tree.map(np.asarray, compiled_permute(spec, permutation, params_b))
             return float(_squared_distance(reference, moved, predicate))
 
         return hard_loss
     alphas = _RANDOM_ALPHAS if loss == "random" else (0.5,)
 
     def hard_loss(permutation: Permutation) -> float:
-        moved = permute(spec, permutation, params_b)
+        moved = compiled_permute(spec, permutation, params_b)
         points = [interpolate(params_a, moved, alpha, predicate=predicate) for alpha in alphas]
         losses = [float(mean_loss(p, data, loss_fn=loss_fn, batch_size=batch_size)) for p in points]
         return sum(losses) / len(losses)

@@ -13,10 +13,11 @@ import jax
 
 from rebasin.matching.checks import check_at_least, check_networks
 from rebasin.matching.losses import LossFn, check_loss, iter_batches, mean_loss, weights_of, with_weights
+from rebasin.matching.relaxation import compiled_permute
 from rebasin.matching.result import MatchResult
 from rebasin.matching.search import Search, check_step, import_optax
 from rebasin.matching.weights import Start, weight_matching
-from rebasin.permutation import Permutation, permute
+from rebasin.permutation import Permutation
 from rebasin.spec import PermutationSpec
 from rebasin.trees import LeafPredicate, interpolate, is_weight
 
@@ -76,7 +77,9 @@ def straight_through_matching(
     check_loss(loss_fn, params_a, data, batch_size, user="straight_through_matching")
 
     def midpoint_loss(permutation: Permutation) -> float:
-        middle = interpolate(params_a, permute(spec, permutation, params_b), 0.5, predicate=predicate)
+        middle = interpolate(
+            params_a, compiled_permute(spec, permutation, params_b), 0.5, predicate=predicate
+        )
         return float(mean_loss(middle, data, loss_fn=loss_fn, batch_size=batch_size))
 
     match_key, batch_key = jax.random.split(key)
@@ -87,7 +90,7 @@ def straight_through_matching(
     optimizer = optax.adam(learning_rate)
     state = optimizer.init(target)
     for step, batch in zip(range(num_steps), iter_batches(batch_key, data, batch_size), strict=False):
-        moved = weights_of(permute(spec, search.current, params_b), predicate)
+        moved = weights_of(compiled_permute(spec, search.current, params_b), predicate)
         loss, gradient = _loss_and_gradient(moved, params_a, batch, loss_fn=loss_fn, predicate=predicate)
         check_step(step, gradient, loss)
         updates, state = optimizer.update(gradient, state)
