@@ -1,6 +1,7 @@
 """Alignment of neural networks modulo permutation, in JAX.
 
-Everything here needs jax, numpy and scipy only. Training, data, models and trajectories on disk live in
+Everything here needs jax, numpy and scipy only, but for two matching methods that learn, which load Optax and
+OTT when they are called (``rebasin-jax[sinkhorn]``). Training, data, models and trajectories on disk live in
 modules of their own (`rebasin.training`, `rebasin.data`, `rebasin.models`, `rebasin.trajectory`) and need the
 extra ``rebasin-jax[experiments]``.
 """
@@ -10,8 +11,14 @@ from rebasin.axis import Axis, Factor
 from rebasin.barrier import Barrier, BarrierCurve, build_sweep, sweep
 from rebasin.errors import RebasinError
 from rebasin.inference import infer_spec, register_rule
+from rebasin.matching.frank_wolfe import frank_wolfe_matching, universe_matching
+from rebasin.matching.registry import METHODS, match
 from rebasin.matching.result import MatchResult
+from rebasin.matching.sinkhorn import sinkhorn_matching
+from rebasin.matching.straight_through import straight_through_matching
+from rebasin.matching.universe import UniverseResult
 from rebasin.matching.weights import weight_matching
+from rebasin.merging import average, cycle_error, match_to_reference, merge_many
 from rebasin.permutation import (
     FixedPoints,
     Permutation,
@@ -25,6 +32,7 @@ from rebasin.permutation import (
     random_permutation,
     save_permutation,
 )
+from rebasin.simplex import SimplexBarrier, SimplexSurface, build_simplex_sweep, simplex_grid
 from rebasin.spec import PermutationSpec, Pin
 from rebasin.trees import interpolate
 from rebasin.verification import verify_spec
@@ -32,6 +40,7 @@ from rebasin.verification import verify_spec
 __version__ = "0.1.0"
 
 __all__ = [
+    "METHODS",
     "Axis",
     "Barrier",
     "BarrierCurve",
@@ -42,21 +51,35 @@ __all__ = [
     "PermutationSpec",
     "Pin",
     "RebasinError",
+    "SimplexBarrier",
+    "SimplexSurface",
+    "UniverseResult",
+    "average",
+    "build_simplex_sweep",
     "build_sweep",
     "check_permutation",
     "compose",
+    "cycle_error",
     "fixed_points",
+    "frank_wolfe_matching",
     "identity_permutation",
     "infer_spec",
     "interpolate",
     "invert",
     "load_permutation",
+    "match",
+    "match_to_reference",
     "maximise_assignment",
+    "merge_many",
     "permute",
     "random_permutation",
     "register_rule",
     "save_permutation",
+    "simplex_grid",
+    "sinkhorn_matching",
+    "straight_through_matching",
     "sweep",
+    "universe_matching",
     "verify_spec",
     "weight_matching",
 ]
