@@ -18,6 +18,7 @@ ROOMS = [
     ["rebasin.recipes", "rebasin.data", "rebasin.augmentation", "rebasin.models"],
     ["rebasin"],  # the public names of all that follows
     ["rebasin.matching", "rebasin.verification", "rebasin.barrier"],
+    ["rebasin.tracing"],
     ["rebasin.permutation", "rebasin.assignment", "rebasin.inference"],
     ["rebasin.blocks"],
     ["rebasin.spec"],
