@@ -1,5 +1,6 @@
 """A traced function whose every value knows which of its axes belong to which group of a spec."""
 
+import contextlib
 import functools
 import itertools
 import math
@@ -49,7 +50,12 @@ class Program(NamedTuple):
 
 
 def trace_program(
-    spec: PermutationSpec, function: Callable[[Any, Any], Any], tree: Any, batch: Any
+    spec: PermutationSpec,
+    function: Callable[[Any, Any], Any],
+    tree: Any,
+    batch: Any,
+    *,
+    precision: str | None = "highest",
 ) -> Program:
     """Traces a function and labels the axes of its values with the groups of a spec.
 
@@ -60,6 +66,7 @@ def trace_program(
       function: ``(tree, batch) -> outputs``.
       tree: parameters, or their shapes.
       batch: a batch, or its shapes.
+      precision: of the products for which the function sets none; `None` leaves it to JAX.
 
     Returns:
       The program.
@@ -72,11 +79,11 @@ def trace_program(
     spec.group_sizes(tree)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), jnp.result_type(x)), (tree, batch))
     leaves, structure = jax.tree.flatten(shapes)
-    return _trace(spec, Static(function), tuple(leaves), structure)
+    return _trace(spec, Static(function), tuple(leaves), structure, precision)
 
 
 class Static:
-    """A function as a static argument of ``jit``: equal to itself, and to equal functions if it has a hash."""
+    """A function as a static argument of ``jit``: equal to itself, and to equal ones if it has a hash."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
@@ -96,12 +103,17 @@ class Static:
 
 @functools.lru_cache(maxsize=64)
 def _trace(
-    spec: PermutationSpec, function: Static, shapes: tuple[jax.ShapeDtypeStruct, ...], structure: Any
+    spec: PermutationSpec,
+    function: Static,
+    shapes: tuple[jax.ShapeDtypeStruct, ...],
+    structure: Any,
+    precision: str | None,
 ) -> Program:
     tree, batch = jax.tree.unflatten(structure, shapes)
     leaves, inputs = leaf_table(tree), leaf_table(batch)
     try:
-        closed = jax.make_jaxpr(function.function)(tree, batch)
+        with jax.default_matmul_precision(precision) if precision else contextlib.nullcontext():
+            closed = jax.make_jaxpr(function.function)(tree, batch)
     except (TypeError, ValueError) as error:
         described = ", ".join(f"{path or 'batch'} {x.dtype}{list(x.shape)}" for path, x in inputs.items())
         raise InferenceError(f"the function cannot be traced with {described}: {error}") from error
