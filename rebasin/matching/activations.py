@@ -51,7 +51,8 @@ def activation_matching(
 
     Units of a group that indexes others, such as heads, are paired by the value of the best match of their
     insides. A group whose carriers also carry other groups (as in an MLP-Mixer) waits until those are known,
-    and is matched in a further pass over the data, with B permuted so far.
+    and is matched in a further pass over the data, with B permuted so far; where groups wait for each other,
+    one is matched by those of its carriers that need not wait.
 
     Args:
       spec: the symmetries.
@@ -158,7 +159,7 @@ class _Run:
             for group in (group for group in self.spec.outward if group in ready):
                 # Groups of earlier passes are aligned already.
                 found[group] = best_rows(self.spec, group, grams[group], self.identity | found)
-            for family in _families(self.spec, ready):
+            for family in _families(self.spec, tuple(ready)):
                 rows = {group: found[group] for group in family}
                 before, after = (
                     {g: value_at(self.spec, grams[g], self.identity | move) for g in family}
@@ -171,34 +172,43 @@ class _Run:
                 end |= after
         return self.identity | known, start, end
 
-    def _ready(self, pending: Sequence[str], known: dict[str, np.ndarray]) -> tuple[str, ...]:
-        """The groups whose neighbours in their carriers are known; the first family if there are none."""
-        outer = self.spec.outer_groups
-        ready = {
-            group
+    def _ready(self, pending: Sequence[str], known: dict[str, np.ndarray]) -> dict[str, list[int]]:
+        """The groups to match in the next pass, with the terms that count.
+
+        Those whose neighbours in all their carriers are known; else those of which that holds for some of
+        them, which then count alone; else the first family as it is.
+        """
+        usable = {
+            group: [
+                i
+                for i, term in enumerate(self.terms[group])
+                if term.foreign & self.terms.keys() <= known.keys()
+            ]
             for group in pending
-            if all(term.foreign & self.terms.keys() <= known.keys() for term in self.terms[group])
         }
-        while True:
-            waiting = {g for g in ready if any(o in pending and o not in ready for o in outer.get(g, ()))}
-            if not waiting:
-                break
-            ready -= waiting
-        return tuple(g for g in pending if g in ready) or _families(self.spec, pending)[0]
+        for wanted in (
+            lambda group: len(usable[group]) == len(self.terms[group]),
+            lambda group: usable[group],
+        ):
+            families = [f for f in _families(self.spec, pending) if all(wanted(group) for group in f)]
+            if families:
+                return {group: usable[group] for family in families for group in family}
+        return {group: list(range(len(self.terms[group]))) for group in _families(self.spec, pending)[0]}
 
     def _grams(
-        self, groups: tuple[str, ...], permutation: dict[str, np.ndarray]
+        self, ready: dict[str, list[int]], permutation: dict[str, np.ndarray]
     ) -> dict[str, list[tuple[Term, np.ndarray]]]:
         """Mean products, or correlations, of the units of each term of each group."""
         self.passes += 1
         moved = permute(self.spec, permutation, self.params_b)
-        totals, shifts = jax.device_get(self.measure(groups, self.params_a, moved, self.data))
+        wanted = tuple((group, tuple(indices)) for group, indices in ready.items())
+        totals, shifts = jax.device_get(self.measure(wanted, self.params_a, moved, self.data))
         sums = totals.value()
         grams = {}
-        for group in groups:
+        for group, indices in ready.items():
             grams[group] = []
             constant = np.zeros(2, int)
-            for i, term in enumerate(self.terms[group]):
+            for i, term in enumerate(self.terms[group][j] for j in indices):
                 shift = None if shifts is None else shifts[group][i]
                 values, silent = _similarities(sums[group][i], shift, self.kernel)
                 if not np.isfinite(values).all():
@@ -249,22 +259,23 @@ def _measure(
     batches: Batches,
     which: Which,
     kernel: Kernel,
-    groups: tuple[str, ...],
+    wanted: tuple[tuple[str, tuple[int, ...]], ...],
     params_a: Any,
     params_b: Any,
     data: Any,
 ) -> Any:
-    """Sums over the split for each term of `groups`."""
+    """Sums over the split for each of the terms wanted of each group, and the shifts of the correlation."""
 
     def both(batch: Any) -> Any:
         """Samples of A and of B for each term."""
-        terms = _terms(spec, function, which, groups, params_a, batch)
+        every = _terms(spec, function, which, tuple(group for group, _ in wanted), params_a, batch)
+        terms = {group: [every[group][i] for i in indices] for group, indices in wanted}
         closed = trace_program(spec, function.function, params_a, batch).closed
-        wanted = {term.carrier.address: None for own in terms.values() for term in own}
+        places = {term.carrier.address: None for own in terms.values() for term in own}
         found = []
         for tree in (params_a, params_b):
             inputs = [jnp.asarray(x) for x in jax.tree.leaves((tree, batch))]
-            _, values = evaluate(closed, inputs, _hand_out, wanted)
+            _, values = evaluate(closed, inputs, _hand_out, places)
             found.append(
                 {
                     group: [samples(term, values[term.carrier.address][term.carrier.output]) for term in own]

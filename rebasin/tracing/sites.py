@@ -6,8 +6,9 @@
 2. it was computed there: by a contraction or an operation on each position, as opposed to a value that was
    only moved, joined, cut, selected from or pooled (its carriers are those it was made of), or that comes
    from pooled values alone;
-3. it is read as the group's result: by a contraction (the next layer's), by a pooling over positions, or by a
-   selection of positions. A statistic over the group itself, as norms compute, does not count as reading.
+3. a contraction reads it, directly or after moving, flattening, selecting or pooling: the next layer's, or
+   that of attention. A statistic that is combined with the value again, as those of norms and of a softmax
+   are, does not count as reading.
 
 A row of a table looked up by the batch, such as an embedding, carries a group that has no other carrier; and
 a group that nothing reads as in 3 is carried by its last value. Carriers stand in the order of the program.
@@ -142,7 +143,7 @@ class _Info(NamedTuple):
       data: whether it depends on the batch.
       weight: whether it depends on the tree.
       leaf: the leaf that it is, moved, whole or in part.
-      origins: the candidates that it is, moved, whole or in part.
+      origins: the candidates that it is, moved, whole or in part, or pooled.
       pooled: the groups that it carries after a pooling or a selection only.
       sliced: the scans that hand out a slice of it for each step.
     """
@@ -241,8 +242,10 @@ class _Walk:
             groups = self._groups(axes)
             pooled = frozenset() if fresh else frozenset(g for g in groups if self._pooled(g, operands, here))
             origins = frozenset()
+            if pooled:
+                origins = frozenset(at for x in operands for at in x.origins if x.pooled)
             if data:
-                origins = self._enter(here, output, axes, groups - pooled, loops)
+                origins |= self._enter(here, output, axes, groups - pooled, loops)
             infos.append(_Info(data, weight, None, origins, pooled))
         return infos
 
@@ -290,26 +293,26 @@ class _Walk:
         for output, axes in enumerate(self.program.results[here]):
             after = self._positions(axes)
             fewer = {g for g, n in after.items() if g in before and (n < before[g] or name in _WINDOWS)}
-            self._read(operands, here, fewer)
             pooled = frozenset(
                 g for g in after if g in fewer or (g in before and self._pooled(g, operands, here))
             )
             # A table looked up with the batch is new to the groups it brings; and so is a reduction over
-            # other groups, a sum over heads or a maximum over pieces.
+            # other groups, such as a maximum over pieces.
             fresh = frozenset(after.keys() - pooled if not moves else after.keys() - pooled - before.keys())
-            origins = frozenset(at for x in operands for at in x.origins) if moves else frozenset()
+            origins = frozenset()
+            if moves or pooled:
+                origins = frozenset(at for x in operands for at in x.origins)
             if data and fresh:
                 origins |= self._enter(here, output, axes, fresh, loops, looked_up=moves)
             leaf = leaves[0] if moves and not data and len(leaves) == 1 else None
             infos.append(_Info(data, weight, leaf, origins, pooled, sliced))
         return infos
 
-    def _read(self, operands: list[_Info], here: Address, groups: set[str] | None = None) -> None:
-        """Notes that the candidates among the operands are read for the groups they bring."""
+    def _read(self, operands: list[_Info], here: Address) -> None:
+        """Notes that a contraction reads the candidates among its operands, for the groups they bring."""
         for info, axes in zip(operands, self.program.operands[here], strict=True):
-            brought = self._groups(axes) if groups is None else self._groups(axes) & groups
             for at in info.origins:
-                self.candidates[at].read.update(brought - info.pooled)
+                self.candidates[at].read.update(self._groups(axes))
 
     def _groups(self, axes: Axes) -> frozenset[str]:
         """The groups that a value carries."""
