@@ -40,6 +40,7 @@ class Program(NamedTuple):
       operands: axes of each operand of each equation.
       results: axes of each result of each equation. These know the size of every part, whole axes included.
       fixed: labels that never move, and only serve as an index.
+      outputs: structure of what the function returns.
     """
 
     closed: Any
@@ -47,6 +48,7 @@ class Program(NamedTuple):
     operands: Mapping[Address, tuple[Axes, ...]]
     results: Mapping[Address, tuple[Axes, ...]]
     fixed: frozenset[str]
+    outputs: Any
 
 
 def trace_program(
@@ -113,7 +115,7 @@ def _trace(
     leaves, inputs = leaf_table(tree), leaf_table(batch)
     try:
         with jax.default_matmul_precision(precision) if precision else contextlib.nullcontext():
-            closed = jax.make_jaxpr(function.function)(tree, batch)
+            closed, returned = jax.make_jaxpr(function.function, return_shape=True)(tree, batch)
     except (TypeError, ValueError) as error:
         described = ", ".join(f"{path or 'batch'} {x.dtype}{list(x.shape)}" for path, x in inputs.items())
         raise InferenceError(f"the function cannot be traced with {described}: {error}") from error
@@ -149,6 +151,7 @@ def _trace(
         {address: axes(operands) for address, (operands, _) in seen.items()},
         {address: axes(results) for address, (_, results) in seen.items()},
         frozenset(spec.fixed),
+        jax.tree.structure(returned),
     )
 
 
