@@ -1,6 +1,6 @@
 """Activation matching: one assignment for each group, on the values that carry it.
 
-Appendix A of arXiv 2404.06498; Li et al. 2015 (arXiv 1511.07543); arXiv 2211.08403 for correlations. Which
+Appendix A of arXiv 2404.06498; Li et al. 2015 (arXiv 1511.07543); arXiv 2211.08403 for correlations. Carriers
 values carry a group is defined in `rebasin.tracing.sites`.
 """
 
@@ -20,12 +20,13 @@ from rebasin.permutation import identity_permutation, permute
 from rebasin.spec import PermutationSpec
 from rebasin.tracing.evaluation import bind, evaluate
 from rebasin.tracing.program import Static, trace_program
-from rebasin.tracing.sites import Which, find_carriers
+from rebasin.tracing.sites import find_carriers
 from rebasin.tracing.streaming import Batches, batch_shapes, check_examples, sum_batches
 from rebasin.trees import check_finite, check_same_shapes
 
-__all__ = ["Kernel", "activation_matching"]
+__all__ = ["Carriers", "Kernel", "activation_matching"]
 
+Carriers = Literal["last", "all"]
 Kernel = Literal["inner", "correlation"]
 
 # A unit whose deviation is below this share of its mean is constant: what is left is rounding.
@@ -40,7 +41,7 @@ def activation_matching(
     data: Any,
     *,
     batch_size: int = 500,
-    carriers: Which = "last",
+    carriers: Carriers = "last",
     kernel: Kernel = "inner",
 ) -> MatchResult:
     """Finds the permutation of B under which its units behave most like A's on the same data.
@@ -62,8 +63,9 @@ def activation_matching(
       data: tree of arrays ``[n, …]`` with one common n; a batch is a slice of it.
       batch_size: examples evaluated at once. The last batch may be shorter. Memory does not depend on n.
       carriers: ``"last"`` takes the last carrier of each group, which is the paper's choice, after the last
-        nonlinearity and before pooling or flattening; ``"all"`` adds up the similarities of all of them:
-        every block's output in a residual stream. `rebasin.tracing.sites` says what a carrier is.
+        nonlinearity and before pooling or flattening (the last that carries no other group but its indices
+        and insides, if there is one); ``"all"`` adds up the similarities of all of them: every block's output
+        in a residual stream. `rebasin.tracing.sites` says what a carrier is.
       kernel: ``"inner"``, the inner product of the paper, which maximised makes the Euclidean distance least;
         or ``"correlation"``, each unit centred and divided by its deviation. Units that are constant over
         the data (dead ones) correlate with nothing.
@@ -128,7 +130,7 @@ class _Run:
         function: Static,
         data: Any,
         batch_size: int,
-        which: Which,
+        which: Carriers,
         kernel: Kernel,
     ) -> None:
         self.spec, self.params_a, self.params_b = spec, params_a, params_b
@@ -236,11 +238,19 @@ def _families(spec: PermutationSpec, groups: Sequence[str]) -> list[tuple[str, .
 
 
 def _terms(
-    spec: PermutationSpec, function: Static, which: Which, groups: tuple[str, ...], tree: Any, batch: Any
+    spec: PermutationSpec, function: Static, which: Carriers, groups: tuple[str, ...], tree: Any, batch: Any
 ) -> dict[str, tuple[Term, ...]]:
-    program = trace_program(spec, function.function, tree, batch)
-    carriers = find_carriers(program, groups, which)
-    return {group: find_terms(spec, group, carriers[group]) for group in groups}
+    """The terms of each group: of all its carriers, or of the last that carries no foreign group, if any."""
+    carriers = find_carriers(trace_program(spec, function.function, tree, batch), groups)
+    terms = {}
+    for group in groups:
+        every = [find_terms(spec, group, carrier) for carrier in carriers[group]]
+        every = [own for own in every if own]
+        if which == "last":
+            alone = [own for own in every if not any(term.foreign for term in own)]
+            every = (alone or every)[-1:]
+        terms[group] = tuple(term for own in every for term in own)
+    return terms
 
 
 class _Sums(NamedTuple):
@@ -257,7 +267,7 @@ def _measure(
     spec: PermutationSpec,
     function: Static,
     batches: Batches,
-    which: Which,
+    which: Carriers,
     kernel: Kernel,
     wanted: tuple[tuple[str, tuple[int, ...]], ...],
     params_a: Any,

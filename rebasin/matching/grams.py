@@ -43,27 +43,22 @@ class Term(NamedTuple):
     foreign: frozenset[str]
 
 
-def find_terms(spec: PermutationSpec, group: str, carriers: Sequence[Carrier]) -> tuple[Term, ...]:
-    """The terms of a group; a block that carries it on two axes, as a product with itself does, is none."""
+def find_terms(spec: PermutationSpec, group: str, carrier: Carrier) -> tuple[Term, ...]:
+    """A group's terms in a carrier; a block that carries it on two axes, as a square does, has none."""
     outer = spec.outer_groups
     terms = []
-    for carrier in carriers:
-        for i, block in enumerate(iter_blocks(carrier.axes, carrier.shape)):
-            labels = block.labels
-            if labels.count(group) != 1:
-                continue
-            chain = [*(o for o in outer.get(group, ()) if o not in spec.fixed), group]
-            for inner in spec.outward:
-                if (
-                    labels.count(inner) == 1
-                    and inner not in chain
-                    and set(chain) <= set(outer.get(inner, ()))
-                ):
-                    chain.append(inner)
-            index = itertools.chain.from_iterable(outer.get(name, ()) for name in chain)
-            fixed = tuple(dict.fromkeys(name for name in index if name in spec.fixed))
-            moving = {name for name in labels if name is not None and name not in spec.fixed}
-            terms.append(Term(carrier, i, fixed, tuple(chain), frozenset(moving.difference(chain))))
+    for i, block in enumerate(iter_blocks(carrier.axes, carrier.shape)):
+        labels = block.labels
+        if labels.count(group) != 1:
+            continue
+        chain = [*(o for o in outer.get(group, ()) if o not in spec.fixed), group]
+        for inner in spec.outward:
+            if labels.count(inner) == 1 and inner not in chain and set(chain) <= set(outer.get(inner, ())):
+                chain.append(inner)
+        index = itertools.chain.from_iterable(outer.get(name, ()) for name in chain)
+        fixed = tuple(dict.fromkeys(name for name in index if name in spec.fixed))
+        moving = {name for name in labels if name is not None and name not in spec.fixed}
+        terms.append(Term(carrier, i, fixed, tuple(chain), frozenset(moving.difference(chain))))
     return tuple(terms)
 
 

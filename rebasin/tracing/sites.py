@@ -25,7 +25,7 @@ import functools
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from jax.extend import core
 
@@ -34,9 +34,7 @@ from rebasin.blocks import iter_blocks
 from rebasin.tracing.evaluation import inner_program
 from rebasin.tracing.program import Address, Axes, Program
 
-__all__ = ["Carrier", "Layer", "Which", "find_carriers", "find_layers"]
-
-Which = Literal["last", "all"]
+__all__ = ["Carrier", "Layer", "find_carriers", "find_layers"]
 
 _CONTRACTIONS = frozenset({"dot_general", "conv_general_dilated", "ragged_dot_general"})
 
@@ -109,7 +107,7 @@ class Layer(NamedTuple):
     in_while: bool
 
 
-def find_carriers(program: Program, groups: Sequence[str], which: Which) -> dict[str, tuple[Carrier, ...]]:
+def find_carriers(program: Program, groups: Sequence[str]) -> dict[str, tuple[Carrier, ...]]:
     """The carriers of each group, as the module's docstring defines them; none for a group without."""
     walk = _walk(program)
     found: dict[str, tuple[Carrier, ...]] = {}
@@ -117,7 +115,6 @@ def find_carriers(program: Program, groups: Sequence[str], which: Which) -> dict
         computed = [at for at, candidate in walk.candidates.items() if group in candidate.computed]
         read = [at for at in computed if group in walk.candidates[at].read]
         chosen = [at for at in read if not walk.candidates[at].looked_up] or read or computed[-1:]
-        chosen = chosen if which == "all" else chosen[-1:]
         found[group] = tuple(Carrier(*at, walk.candidates[at].axes) for at in chosen)
     return found
 

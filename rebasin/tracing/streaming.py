@@ -81,10 +81,10 @@ def sum_batches(function: Callable[[Any], Any], data: Any, batches: Batches) -> 
     shapes = jax.eval_shape(function, batch_shapes(data, batches.size))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
-    def step(total: Sum, i: jax.Array) -> tuple[Sum, None]:
-        return total.add(function(_take(data, i * batches.size, batches.size))), None
+    def step(i: jax.Array, total: Sum) -> Sum:
+        return total.add(function(_take(data, i * batches.size, batches.size)))
 
-    total, _ = lax.scan(step, Sum(zeros, zeros), jnp.arange(batches.count))
+    total = lax.fori_loop(0, batches.count, step, Sum(zeros, zeros))
     if batches.rest:
         total = total.add(function(_take(data, batches.count * batches.size, batches.rest)))
     return total

@@ -83,32 +83,45 @@ def planted(function, tree, inputs, *, state_outputs=None):
 
 MODELS = {
     "mlp": (MLP((16, 12), 3), (40, 2, 2, 1)),
-    "vgg16": (VGG16(2, 3), (3, 32, 32, 1)),
-    "resnet20": (ResNet20(4, 3), (4, 16, 16, 1)),
-    "vit": (ViT(16, 3, depth=2, num_heads=4), (8, 8, 8, 1)),
+    "vgg16": (VGG16(2, 3), (2, 32, 32, 1)),
+    "resnet20": (ResNet20(2, 3), (2, 8, 8, 1)),
+    "vit": (ViT(8, 3, depth=1, num_heads=2), (4, 4, 4, 1)),
 }
 
 
 @pytest.mark.parametrize("kernel", ["inner", "correlation"])
+@pytest.mark.parametrize("seed", range(3))
+def test_planted_permutation_is_recovered_exactly(seed, kernel):
+    def deep(tree, x):
+        for w in tree[:-1]:
+            x = jnp.tanh(x @ w)
+        return x @ tree[-1]
+
+    tree = [
+        examples(m, n, seed=seed + i) / np.sqrt(m) for i, (m, n) in enumerate([(5, 32), (32, 24), (24, 3)])
+    ]
+    x = examples(100, 5)
+    spec, moved = planted(deep, tree, x)
+    match = activation_matching(spec, tree, moved, deep, x, kernel=kernel, batch_size=30)
+    chex.assert_trees_all_equal(rebasin.permute(spec, match.permutation, moved), tree)
+
+
 @pytest.mark.parametrize("name", MODELS)
-def test_planted_permutation_is_recovered_on_the_same_data(name, kernel):
+def test_planted_network_is_as_similar_as_itself(name):
+    """On every model; silent units cannot be told apart, so the permutation may differ."""
     model, shape = MODELS[name]
     x = examples(*shape)
     tree = arrays(jax.eval_shape(model.init, KEY, x))
     spec, moved = planted(model.apply, tree, x)
-    match = activation_matching(spec, tree, moved, model.apply, x, kernel=kernel, batch_size=7)
-    back = rebasin.permute(spec, match.permutation, moved)
-    if not any(sum(pair) for pair in match.stats["constant_units"].values()):
-        chex.assert_trees_all_equal(back, tree)
-    again = activation_matching(spec, tree, back, model.apply, x, kernel=kernel, batch_size=7)
-    np.testing.assert_allclose(again.objective[0], match.objective[-1], rtol=1e-5)
-    outputs = model.apply(tree, x)
-    middle = model.apply(rebasin.interpolate(tree, back, 0.5), x)
-    np.testing.assert_allclose(middle, outputs, rtol=1e-2, atol=1e-2 * float(jnp.abs(outputs).max()))
+    match, itself = (activation_matching(spec, tree, other, model.apply, x) for other in (moved, tree))
+    np.testing.assert_allclose(match.objective[-1], itself.objective[0], rtol=1e-4)
+    assert match.objective[-1] > match.objective[0]
 
 
-SPECIMENS = ["maxout", "mlp_mixer", "lstm", "grouped_query_attention", "scan_over_transformer_blocks",
-             "channel_shuffle", "soft_mixture_of_experts", "recurrent_while_loop", "group_norm", "u_net"]  # fmt: skip
+SPECIMENS = [
+    *("maxout", "mlp_mixer", "lstm", "grouped_query_attention", "scan_over_residual_layers"),
+    *("channel_shuffle", "soft_mixture_of_experts", "u_net"),
+]
 
 
 @pytest.mark.parametrize("carriers", ["last", "all"])
@@ -187,18 +200,24 @@ def test_dead_and_constant_units_correlate_with_nothing():
 
 
 def test_all_carriers_add_up():
-    model, x = ResNet20(2, 2), examples(2, 8, 8, 1)
-    a, b = (arrays(jax.eval_shape(model.init, KEY, x), seed) for seed in (0, 1))
-    spec = rebasin.infer_spec(model.apply, a, x)
-    last, every = (activation_matching(spec, a, b, model.apply, x, carriers=c) for c in ("last", "all"))
-    stem = spec.groups[0]
-    assert every.stats["similarity"][stem][0] != last.stats["similarity"][stem][0]
-    inner = [g for g in spec.groups if "conv1" in g and "blocks" in g]
-    assert inner
-    for group in inner:  # one carrier only
-        np.testing.assert_allclose(
-            every.stats["similarity"][group], last.stats["similarity"][group], rtol=1e-5
-        )
+    def residual(tree, x):
+        first = jnp.tanh(x @ tree["w"])
+        second = first + jnp.tanh(first @ tree["u"])
+        return second @ tree["v"]
+
+    a, b = (
+        {"w": examples(3, 6, seed=s), "u": examples(6, 6, seed=s + 2), "v": examples(6, 2)} for s in (0, 1)
+    )
+    x = examples(20, 3)
+    spec = rebasin.infer_spec(residual, a, x)
+    first = [np.tanh(np.asarray(x @ t["w"], np.float64)) for t in (a, b)]
+    second = [f + np.tanh(f @ np.asarray(t["u"], np.float64)) for f, t in zip(first, (a, b), strict=True)]
+    matrices = {"last": similarity("inner", *second)}
+    matrices["all"] = matrices["last"] + similarity("inner", *first)
+    for carriers, matrix in matrices.items():
+        match = activation_matching(spec, a, b, residual, x, carriers=carriers, batch_size=8)
+        best = value(matrix, linear_sum_assignment(matrix, maximize=True)[1])
+        np.testing.assert_allclose(match.objective, [np.trace(matrix), best], rtol=1e-4)
 
 
 def test_deterministic_and_traced_once():
@@ -229,7 +248,7 @@ def test_memory_does_not_depend_on_the_size_of_the_split():
         return lowered.compile().memory_analysis().temp_size_in_bytes
 
     for kernel in ("inner", "correlation"):
-        assert temporary(100, kernel) == temporary(5_000, kernel)
+        assert temporary(500, kernel) == temporary(20_000, kernel)
 
 
 def test_width_one_and_no_groups():

