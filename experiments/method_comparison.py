@@ -186,7 +186,10 @@ class _Bench:
         if "function" in needs:
             options = {"function": self.function, "data": self.train.images}
         elif "loss_fn" in needs:
-            options = {"loss_fn": lambda params, batch: self._metrics(params, batch)["loss"], "data": self.train}
+            options = {
+                "loss_fn": lambda params, batch: self._metrics(params, batch)["loss"],
+                "data": self.train,
+            }
         key = jax.random.key(self.config.seed)
         began = time.perf_counter()
         result = rebasin.match(self.spec, self.a, self.b, name, key=key, **options)

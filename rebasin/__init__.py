@@ -11,6 +11,8 @@ from rebasin.axis import Axis, Factor
 from rebasin.barrier import Barrier, BarrierCurve, build_sweep, sweep
 from rebasin.errors import RebasinError
 from rebasin.inference import infer_spec, register_rule
+from rebasin.matching.activations import activation_matching
+from rebasin.matching.covariance import apply_metric, covariance_matching
 from rebasin.matching.frank_wolfe import frank_wolfe_matching, universe_matching
 from rebasin.matching.registry import METHODS, match
 from rebasin.matching.result import MatchResult
@@ -32,6 +34,7 @@ from rebasin.permutation import (
     random_permutation,
     save_permutation,
 )
+from rebasin.repair import Repair, build_norm_reset, build_repair
 from rebasin.simplex import SimplexBarrier, SimplexSurface, build_simplex_sweep, simplex_grid
 from rebasin.spec import PermutationSpec, Pin
 from rebasin.trees import interpolate
@@ -51,14 +54,20 @@ __all__ = [
     "PermutationSpec",
     "Pin",
     "RebasinError",
+    "Repair",
     "SimplexBarrier",
     "SimplexSurface",
     "UniverseResult",
+    "activation_matching",
+    "apply_metric",
     "average",
+    "build_norm_reset",
+    "build_repair",
     "build_simplex_sweep",
     "build_sweep",
     "check_permutation",
     "compose",
+    "covariance_matching",
     "cycle_error",
     "fixed_points",
     "frank_wolfe_matching",

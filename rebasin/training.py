@@ -210,7 +210,9 @@ def build_metrics(
     """
 
     def metrics_fn(variables: Any, batch: Split) -> dict[str, jax.Array]:
-        return classification_metrics(model.apply(variables, normalise(batch.images, mean, std)), batch.labels)
+        return classification_metrics(
+            model.apply(variables, normalise(batch.images, mean, std)), batch.labels
+        )
 
     return metrics_fn
 

@@ -19,8 +19,9 @@ ROOMS = [
     ["rebasin"],  # the public names of all that follows
     ["rebasin.simplex"],
     ["rebasin.merging"],
-    ["rebasin.matching", "rebasin.verification", "rebasin.barrier"],
+    ["rebasin.matching", "rebasin.verification", "rebasin.barrier", "rebasin.repair"],
     ["rebasin.soft"],
+    ["rebasin.tracing"],
     ["rebasin.permutation", "rebasin.assignment", "rebasin.inference"],
     ["rebasin.blocks", "rebasin.batches"],
     ["rebasin.spec"],

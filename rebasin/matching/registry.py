@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import jax
 
 from rebasin.errors import ConfigError, problem_list
+from rebasin.matching.activations import activation_matching
+from rebasin.matching.covariance import covariance_matching
 from rebasin.matching.frank_wolfe import frank_wolfe_matching
 from rebasin.matching.result import MatchResult
 from rebasin.matching.sinkhorn import sinkhorn_matching
@@ -46,6 +48,8 @@ class Method(NamedTuple):
 # To add a method is to add a line here; tests/matching/test_every_method.py then runs for it as well.
 METHODS: dict[str, Method] = {
     "weights": Method(weight_matching, "⟨A, P[B]⟩"),
+    "activations": Method(activation_matching, "Σ of paired units' mean products over the data"),
+    "covariance": Method(covariance_matching, "⟨A, P[B]⟩ in the metric of the activations"),
     "frank_wolfe": Method(frank_wolfe_matching, "⟨A, P[B]⟩"),
     "straight_through": Method(straight_through_matching, "−ℓ(½A + ½P[B])"),
     "sinkhorn": Method(sinkhorn_matching, "−ℓ(½A + ½P[B]), or by its option `loss`"),
