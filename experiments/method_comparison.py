@@ -20,8 +20,7 @@ from experiments.method_figure import draw_methods
 from experiments.pairs import train_networks
 from experiments.results import Results, open_results, write_csv
 from experiments.statistics import Interval, student_interval
-from rebasin.augmentation import normalise
-from rebasin.data import Dataset, Split
+from rebasin.data import Dataset, Split, normalise
 from rebasin.errors import ConfigError, problem_list
 from rebasin.models import build_model
 from rebasin.recipes import Recipe
@@ -160,6 +159,9 @@ class _Bench:
     def _metrics(self, params: Any, batch: Split) -> dict[str, jax.Array]:
         return classification_metrics(self.function(params, batch.images), batch.labels)
 
+    def _losses(self, params: Any, batch: Split) -> jax.Array:
+        return self._metrics(params, batch)["loss"]
+
     def try_method(self, name: str, results: Results) -> dict[str, Any]:
         """Matches by one method and measures the segment that it leaves."""
         began = time.perf_counter()
@@ -181,15 +183,13 @@ class _Bench:
     def _match(self, name: str) -> _Match:
         if name == BASELINE:
             return _Match(rebasin.identity_permutation(self.spec, self.a), None, 0.0)
-        needs = rebasin.METHODS[name].needs
+        method = rebasin.METHODS[name]
+        takes = (*method.needs, *method.options)
         options: dict[str, Any] = {}
-        if "function" in needs:
+        if "function" in takes:
             options = {"function": self.function, "data": self.train.images}
-        elif "loss_fn" in needs:
-            options = {
-                "loss_fn": lambda params, batch: self._metrics(params, batch)["loss"],
-                "data": self.train,
-            }
+        elif "loss_fn" in takes:
+            options = {"loss_fn": self._losses, "data": self.train}
         key = jax.random.key(self.config.seed)
         began = time.perf_counter()
         result = rebasin.match(self.spec, self.a, self.b, name, key=key, **options)
