@@ -143,7 +143,7 @@ class _Bench:
         self.config, self.a, self.b = config, params_a, params_b
         model = build_model(config.recipe.model, width=config.recipe.width, num_classes=dataset.num_classes)
 
-        def function(params: Any, images: jax.Array) -> jax.Array:
+        def function(params: Any, images: Any) -> Any:
             return model.apply(params, normalise(images, dataset.mean, dataset.std))
 
         self.function = function
