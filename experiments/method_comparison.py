@@ -26,7 +26,7 @@ from rebasin.models import build_model
 from rebasin.recipes import Recipe
 from rebasin.training import classification_metrics
 
-__all__ = ["BASELINE", "Config", "run"]
+__all__ = ["BASELINE", "Bench", "Config", "run"]
 
 EXPERIMENT = "compare_methods"
 BASELINE = "none"
@@ -112,11 +112,20 @@ def run(
             trained = train_networks(
                 config.recipe, dataset, seeds, runs_dir=runs_dir, reporter=reporter, results=results
             )
-            bench = _Bench(config, dataset, trained[0].last, trained[1].last)
+            bench = Bench(
+                config.recipe,
+                dataset,
+                trained[0].last,
+                trained[1].last,
+                seed=config.seed,
+                num_alphas=config.num_alphas,
+                num_test=config.num_test,
+                num_match=config.num_match,
+            )
             record: dict[str, Any] = {"seeds": list(seeds), "methods": {}}
             with reporter.stage(f"match seeds {seeds[0]} and {seeds[1]}", 1 + len(config.methods)) as advance:
                 for name in (BASELINE, *config.methods):
-                    record["methods"][name] = bench.try_method(name, results)
+                    record["methods"][name] = bench.try_method(name, results, num_repair=config.num_repair)
                     advance()
             results.curves.append(record)
             results.save(output_dir / "results.json")
@@ -136,12 +145,35 @@ class _Match(NamedTuple):
     seconds: float
 
 
-class _Bench:
-    """One pair of networks, and all that a method may need to match it."""
+class Bench:
+    """One pair of networks, and all that a method may need to match it.
 
-    def __init__(self, config: Config, dataset: Dataset, params_a: Any, params_b: Any) -> None:
-        self.config, self.a, self.b = config, params_a, params_b
-        model = build_model(config.recipe.model, width=config.recipe.width, num_classes=dataset.num_classes)
+    Args:
+      recipe: how they were trained.
+      dataset: the data.
+      params_a: network A.
+      params_b: network B.
+      seed: of the matching.
+      num_alphas: points on each segment.
+      num_test: test examples on which segments are measured, `None` for all.
+      num_match: training examples for methods that need data, `None` for all.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        dataset: Dataset,
+        params_a: Any,
+        params_b: Any,
+        *,
+        seed: int,
+        num_alphas: int,
+        num_test: int | None,
+        num_match: int | None,
+    ) -> None:
+        self.a, self.b = params_a, params_b
+        self._seed, self._num_alphas = seed, num_alphas
+        model = build_model(recipe.model, width=recipe.width, num_classes=dataset.num_classes)
 
         def function(params: Any, images: Any) -> Any:
             return model.apply(params, normalise(images, dataset.mean, dataset.std))
@@ -149,12 +181,12 @@ class _Bench:
         self.function = function
         image = jax.ShapeDtypeStruct((1, *dataset.train.images.shape[1:]), np.uint8)
         self.spec = rebasin.infer_spec(function, params_a, image)
-        counts = (config.num_match or len(dataset.train.labels), config.num_test or len(dataset.test.labels))
+        counts = (num_match or len(dataset.train.labels), num_test or len(dataset.test.labels))
         self.train, self.test = (
             jax.device_put(Split(split.images[:n], split.labels[:n]))
             for split, n in zip((dataset.train, dataset.test), counts, strict=True)
         )
-        self.sweep = rebasin.build_sweep(self._metrics, num_alphas=config.num_alphas)
+        self.sweep = rebasin.build_sweep(self._metrics, num_alphas=num_alphas)
 
     def _metrics(self, params: Any, batch: Split) -> dict[str, jax.Array]:
         return classification_metrics(self.function(params, batch.images), batch.labels)
@@ -162,23 +194,30 @@ class _Bench:
     def _losses(self, params: Any, batch: Split) -> jax.Array:
         return self._metrics(params, batch)["loss"]
 
-    def try_method(self, name: str, results: Results) -> dict[str, Any]:
-        """Matches by one method and measures the segment that it leaves."""
+    def try_method(self, name: str, results: Results, *, num_repair: int | None) -> dict[str, Any]:
+        """Matches by one method and measures the segment that it leaves.
+
+        Args:
+          name: the method, or `BASELINE`.
+          results: counts the seconds.
+          num_repair: training examples on which REPAIR takes statistics; `None` leaves it out.
+        """
         began = time.perf_counter()
         found = self._match(name)
         results.add_seconds("matching", time.perf_counter() - began)
         began = time.perf_counter()
         moved = rebasin.permute(self.spec, found.permutation, self.b)
         plain = self.sweep(self.a, moved, self.test)
-        repaired = self._repaired(moved)
-        results.add_seconds("barriers", time.perf_counter() - began)
-        return {
+        record = {
             "objective": found.objective,
             "seconds": found.seconds,
             "distance": _distance(self.a, moved),
             "plain": _measures(plain),
-            "repaired": _measures(repaired),
         }
+        if num_repair is not None:
+            record["repaired"] = _measures(self._repaired(moved, num_repair))
+        results.add_seconds("barriers", time.perf_counter() - began)
+        return record
 
     def _match(self, name: str) -> _Match:
         if name == BASELINE:
@@ -190,21 +229,21 @@ class _Bench:
             options = {"function": self.function, "data": self.train.images}
         elif "loss_fn" in takes:
             options = {"loss_fn": self._losses, "data": self.train}
-        key = jax.random.key(self.config.seed)
+        key = jax.random.key(self._seed)
         began = time.perf_counter()
         result = rebasin.match(self.spec, self.a, self.b, name, key=key, **options)
         seconds = time.perf_counter() - began
         return _Match(result.permutation, (float(result.objective[0]), float(result.objective[-1])), seconds)
 
-    def _repaired(self, moved: Any) -> rebasin.BarrierCurve:
+    def _repaired(self, moved: Any, num_repair: int) -> rebasin.BarrierCurve:
         """The segment with REPAIR at every α."""
-        images = self.train.images[: self.config.num_repair]
+        images = self.train.images[:num_repair]
         repair = rebasin.build_repair(self.spec, self.a, moved, self.function, images)
 
         def metrics(params: Any, batch: Split, correction: Any) -> dict[str, jax.Array]:
             return classification_metrics(repair.apply(params, batch.images, correction), batch.labels)
 
-        sweep = rebasin.build_sweep(metrics, num_alphas=self.config.num_alphas, prepare=repair.prepare)
+        sweep = rebasin.build_sweep(metrics, num_alphas=self._num_alphas, prepare=repair.prepare)
         return sweep(self.a, moved, self.test)
 
 

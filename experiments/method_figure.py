@@ -60,7 +60,7 @@ def draw_methods(results: Results, path: pathlib.Path) -> None:
             axes.set_xticks(ticks, labels=[f"{tick:g}" for tick in ticks])
             axes.minorticks_off()
             top = max(scale * c["methods"][n]["plain"][measure] for c in results.curves for n in names)
-            axes.set_xlim(0, max(1.3 * top, 2 * linear))
+            axes.set_xlim(-0.05 * linear, max(1.3 * top, 2 * linear))
             axes.grid(axis="x", alpha=0.25, linewidth=0.5)
         panels[0].set_yticks(range(len(names)), labels=[name.replace("_", " ") for name in names])
         panels[0].invert_yaxis()
