@@ -7,21 +7,19 @@ is the inner product ⟨A, P[B]⟩ over all weights, each counted once, so that 
 
 import time
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import jax
-import numpy as np
 
 from rebasin.errors import ConfigError
 from rebasin.matching.ascent import Ascent
+from rebasin.matching.climb import Start, checked_leaves, climb
 from rebasin.matching.result import MatchResult
 from rebasin.permutation import Permutation, check_permutation, identity_permutation
 from rebasin.spec import PermutationSpec
-from rebasin.trees import LeafPredicate, check_finite, check_same_shapes, is_weight, leaf_table
+from rebasin.trees import LeafPredicate, is_weight
 
 __all__ = ["Start", "weight_matching"]
-
-Start = Literal["depth", "identity"]
 
 
 def weight_matching(
@@ -78,40 +76,8 @@ def weight_matching(
     began = time.perf_counter()
     if max_sweeps < 1:
         raise ConfigError(f"max_sweeps must be at least 1, got {max_sweeps}")
-    check_same_shapes(params_a, params_b)
-    for tree, name in ((params_a, "params_a"), (params_b, "params_b")):
-        spec.group_sizes(tree, name=name)
-        check_finite({p: leaf for p, leaf in leaf_table(tree).items() if predicate(p, leaf)}, name)
-
-    ascent = Ascent(spec, params_a, params_b, predicate)
-    chosen = _choose_start(spec, params_a, ascent, start)
-    objective = [ascent.objective]
-    converged = False
-    while not converged and len(objective) <= max_sweeps:
-        order = jax.random.permutation(jax.random.fold_in(key, len(objective)), len(ascent.groups))
-        for group in (ascent.groups[i] for i in np.asarray(order)):
-            ascent.improve(group)
-        objective.append(ascent.objective)
-        converged = not ascent.stale
-    stats = {"start": chosen, "seconds": time.perf_counter() - began, **ascent.stats}
-    return MatchResult(ascent.permutation, np.array(objective), len(objective) - 1, converged, stats)
-
-
-def _choose_start(spec: PermutationSpec, params_a: Any, ascent: Ascent, start: Start | Permutation) -> str:
-    """Puts the ascent at its start and says which it was."""
+    leaves = checked_leaves(spec, params_a, params_b, predicate)
+    ascent = Ascent(spec, [leaves], identity_permutation(spec, params_a))
     if isinstance(start, Mapping):
         check_permutation(spec, params_a, start)
-        ascent.restart({group: np.asarray(row, np.int32) for group, row in start.items()})
-        return "given"
-    identity = identity_permutation(spec, params_a)
-    ascent.restart(identity)
-    if start == "identity":
-        return "identity"
-    if start != "depth":
-        raise ConfigError(f"unknown start {start!r}; known: 'depth', 'identity', or a permutation")
-    floor = ascent.objective
-    ascent.restart(ascent.depth_pass(identity))
-    if ascent.objective >= floor:
-        return "depth"
-    ascent.restart(identity)
-    return "identity"
+    return climb(ascent, start, key=key, max_sweeps=max_sweeps, began=began)
