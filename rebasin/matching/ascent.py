@@ -131,7 +131,7 @@ class Ascent:
         known: _Rows = {}
         outer = self.spec.outer_groups
         for group in itertools.chain.from_iterable((*outer.get(g, ()), g) for g in self.groups):
-            if group in known:
+            if group in known or group not in self.of_group:
                 continue
             if not self.of_group[group]:
                 known[group] = self.identity[group]

@@ -12,9 +12,10 @@ from rebasin.permutation import Permutation
 
 __all__ = ["Similarity", "pair_products"]
 
-# A float32 panel of this many values stays in the cache; at least 512 rows, so that a product of the widest
-# groups is not all overhead. All groups of one width share one compiled program.
-_PANEL_VALUES = 2**16
+# The rows of A and B are multiplied in panels of this many values, and at least this many rows: long enough
+# that dispatch does not count, short enough that the last one, filled up with zeros, does not either. All
+# groups of one width share one compiled program.
+_PANEL_VALUES = 2**15
 _PANEL_ROWS = 512
 
 

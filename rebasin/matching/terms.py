@@ -35,7 +35,7 @@ class Piece(NamedTuple):
     @property
     def resolution(self) -> float:
         """Rounding of a sum of products of the two."""
-        norms = math.sqrt(inner_product(self.a, self.a) * inner_product(self.b, self.b))
+        norms = math.sqrt(_square(self.a) * _square(self.b))
         return float(np.finfo(self.a.dtype).eps) * norms
 
     def value(self, permutation: Permutation) -> float:
@@ -140,6 +140,12 @@ class Term:
         """Each unit's weights in ascending order, which no permutation of other groups can change."""
         n = self.a.shape[-1]
         return tuple(np.sort(m.reshape(*self.batch, -1, n), axis=-2).reshape(-1, n) for m in (self.a, self.b))
+
+
+def _square(values: np.ndarray) -> float:
+    """‖values‖², to a few digits."""
+    rows = values.reshape(-1, values.shape[-1]) if values.ndim else values.reshape(1, 1)
+    return float(np.vecdot(rows, rows).sum(dtype=np.float64))
 
 
 def inner_product(a: np.ndarray, b: np.ndarray) -> float:
