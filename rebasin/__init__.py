@@ -11,7 +11,7 @@ from rebasin.barrier import Barrier, BarrierCurve, build_sweep, sweep
 from rebasin.errors import RebasinError
 from rebasin.inference import infer_spec, register_rule
 from rebasin.matching.result import MatchResult
-from rebasin.matching.weights import weight_matching
+from rebasin.matching.weights import joint_weight_matching, weight_matching, weight_matchings
 from rebasin.permutation import (
     FixedPoints,
     Permutation,
@@ -50,6 +50,7 @@ __all__ = [
     "infer_spec",
     "interpolate",
     "invert",
+    "joint_weight_matching",
     "load_permutation",
     "maximise_assignment",
     "permute",
@@ -59,4 +60,5 @@ __all__ = [
     "sweep",
     "verify_spec",
     "weight_matching",
+    "weight_matchings",
 ]

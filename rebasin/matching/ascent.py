@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,13 +12,12 @@ import numpy as np
 from rebasin.assignment import maximise_assignment
 from rebasin.matching.insides import Insides
 from rebasin.matching.similarity import Similarity
-from rebasin.matching.terms import Piece, Term, inner_product, iter_pieces
+from rebasin.matching.terms import Piece, Term, inner_product
 from rebasin.permutation import Permutation
 from rebasin.spec import PermutationSpec
 
-__all__ = ["Ascent", "Leaves"]
+__all__ = ["Ascent"]
 
-Leaves = Mapping[str, tuple[Any, Any]]  # path -> leaf of A, leaf of B
 _Rows = dict[str, np.ndarray]
 
 
@@ -29,31 +28,33 @@ class Ascent:
       groups: the groups of the spec, in its order.
       permutation: current rows of each group.
       objective: Σ ⟨A, P[B]⟩ over all pairs of networks and all weights, each counted once, float64.
+      rounding: of the objective as a whole.
+      resolution: that of the similarities of each group.
       stale: groups whose neighbours have changed since they were last solved.
       stats: counts and seconds.
     """
 
-    def __init__(self, spec: PermutationSpec, pairs: Sequence[Leaves], identity: Mapping[str, Any]) -> None:
+    def __init__(self, spec: PermutationSpec, pieces: Iterable[Piece], identity: Mapping[str, Any]) -> None:
         self.spec, self.groups = spec, spec.groups  # the property walks all leaves
         self.identity = dict(identity)
         self.stats: dict[str, Any] = {"assignments": 0, "certificates": 0}
         self.stats |= {f"seconds_{name}": 0.0 for name in ("layout", "similarity", "assignment", "objective")}
         with self._timed("layout"):
-            self._lay_out(pairs)
+            self._lay_out(pieces)
 
-    def _lay_out(self, pairs: Sequence[Leaves]) -> None:
+    def _lay_out(self, pieces: Iterable[Piece]) -> None:
         outer, moving = self.spec.outer_groups, frozenset(self.groups)
         self.pieces: list[Piece] = []
         self.constant = 0.0  # the part of the objective in which nothing moves
-        for piece in itertools.chain.from_iterable(iter_pieces(self.spec, leaves) for leaves in pairs):
+        for piece in pieces:
             if moving.isdisjoint(piece.labels):
                 self.constant += inner_product(piece.a, piece.b)
             else:
                 self.pieces.append(piece)
         self.of_group = {g: [p for p in self.pieces if g in p.labels] for g in self.groups}
         self.neighbours = {
-            group: {label for piece in pieces for label in piece.labels if label in self.of_group}
-            for group, pieces in self.of_group.items()
+            group: {label for piece in carrying for label in piece.labels if label in moving}
+            for group, carrying in self.of_group.items()
         }
         self.inner = {
             group: sorted(g for g in self.groups if group in outer.get(g, ()) and self.of_group[g])
@@ -61,9 +62,10 @@ class Ascent:
         }
         # A gain below the rounding of the similarities it was computed from is not a gain.
         rounding = {id(piece): piece.resolution for piece in self.pieces}
-        self.resolution = {g: sum(rounding[id(p)] for p in pieces) for g, pieces in self.of_group.items()}
+        self.rounding = sum(rounding.values())
+        self.resolution = {g: sum(rounding[id(p)] for p in some) for g, some in self.of_group.items()}
         self.similarities: dict[str, Similarity] = {}
-        self.insides: dict[str, Insides] = {}
+        self.insides: dict[tuple[str, str], Insides] = {}
         for group, shape in ((g, np.shape(self.identity[g])) for g in self.groups):
             # Pieces that hold the insides of a group are compared through those.
             terms = [
@@ -121,24 +123,27 @@ class Ascent:
             if exact:
                 self.stale.discard(group)
 
-    def depth_pass(self) -> _Rows:
-        """A permutation found group by group in order of depth, each from what is already known.
+    def reassign(self, order: Sequence[str] | None = None, known: Permutation | None = None) -> _Rows:
+        """A permutation found group by group, each from what is already known.
 
         Only those terms count whose other dimensions stay or belong to groups already assigned. A group
         without any is assigned by its units' sorted weights, which do not depend on the order of any other
-        group. So B's order never matters.
+        group: with nothing known at first, the order of B's units never matters.
+
+        Args:
+          order: the groups to assign, an index before what it indexes; by default all in order of depth.
+          known: rows of the other groups.
         """
-        known: _Rows = {}
+        rows = dict(known or {})
         outer = self.spec.outer_groups
-        for group in itertools.chain.from_iterable((*outer.get(g, ()), g) for g in self.groups):
-            if group in known or group not in self.of_group:
+        for group in itertools.chain.from_iterable((*outer.get(g, ()), g) for g in order or self.groups):
+            if group in rows or group not in self.of_group:
                 continue
             if not self.of_group[group]:
-                known[group] = self.identity[group]
+                rows[group] = self.identity[group]
                 continue
-            free = {group, *self.inner[group]} - known.keys()
-            known |= self._solve(group, known, free)[0]
-        return known
+            rows |= self._solve(group, rows, {group, *self.inner[group]} - rows.keys())[0]
+        return rows
 
     def _solve(
         self, group: str, permutation: Permutation, free: set[str] | None = None
@@ -191,8 +196,9 @@ class Ascent:
 
     def _usable(self, term: Term, known: Permutation, free: set[str]) -> bool:
         """Whether all other dimensions of a term stay, are known or are being assigned with it."""
-        labels = [label for label in term.piece.labels if label in self.of_group]
-        return labels.count(term.piece.labels[term.dim]) == 1 and all(g in known or g in free for g in labels)
+        labels = [g for g in term.piece.labels if g is not None and g in self.of_group]
+        once = term.piece.labels.count(term.piece.labels[term.dim]) == 1
+        return once and all(g in known or g in free for g in labels)
 
     def _assign(self, similarity: np.ndarray) -> np.ndarray:
         """An assignment for each matrix of a stack, int32."""

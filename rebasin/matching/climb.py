@@ -2,21 +2,33 @@
 
 import time
 from collections.abc import Mapping
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import jax
 import numpy as np
 
 from rebasin.errors import ConfigError
-from rebasin.matching.ascent import Ascent, Leaves
+from rebasin.matching.ascent import Ascent
+from rebasin.matching.exact import exact_optimum
 from rebasin.matching.result import MatchResult
+from rebasin.matching.terms import Leaves
 from rebasin.permutation import Permutation
 from rebasin.spec import PermutationSpec
 from rebasin.trees import LeafPredicate, check_finite, check_same_shapes, leaf_table
 
-__all__ = ["Start", "checked_leaves", "climb"]
+__all__ = ["Start", "check_options", "checked_leaves", "climb"]
 
 Start: TypeAlias = Literal["depth", "identity"]
+
+
+def check_options(start: Any, max_sweeps: int, restarts: int) -> None:
+    """Raises `ConfigError` for a start or a number that cannot work."""
+    if not isinstance(start, Mapping) and start not in get_args(Start):
+        raise ConfigError(f"unknown start {start!r}; known: 'depth', 'identity', or a permutation")
+    if max_sweeps < 1:
+        raise ConfigError(f"max_sweeps must be at least 1, got {max_sweeps}")
+    if restarts < 0:
+        raise ConfigError(f"restarts must be at least 0, got {restarts}")
 
 
 def checked_leaves(
@@ -47,9 +59,15 @@ def checked_leaves(
 
 
 def climb(
-    ascent: Ascent, start: Start | Permutation, *, key: jax.Array, max_sweeps: int, began: float
+    ascent: Ascent,
+    start: Start | Permutation,
+    *,
+    key: jax.Array,
+    max_sweeps: int,
+    restarts: int,
+    began: float,
 ) -> MatchResult:
-    """Sweeps from a start until nothing is left to improve.
+    """Sweeps from a start until nothing is left to improve, then looks further.
 
     From ``"depth"`` the result is compared with the identity's objective, and where it is below, the ascent
     is made again from there.
@@ -59,17 +77,18 @@ def climb(
         ascent.start({group: np.asarray(start[group]) for group in ascent.identity})
         chosen = "given"
     elif start == "depth":
-        ascent.start(ascent.depth_pass())
+        ascent.start(ascent.reassign())
         chosen = "depth"
-    elif start == "identity":
+    else:
         ascent.start(ascent.identity)
         chosen = "identity"
-    else:
-        raise ConfigError(f"unknown start {start!r}; known: 'depth', 'identity', or a permutation")
     history = _sweep(ascent, words, max_sweeps)
     if chosen == "depth" and ascent.objective < (floor := ascent.value(ascent.identity)):
         ascent.start(ascent.identity, floor)
         chosen, history = "identity", _sweep(ascent, words, max_sweeps)
+    for number in range(restarts):
+        history += _perturb(ascent, [*words, number], max_sweeps)
+    history += _finish_exactly(ascent)
     stats = {"start": chosen, "sweeps": len(history) - 1, "seconds": time.perf_counter() - began}
     return MatchResult(
         ascent.permutation,
@@ -91,3 +110,35 @@ def _sweep(ascent: Ascent, words: list[int], max_sweeps: int) -> list[float]:
         if not ascent.stale:
             break
     return history
+
+
+def _perturb(ascent: Ascent, words: list[int], max_sweeps: int) -> list[float]:
+    """Forgets some groups, assigns them in random order from what is left, and sweeps again.
+
+    Returns:
+      The better objective, once for each sweep made; the ascent stands at the better permutation.
+    """
+    kept = ascent.permutation, ascent.objective, set(ascent.stale)
+    random = np.random.default_rng([*words, 0])
+    share = random.uniform(0.1, 1.0)
+    order = [ascent.groups[i] for i in random.permutation(len(ascent.groups)) if random.random() < share]
+    forgotten = {g for group in order for g in (group, *ascent.inner[group])}
+    ascent.start(ascent.reassign(order, {g: r for g, r in kept[0].items() if g not in forgotten}))
+    sweeps = len(_sweep(ascent, words, max_sweeps)) - 1
+    if ascent.objective <= kept[1] + ascent.rounding:
+        ascent.permutation, ascent.objective, ascent.stale = kept
+    return [ascent.objective] * sweeps
+
+
+def _finish_exactly(ascent: Ascent) -> list[float]:
+    """Goes to the optimum if the groups are so small that it can be found, which counts as one sweep."""
+    best = exact_optimum(ascent.pieces, ascent.identity)
+    if best is None:
+        return []
+    ascent.stats["exact"] = True
+    value = ascent.value(best)
+    if value <= ascent.objective + ascent.rounding:
+        return []
+    ascent.start(best, value)
+    ascent.stale = set()
+    return [value]

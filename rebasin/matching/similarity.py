@@ -128,12 +128,8 @@ class Similarity:
 
     def sorted(self) -> np.ndarray:
         """Inner products of each unit's weights in ascending order, for a group nothing else is known of."""
-        batch, n = self.shape
-        total = np.zeros((batch, n, n))
-        for term in self.terms:
-            a, b = (m.reshape(batch, -1, n) for m in term.sorted())
-            total += np.asarray(_products(a, b), np.float64)
-        return total
+        products = (np.asarray(_products(*term.sorted()), np.float64) for term in self.terms)
+        return sum(products, np.zeros_like(self.matrix))
 
     def _add(self, chosen: Sequence[_Chosen]) -> None:
         """Adds the products of all rows chosen, panel by panel; the next is filled while one is computed."""

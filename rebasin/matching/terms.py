@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,9 @@ from rebasin.blocks import Block, iter_blocks
 from rebasin.permutation import Permutation, index_dims
 from rebasin.spec import PermutationSpec
 
-__all__ = ["Piece", "Term", "inner_product", "iter_pieces"]
+__all__ = ["Leaves", "Piece", "Term", "aligned", "inner_product", "iter_pieces"]
+
+Leaves: TypeAlias = Mapping[str, tuple[Any, Any]]  # path -> leaf of A, leaf of B
 
 
 class Piece(NamedTuple):
@@ -47,13 +49,13 @@ class Piece(NamedTuple):
                 continue
             rows = np.asarray(permutation[label])
             if self.index[dim]:
-                b = np.take_along_axis(b, _aligned(rows, self.index[dim], dim, b.shape), axis=dim)
+                b = np.take_along_axis(b, aligned(rows, self.index[dim], dim, b.shape), axis=dim)
             elif (rows != np.arange(len(rows))).any():
                 b = np.take(b, rows, axis=dim)
         return inner_product(self.a, b)
 
 
-def iter_pieces(spec: PermutationSpec, leaves: Mapping[str, tuple[Any, Any]]) -> Iterator[Piece]:
+def iter_pieces(spec: PermutationSpec, leaves: Leaves) -> Iterator[Piece]:
     """The blocks of pairs of leaves, as host arrays; no copy where the leaf is one already.
 
     On the host, because gathering rows there is a plain copy of memory, while in a compiled program it would
@@ -77,7 +79,7 @@ def _cut(leaf: np.ndarray, block: Block) -> np.ndarray:
     return leaf[block.slices].reshape(block.shape)
 
 
-def _aligned(rows: np.ndarray, index: tuple[int, ...], dim: int, shape: tuple[int, ...]) -> np.ndarray:
+def aligned(rows: np.ndarray, index: tuple[int, ...], dim: int, shape: tuple[int, ...]) -> np.ndarray:
     """Rows of an indexed group, ``[index…, n]``, with their axes where the piece has them."""
     dims = (*index, dim)
     rows = np.transpose(rows, np.argsort(dims))  # they stand in the order of the index
@@ -125,11 +127,12 @@ class Term:
         source = np.zeros((1,) * len(shape), np.int32)
         stride = 1
         for d in reversed(self._order[:-1]):
-            rows = permutation.get(labels[d]) if labels[d] is not None else None
+            label = labels[d]
+            rows = None if label is None else permutation.get(label)
             if rows is None:
                 rows = np.arange(shape[d], dtype=np.int32)
             index = self.piece.index[d] if np.ndim(rows) > 1 else ()
-            source = source + np.int32(stride) * _aligned(np.asarray(rows, np.int32), index, d, shape)
+            source = source + np.int32(stride) * aligned(np.asarray(rows, np.int32), index, d, shape)
             stride *= shape[d]
         return np.broadcast_to(
             np.transpose(source, self._order),
@@ -137,9 +140,13 @@ class Term:
         ).reshape(-1)
 
     def sorted(self) -> tuple[np.ndarray, np.ndarray]:
-        """Each unit's weights in ascending order, which no permutation of other groups can change."""
-        n = self.a.shape[-1]
-        return tuple(np.sort(m.reshape(*self.batch, -1, n), axis=-2).reshape(-1, n) for m in (self.a, self.b))
+        """Each unit's weights in ascending order, which no permutation of other groups can change.
+
+        Returns:
+          Arrays ``[batch, k, n]`` of A and of B.
+        """
+        shape = (math.prod(self.batch), -1, self.a.shape[-1])
+        return np.sort(self.a.reshape(shape), axis=1), np.sort(self.b.reshape(shape), axis=1)
 
 
 def _square(values: np.ndarray) -> float:
