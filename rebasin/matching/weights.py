@@ -89,6 +89,7 @@ def weight_matching(
       ConfigError: an option cannot work.
 
     Examples:
+      >>> import numpy as np
       >>> spec = PermutationSpec.from_axes({"w": (None, "P0"), "v": ("P0", None)})
       >>> a = {"w": np.array([[1.0, 2.0, 3.0]]), "v": np.array([[1.0], [0.0], [2.0]])}
       >>> b = {"w": np.array([[3.0, 1.0, 2.0]]), "v": np.array([[2.0], [1.0], [0.0]])}
