@@ -10,6 +10,7 @@ from rebasin.axis import Axis, Factor
 from rebasin.barrier import Barrier, BarrierCurve, build_sweep, sweep
 from rebasin.errors import RebasinError
 from rebasin.inference import infer_spec, register_rule
+from rebasin.matching.partial import partial_weight_matching, widen
 from rebasin.matching.result import MatchResult
 from rebasin.matching.weights import joint_weight_matching, weight_matching, weight_matchings
 from rebasin.permutation import (
@@ -53,6 +54,7 @@ __all__ = [
     "joint_weight_matching",
     "load_permutation",
     "maximise_assignment",
+    "partial_weight_matching",
     "permute",
     "random_permutation",
     "register_rule",
@@ -61,4 +63,5 @@ __all__ = [
     "verify_spec",
     "weight_matching",
     "weight_matchings",
+    "widen",
 ]
