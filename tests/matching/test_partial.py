@@ -9,6 +9,7 @@ from scipy.optimize import linear_sum_assignment
 import rebasin
 from rebasin import Axis, PermutationSpec
 from rebasin.errors import TreeMismatchError, VerificationError
+from rebasin.matching.partial import _rest_in_order
 
 KEY = jax.random.key(0)
 SPEC = PermutationSpec.from_axes({"w0": (None, "P"), "b0": ("P",), "w1": ("P", "Q"), "w2": ("Q", None)})
@@ -158,3 +159,10 @@ def test_brute_force_over_injections():
         )
         match = rebasin.partial_weight_matching(spec, a, b, key=KEY)
         assert match.objective[-1] == pytest.approx(best, rel=1e-5)
+
+
+def test_units_that_nothing_of_a_is_matched_to_follow_in_the_order_of_b():
+    rows = np.array(
+        [[3, 0, 2, 1], [2, 3, 1, 0], [3, 2, 1, 0]], np.int32
+    )  # of three heads, of which A has two
+    assert _rest_in_order(rows, (2, 2)).tolist() == [[3, 0, 1, 2], [2, 3, 0, 1], [0, 1, 2, 3]]
