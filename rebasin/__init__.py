@@ -10,8 +10,9 @@ from rebasin.axis import Axis, Factor
 from rebasin.barrier import Barrier, BarrierCurve, build_sweep, sweep
 from rebasin.errors import RebasinError
 from rebasin.inference import infer_spec, register_rule
+from rebasin.matching.partial import partial_weight_matching, widen
 from rebasin.matching.result import MatchResult
-from rebasin.matching.weights import weight_matching
+from rebasin.matching.weights import joint_weight_matching, weight_matching, weight_matchings
 from rebasin.permutation import (
     FixedPoints,
     Permutation,
@@ -50,8 +51,10 @@ __all__ = [
     "infer_spec",
     "interpolate",
     "invert",
+    "joint_weight_matching",
     "load_permutation",
     "maximise_assignment",
+    "partial_weight_matching",
     "permute",
     "random_permutation",
     "register_rule",
@@ -59,4 +62,6 @@ __all__ = [
     "sweep",
     "verify_spec",
     "weight_matching",
+    "weight_matchings",
+    "widen",
 ]
