@@ -19,8 +19,9 @@ from rebasin.matching.result import MatchResult
 from rebasin.matching.sinkhorn import sinkhorn_matching
 from rebasin.matching.straight_through import straight_through_matching
 from rebasin.matching.universe import UniverseResult
-from rebasin.matching.weights import weight_matching
 from rebasin.merging import average, cycle_error, match_to_reference, merge_many
+from rebasin.matching.partial import partial_weight_matching, widen
+from rebasin.matching.weights import joint_weight_matching, weight_matching, weight_matchings
 from rebasin.permutation import (
     FixedPoints,
     Permutation,
@@ -43,12 +44,12 @@ from rebasin.verification import verify_spec
 __version__ = "0.1.0"
 
 __all__ = [
-    "METHODS",
     "Axis",
     "Barrier",
     "BarrierCurve",
     "Factor",
     "FixedPoints",
+    "METHODS",
     "MatchResult",
     "Permutation",
     "PermutationSpec",
@@ -75,11 +76,13 @@ __all__ = [
     "infer_spec",
     "interpolate",
     "invert",
+    "joint_weight_matching",
     "load_permutation",
     "match",
     "match_to_reference",
     "maximise_assignment",
     "merge_many",
+    "partial_weight_matching",
     "permute",
     "random_permutation",
     "register_rule",
@@ -91,4 +94,6 @@ __all__ = [
     "universe_matching",
     "verify_spec",
     "weight_matching",
+    "weight_matchings",
+    "widen",
 ]
