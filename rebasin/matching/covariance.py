@@ -42,6 +42,8 @@ from rebasin.trees import LeafPredicate, check_finite, check_same_shapes, is_wei
 
 __all__ = ["Order", "apply_metric", "covariance_matching"]
 
+_permute = jax.jit(permute, static_argnums=0)
+
 Order = Literal["ascent", "depth"]
 
 
@@ -119,7 +121,7 @@ def covariance_matching(
         match = weight_matching(
             spec, weighted, params_b, key=key, start=start, max_sweeps=max_sweeps, predicate=predicate
         )
-    moved = permute(spec, match.permutation, params_b)
+    moved = _permute(spec, match.permutation, params_b)
     stats["distance"] = metric.distances(weighted, [params_b, moved])
     stats["weighted"] = metric.leaves
     stats["seconds"] = time.perf_counter() - began
@@ -318,7 +320,7 @@ def _depth_pass(
         related = {first, *outer.get(first, ())}
         family = {g for g in spec.groups if related & {g, *outer.get(g, ())}} - set(spec.fixed) - known.keys()
         leading = _leading(spec, family, known.keys(), contracted)
-        moved = permute(spec, identity | known, params_b)
+        moved = _permute(spec, identity | known, params_b)
         match = weight_matching(
             _restrict(spec, family),
             weighted,
@@ -365,7 +367,7 @@ def _better(
 ) -> tuple[dict[str, np.ndarray], str]:
     """The start of the ascent: the pass in order of depth, unless the identity is higher."""
     values = [
-        _inner_product(weighted, tree, predicate) for tree in (permute(spec, depth, params_b), params_b)
+        _inner_product(weighted, tree, predicate) for tree in (_permute(spec, depth, params_b), params_b)
     ]
     if values[0] >= values[1]:
         return depth, "depth"

@@ -60,7 +60,7 @@ def value(matrix, rows):
 
 
 @pytest.mark.parametrize("kernel", ["inner", "correlation"])
-@given(seed=st.integers(0, 10**6), batch_size=st.integers(1, 30))
+@given(seed=st.integers(0, 10**6), batch_size=st.sampled_from([4, 30]))
 @settings(max_examples=8)
 def test_one_layer_is_scipys_optimum(kernel, seed, batch_size):
     a, b, x = layer(seed), layer(seed + 1), examples(23, 3, seed=seed)
