@@ -11,9 +11,11 @@ from rebasin.barrier import Barrier, BarrierCurve, build_sweep, sweep
 from rebasin.errors import RebasinError
 from rebasin.inference import infer_spec, register_rule
 from rebasin.matching.activations import activation_matching
-from rebasin.matching.covariance import apply_metric, covariance_matching
+from rebasin.matching.covariance import covariance_matching
+from rebasin.matching.metric import apply_metric
 from rebasin.matching.result import MatchResult
 from rebasin.matching.weights import weight_matching
+from rebasin.norms import build_norm_reset
 from rebasin.permutation import (
     FixedPoints,
     Permutation,
@@ -27,7 +29,7 @@ from rebasin.permutation import (
     random_permutation,
     save_permutation,
 )
-from rebasin.repair import Repair, build_norm_reset, build_repair
+from rebasin.repair import Repair, build_repair
 from rebasin.spec import PermutationSpec, Pin
 from rebasin.trees import interpolate
 from rebasin.verification import verify_spec
