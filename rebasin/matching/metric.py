@@ -7,9 +7,10 @@ tree, and for a convolution Σ is the second moment of whole *patches*, as strid
 second moment of channels alone would be cheaper to store but forgets how the offsets of a kernel go
 together, and with a gradient there is nothing to store.) The mean is over examples and positions.
 
-A bias sees a constant 1, and the scale of a norm inputs of mean square 1, so their metric is the plain one,
-and so is that of everything else that enters no layer by itself: looked-up embeddings, weights computed from
-others (weight norm), and layers inside ``while`` loops, through which there is no gradient.
+A bias sees a constant 1, and the scale of a norm inputs of mean square 1, so their metric is the plain one
+(each leaf counts by itself: products of weights with biases are left out), and so is that of everything else
+that enters no layer by itself: looked-up embeddings, weights computed from others (weight norm), and layers
+inside ``while`` loops, through which there is no gradient.
 """
 
 import functools
