@@ -19,7 +19,7 @@ ROOMS = [
     ["rebasin"],  # the public names of all that follows
     ["rebasin.simplex"],
     ["rebasin.merging"],
-    ["rebasin.matching", "rebasin.verification", "rebasin.barrier", "rebasin.repair"],
+    ["rebasin.matching", "rebasin.verification", "rebasin.barrier", "rebasin.repair", "rebasin.norms"],
     ["rebasin.soft"],
     ["rebasin.tracing"],
     ["rebasin.permutation", "rebasin.assignment", "rebasin.inference"],
