@@ -58,7 +58,7 @@ def build_setting() -> Setting:
 
 
 def print_pairs(setting: Setting) -> None:
-    """Barriers of every method: mean over independent pairs ± half of the 95 % interval, errors in percent."""
+    """Barriers, mean over independent pairs ± half of the 95 % interval, errors in percent."""
 
     def loss_fn(params: Any, batch: Any) -> jax.Array:
         return setting.metrics_fn(params, batch)["loss"]
@@ -92,11 +92,8 @@ def print_pairs(setting: Setting) -> None:
             errors = (100 * curve.error_barrier.value for curve in (train_curve, test_curve))
             values.append((*errors, train_curve.loss_barrier.value, inner_product(a, b), seconds))
         train_error, test_error, train_loss, inner, seconds = map(np.array, zip(*values, strict=True))
-        print(
-            f"{title:>32} {spread(train_error, 2):>13} {spread(test_error, 2):>13} {spread(train_loss, 4):>17} "
-            f"{inner.mean():9.1f} {np.median(seconds):5.1f}",
-            flush=True,
-        )
+        barriers = f"{spread(train_error, 2):>13} {spread(test_error, 2):>13} {spread(train_loss, 4):>17}"
+        print(f"{title:>32} {barriers} {inner.mean():9.1f} {np.median(seconds):5.1f}", flush=True)
 
 
 def print_sets(setting: Setting) -> None:
