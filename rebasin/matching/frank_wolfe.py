@@ -169,20 +169,18 @@ def _ascend(
     objective, relaxed, steps = [best], [], []
     gap, converged = 0.0, relaxation.degree == 0
     while not converged and len(objective) <= max_sweeps:
-        gradients = relaxation.gradient(tuple(softs))
-        ends = [_vertex(gradient, soft) for gradient, soft in zip(gradients, softs, strict=True)]
-        gap = sum(_gap(*each) for each in zip(gradients, softs, ends, strict=True))
-        along = relaxation.along(tuple(softs), tuple(ends))
+        ends, gap, along = _segment(relaxation, softs)
         step = _best_step(along)
-        relaxed = relaxed or [float(along(0.0))]
-        converged = bool(gap <= small or along(step) - along(0.0) <= small)
+        here, reached = float(along(0.0)), float(along(step))
         if float(along(1.0)) > best:
             best, permutations = _better(best, permutations, [harden(spec, end) for end in ends], value)
+        objective.append(best)
+        relaxed = relaxed or [here]
+        converged = gap <= small or reached - here <= small
         if not converged:
             softs = [_towards(soft, end, step) for soft, end in zip(softs, ends, strict=True)]
-            relaxed.append(float(along(step)))
+            relaxed.append(reached)
             steps.append(step)
-        objective.append(best)
     if len(objective) > 1:
         objective[-1], permutations = _better(best, permutations, [harden(spec, s) for s in softs], value)
     stats = {
@@ -194,6 +192,23 @@ def _ascend(
     }
     result = (identity, *permutations)
     return UniverseResult(result, np.array(objective), len(objective) - 1, converged, stats)
+
+
+def _segment(
+    relaxation: Relaxation, softs: Sequence[SoftPermutation]
+) -> tuple[list[dict[str, np.ndarray]], float, np.polynomial.Polynomial]:
+    """Vertices that the gradient points to, the gap ⟨gradient, vertex − here⟩, the objective in between."""
+    gradients = relaxation.gradient(tuple(softs))
+    ends = [
+        {group: assign_matrices(matrices, soft[group]) for group, matrices in gradient.items()}
+        for gradient, soft in zip(gradients, softs, strict=True)
+    ]
+    gap = sum(
+        float(np.sum(matrices * (end[group] - soft[group])))
+        for gradient, soft, end in zip(gradients, softs, ends, strict=True)
+        for group, matrices in gradient.items()
+    )
+    return ends, gap, relaxation.along(tuple(softs), tuple(ends))
 
 
 def _start(
@@ -212,14 +227,6 @@ def _start(
     if start == "identity":
         return [soften(spec, identity, first) for _ in rest], [identity for _ in rest]
     raise ConfigError(f"unknown start {start!r}; known: 'barycentre', 'identity', or permutations")
-
-
-def _vertex(gradient: Mapping[str, np.ndarray], soft: SoftPermutation) -> dict[str, np.ndarray]:
-    return {group: assign_matrices(gradient[group], soft[group]) for group in gradient}
-
-
-def _gap(gradient: Mapping[str, np.ndarray], soft: SoftPermutation, end: SoftPermutation) -> float:
-    return sum(float(np.sum(gradient[group] * (end[group] - soft[group]))) for group in gradient)
 
 
 def _towards(soft: SoftPermutation, end: SoftPermutation, step: float) -> dict[str, np.ndarray]:

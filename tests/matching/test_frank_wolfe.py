@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import rebasin
 from rebasin import PermutationSpec
 from rebasin.errors import ConfigError, NonFiniteError, PermutationError
-from rebasin.matching.frank_wolfe import frank_wolfe_matching, universe_matching
+from rebasin.matching.frank_wolfe import _best_step, frank_wolfe_matching, universe_matching
 from rebasin.matching.relaxation import Relaxation
 from rebasin.soft import soft_permute, soften, uniform_soft
 from rebasin.trees import is_weight
@@ -127,6 +127,32 @@ def test_the_barycentre_does_not_see_the_order_of_units(name):
         rebasin.permute(case.spec, first.permutation, case.params_b),
         rebasin.permute(case.spec, second.permutation, shuffled),
     )
+
+
+@pytest.mark.parametrize(
+    ("coefficients", "step"),
+    [
+        ([0, 1, -1], 0.5),  # t − t²
+        ([0, -1, 1], 0.0),  # down, and up to where it began: a tie stays
+        ([0, -1, 2], 1.0),
+        ([0, 3, -4, 1], (4 - 7**0.5) / 3),  # 3t − 4t² + t³: the smaller root of 3 − 8t + 3t²
+        ([2], 0.0),
+    ],
+)
+def test_the_step_is_where_the_polynomial_is_largest(coefficients, step):
+    polynomial = np.polynomial.Polynomial(coefficients, domain=[0, 1], window=[0, 1])
+    assert _best_step(polynomial) == pytest.approx(step, abs=1e-12)
+
+
+def test_the_history_of_steps():
+    a, b = draw(0, 8, 7), draw(1000, 8, 7)
+    match = frank_wolfe_matching(SPEC, a, b)
+    steps, relaxed = match.stats["steps"], match.stats["relaxed"]
+    assert ((steps > 0) & (steps <= 1)).all()
+    assert ((steps > 0) & (steps < 1)).any()  # not every step goes all the way
+    assert len(relaxed) == len(steps) + 1
+    # Vertices met on the way count: the history of hard permutations rises before the end.
+    assert match.objective[0] < match.objective[-2] <= match.objective[-1]
 
 
 def test_options_are_checked():

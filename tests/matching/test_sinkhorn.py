@@ -11,7 +11,7 @@ from scipy.special import logsumexp
 
 import rebasin
 from rebasin.errors import ConfigError, NonFiniteError, RebasinError
-from rebasin.matching.plans import sinkhorn_plan
+from rebasin.matching.plans import _plan_backward, sinkhorn_plan
 from rebasin.matching.sinkhorn import sinkhorn_matching
 
 KEY = jax.random.key(0)
@@ -48,6 +48,11 @@ def test_gradients_stay_finite_near_a_permutation():
     gradient = jax.grad(lambda x: jnp.sum(sinkhorn_plan(x) * jnp.arange(36.0).reshape(1, 6, 6)))(x)
     assert np.isfinite(gradient).all()
     np.testing.assert_allclose(gradient, 0.0, atol=1e-3)
+    # At a permutation itself the answer is zero. With eight units 1/n is exact, and an elimination without
+    # the ridge divides by zero.
+    exact = jnp.eye(8)[jnp.array([2, 0, 1, 5, 3, 4, 7, 6])][None]
+    (gradient,) = _plan_backward(exact, jax.random.normal(KEY, (1, 8, 8)))
+    np.testing.assert_allclose(gradient, 0.0, atol=1e-5)
 
 
 def test_a_stack_is_solved_matrix_by_matrix():
