@@ -23,12 +23,26 @@ from rebasin.matching.universe import UniverseResult
 from rebasin.matching.weights import joint_weight_matching, weight_matching, weight_matchings
 from rebasin.merging import average, cycle_error, match_to_reference, merge_many
 from rebasin.norms import build_norm_reset
-from rebasin.permutation import FixedPoints, Permutation, check_permutation, compose, fixed_points, identity_permutation, invert, load_permutation, permute, random_permutation, save_permutation
+from rebasin.permutation import (
+    FixedPoints,
+    Permutation,
+    check_permutation,
+    compose,
+    fixed_points,
+    identity_permutation,
+    invert,
+    load_permutation,
+    permute,
+    random_permutation,
+    save_permutation,
+)
 from rebasin.repair import Repair, build_repair
 from rebasin.simplex import SimplexBarrier, SimplexSurface, build_simplex_sweep, simplex_grid
 from rebasin.spec import PermutationSpec, Pin
 from rebasin.trees import interpolate
 from rebasin.verification import verify_spec
+
+__version__ = "0.1.0"
 
 __all__ = [
     "Axis",

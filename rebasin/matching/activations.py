@@ -15,8 +15,8 @@ import numpy as np
 
 from rebasin.errors import ConfigError, InferenceError, NonFiniteError, problem_list
 from rebasin.matching.grams import Term, best_rows, value_at
-from rebasin.matching.result import MatchResult
 from rebasin.matching.responses import Carriers, Kernel, find_all_terms, measure, similarities
+from rebasin.matching.result import MatchResult
 from rebasin.permutation import identity_permutation, permute
 from rebasin.spec import PermutationSpec
 from rebasin.tracing.program import Static
