@@ -33,7 +33,7 @@ def weight_matching(
     key: jax.Array,
     start: Start | Permutation = "depth",
     max_sweeps: int = 100,
-    restarts: int = 0,
+    restarts: int = 1,
     kernel: Kernel = "inner",
     leaf_weights: Mapping[str, float] | None = None,
     predicate: LeafPredicate = is_weight,
@@ -65,7 +65,7 @@ def weight_matching(
       max_sweeps: limit on the sweeps of each ascent, at least 1.
       restarts: how often some groups, drawn at random, are forgotten, assigned again in random order from
         what is left, and all swept again; the best is kept. Matrices, similarities and compiled programs are
-        shared.
+        shared. More find more: BUILD_NOTES.md has objectives and times for up to five.
       kernel: ``"inner"``, or ``"cosine"``: both networks are first rescaled, ŵ = w · Π (scale of each unit
         that w belongs to), so that all weights of every unit together have norm one; then each similarity is
         a cosine, and the objective is ⟨Â, P[B̂]⟩. Units that index others, such as heads, have no scale
@@ -119,7 +119,7 @@ def joint_weight_matching(
     key: jax.Array,
     start: Start | Permutation = "depth",
     max_sweeps: int = 100,
-    restarts: int = 0,
+    restarts: int = 1,
     kernel: Kernel = "inner",
     leaf_weights: Mapping[str, float] | None = None,
     predicate: LeafPredicate = is_weight,
