@@ -30,6 +30,9 @@ _NUM_ALPHAS = flags.DEFINE_integer("num_alphas", None, "Points on each segment, 
 _NUM_TEST = flags.DEFINE_integer("num_test", None, "Test examples on which segments are measured.")
 _NUM_MATCH = flags.DEFINE_integer("num_match", None, "Training examples for methods that need data.")
 _NUM_REPAIR = flags.DEFINE_integer("num_repair", 1000, "Training examples on which REPAIR takes statistics.")
+_NUM_STEPS = flags.DEFINE_integer(
+    "num_steps", 100, "Gradient steps of the methods that learn a permutation.", lower_bound=1
+)
 
 
 def build_config() -> Config:
@@ -47,6 +50,7 @@ def build_config() -> Config:
         num_test=_NUM_TEST.value or preset.num_eval,
         num_match=_NUM_MATCH.value or preset.num_eval,
         num_repair=_NUM_REPAIR.value,
+        num_steps=_NUM_STEPS.value,
     )
 
 

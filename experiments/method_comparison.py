@@ -48,6 +48,7 @@ class Config:
       num_test: test examples on which segments are measured, `None` for all.
       num_match: training examples for methods that need data, `None` for all; without augmentation.
       num_repair: training examples on which REPAIR takes statistics.
+      num_steps: gradient steps of the methods that learn a permutation.
     """
 
     recipe: Recipe
@@ -58,6 +59,7 @@ class Config:
     num_test: int | None
     num_match: int | None
     num_repair: int
+    num_steps: int
 
     def __post_init__(self) -> None:
         problems = []
@@ -71,6 +73,8 @@ class Config:
         if unknown or not self.methods:
             known = ", ".join(rebasin.METHODS)
             problems.append(f"methods: wanted names among {known}, got {list(self.methods)}")
+        if self.num_steps < 1:
+            problems.append(f"num_steps: wanted at least 1, got {self.num_steps}")
         if problems:
             raise ConfigError(problem_list("this experiment cannot work:", problems))
 
@@ -121,6 +125,7 @@ def run(
                 num_alphas=config.num_alphas,
                 num_test=config.num_test,
                 num_match=config.num_match,
+                num_steps=config.num_steps,
             )
             record: dict[str, Any] = {"seeds": list(seeds), "methods": {}}
             with reporter.stage(f"match seeds {seeds[0]} and {seeds[1]}", 1 + len(config.methods)) as advance:
@@ -157,6 +162,7 @@ class Bench:
       num_alphas: points on each segment.
       num_test: test examples on which segments are measured, `None` for all.
       num_match: training examples for methods that need data, `None` for all.
+      num_steps: gradient steps of the methods that learn a permutation.
     """
 
     def __init__(
@@ -170,7 +176,9 @@ class Bench:
         num_alphas: int,
         num_test: int | None,
         num_match: int | None,
+        num_steps: int = 100,
     ) -> None:
+        self.num_steps = num_steps
         self.a, self.b = params_a, params_b
         self._seed, self._num_alphas = seed, num_alphas
         model = build_model(recipe.model, width=recipe.width, num_classes=dataset.num_classes)
@@ -228,7 +236,7 @@ class Bench:
         if "function" in takes:
             options = {"function": self.function, "data": self.train.images}
         elif "loss_fn" in takes:
-            options = {"loss_fn": self._losses, "data": self.train}
+            options = {"loss_fn": self._losses, "data": self.train, "num_steps": self.num_steps}
         key = jax.random.key(self._seed)
         began = time.perf_counter()
         result = rebasin.match(self.spec, self.a, self.b, name, key=key, **options)

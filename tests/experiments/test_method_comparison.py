@@ -31,7 +31,7 @@ def reporter(text=None):
 
 def methods_config(**changes):
     fields = {"recipe": RECIPE, "replicates": 2, "seed": 0, "methods": ("weights", "activations")}
-    return method_comparison.Config(**{**fields, **SIZES, "num_repair": 100, **changes})
+    return method_comparison.Config(**{**fields, **SIZES, "num_repair": 100, "num_steps": 5, **changes})
 
 
 @pytest.fixture(scope="module")
