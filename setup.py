@@ -53,7 +53,7 @@ setup(
     package_data={"rebasin": ["py.typed", "digits.npz"]},
     install_requires=["jax>=0.10", "numpy>=2.0", "scipy>=1.13"],
     extras_require={
-        "experiments": EXPERIMENTS,
+        "experiments": [*EXPERIMENTS, *SINKHORN],
         "sinkhorn": SINKHORN,
         "test": [*EXPERIMENTS, *SINKHORN, *TEST],
     },

@@ -82,7 +82,9 @@ def merge_many(
             mean = average([tree for j, tree in enumerate(moved) if j != i], predicate=predicate)
             start = permutations[i] if len(objective) > 1 else "depth"
             match_key = jax.random.fold_in(sweep_key, i)
-            match = weight_matching(spec, mean, trees[i], key=match_key, start=start, predicate=predicate)
+            match = weight_matching(
+                spec, mean, trees[i], key=match_key, start=start, restarts=0, predicate=predicate
+            )
             if fixed_points(match.permutation, permutations[i]).total < 1:
                 permutations[i], converged = match.permutation, False
                 moved[i] = permute(spec, match.permutation, trees[i])

@@ -28,6 +28,7 @@ class Ascent:
       groups: the groups of the spec, in its order.
       permutation: current rows of each group.
       objective: Σ ⟨A, P[B]⟩ over all pairs of networks and all weights, each counted once, float64.
+      bound: what no permutation's objective can exceed, by Cauchy and Schwarz.
       rounding: of the objective as a whole.
       resolution: that of the similarities of each group.
       stale: groups whose neighbours have changed since they were last solved.
@@ -61,7 +62,9 @@ class Ascent:
             for group in self.groups
         }
         # A gain below the rounding of the similarities it was computed from is not a gain.
-        rounding = {id(piece): piece.resolution for piece in self.pieces}
+        bounds = [piece.bound for piece in self.pieces]
+        self.bound = self.constant + sum(bounds)
+        rounding = {id(p): p.epsilon * bound for p, bound in zip(self.pieces, bounds, strict=True)}
         self.rounding = sum(rounding.values())
         self.resolution = {g: sum(rounding[id(p)] for p in some) for g, some in self.of_group.items()}
         self.similarities: dict[str, Similarity] = {}

@@ -87,6 +87,8 @@ def climb(
         ascent.start(ascent.identity, floor)
         chosen, history = "identity", _sweep(ascent, words, max_sweeps)
     for number in range(restarts):
+        if ascent.objective >= ascent.bound - 2 * ascent.rounding:
+            break  # B is A in another order, and has been put back
         history += _perturb(ascent, [*words, number], max_sweeps)
     history += _finish_exactly(ascent)
     stats = {"start": chosen, "sweeps": len(history) - 1, "seconds": time.perf_counter() - began}

@@ -104,7 +104,14 @@ def covariance_matching(
     if order == "ascent":
         start, stats["start"] = _better(spec, weighted, params_b, match.permutation, predicate)
         match = weight_matching(
-            spec, weighted, params_b, key=key, start=start, max_sweeps=max_sweeps, predicate=predicate
+            spec,
+            weighted,
+            params_b,
+            key=key,
+            start=start,
+            max_sweeps=max_sweeps,
+            restarts=0,
+            predicate=predicate,
         )
     moved = _permute(spec, match.permutation, params_b)
     stats["distance"] = metric.distances(weighted, [params_b, moved])
@@ -138,6 +145,7 @@ def _depth_pass(
             moved,
             key=key,
             start="identity",
+            restarts=0,
             predicate=lambda path, x, leading=leading: path in leading and predicate(path, x),
         )
         known |= match.permutation

@@ -101,6 +101,7 @@ def straight_through_matching(
             params_b,
             key=jax.random.fold_in(match_key, step),
             start=search.current,
+            restarts=0,
             predicate=predicate,
         )
         search.offer(match.permutation)

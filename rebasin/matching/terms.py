@@ -35,10 +35,14 @@ class Piece(NamedTuple):
     index: tuple[tuple[int, ...], ...]
 
     @property
-    def resolution(self) -> float:
-        """Rounding of a sum of products of the two."""
-        norms = math.sqrt(_square(self.a) * _square(self.b))
-        return float(np.finfo(self.a.dtype).eps) * norms
+    def bound(self) -> float:
+        """‖A‖‖B‖, which ⟨A, P[B]⟩ cannot exceed."""
+        return math.sqrt(_square(self.a) * _square(self.b))
+
+    @property
+    def epsilon(self) -> float:
+        """Rounding of a sum of products of the two, relative to `bound`."""
+        return float(np.finfo(self.a.dtype).eps)
 
     def value(self, permutation: Permutation) -> float:
         """⟨A, P[B]⟩ over this piece, in float64."""
