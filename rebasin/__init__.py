@@ -10,6 +10,8 @@ from rebasin.axis import Axis, Factor
 from rebasin.barrier import Barrier, BarrierCurve, build_sweep, sweep
 from rebasin.errors import RebasinError
 from rebasin.inference import infer_spec, register_rule
+from rebasin.matching.activations import activation_matching
+from rebasin.matching.covariance import apply_metric, covariance_matching
 from rebasin.matching.result import MatchResult
 from rebasin.matching.weights import weight_matching
 from rebasin.permutation import (
@@ -25,6 +27,7 @@ from rebasin.permutation import (
     random_permutation,
     save_permutation,
 )
+from rebasin.repair import Repair, build_norm_reset, build_repair
 from rebasin.spec import PermutationSpec, Pin
 from rebasin.trees import interpolate
 from rebasin.verification import verify_spec
@@ -42,9 +45,15 @@ __all__ = [
     "PermutationSpec",
     "Pin",
     "RebasinError",
+    "Repair",
+    "activation_matching",
+    "apply_metric",
+    "build_norm_reset",
+    "build_repair",
     "build_sweep",
     "check_permutation",
     "compose",
+    "covariance_matching",
     "fixed_points",
     "identity_permutation",
     "infer_spec",

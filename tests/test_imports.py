@@ -17,7 +17,8 @@ ROOMS = [
     ["rebasin.records"],
     ["rebasin.recipes", "rebasin.data", "rebasin.augmentation", "rebasin.models"],
     ["rebasin"],  # the public names of all that follows
-    ["rebasin.matching", "rebasin.verification", "rebasin.barrier"],
+    ["rebasin.matching", "rebasin.verification", "rebasin.barrier", "rebasin.repair"],
+    ["rebasin.tracing"],
     ["rebasin.permutation", "rebasin.assignment", "rebasin.inference"],
     ["rebasin.blocks"],
     ["rebasin.spec"],

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,11 @@ from rebasin.inference.registry import Equation, find_rule, prepare
 from rebasin.inference.values import Dims, Value
 from rebasin.spec import NO_RULE
 
-__all__ = ["interpret"]
+__all__ = ["Locate", "interpret"]
+
+# Called after each equation with its address, the operands and the results. Equation i of the program is at
+# (i,); equation j of the k-th program that the rule of equation i runs is at (i, k, j), and so on.
+Locate: TypeAlias = Callable[[tuple[int, ...], Sequence[Value], Sequence[Value]], None]
 
 # Frames inside these packages are not what the user wrote.
 _LIBRARIES = tuple(os.sep + name + os.sep for name in ("jax", "jaxlib", "flax", "equinox", "haiku"))
@@ -26,6 +30,8 @@ def interpret(
     inputs: Sequence[Value],
     observe: Callable[[Sequence[Value], Sequence[Value]], None] = lambda operands, results: None,
     caller: str | None = None,
+    locate: Locate | None = None,
+    address: tuple[int, ...] = (),
 ) -> list[Value]:
     """Runs a program on axes in place of values.
 
@@ -36,6 +42,8 @@ def interpret(
         whose rule runs a program is observed inside, as are the program's own inputs and outputs, each by
         itself.
       caller: source line of the equation that holds this program, for programs that lie in a library.
+      locate: called for every equation, also for one that holds a program.
+      address: where this program lies, for `locate`.
 
     Returns:
       Each output.
@@ -49,9 +57,9 @@ def interpret(
     def read(atom: Any) -> Value:
         return _constant(atom.val) if isinstance(atom, core.Literal) else env[atom]
 
-    for eqn in jaxpr.eqns:
+    for i, eqn in enumerate(jaxpr.eqns):
         line = caller if caller is not None and in_library else _source_line(eqn) or caller
-        run = _Runner(observe, line)
+        run = _Runner(observe, line, locate, (*address, i))
         operands = [read(atom) for atom in eqn.invars]
         shapes = tuple(tuple(var.aval.shape) for var in eqn.outvars)
         where = f"{eqn.primitive.name} ({line})" if line else eqn.primitive.name
@@ -63,6 +71,8 @@ def interpret(
         results = [_complete(output, context) for output in outputs]
         if not run.has_run:
             observe(operands, results)
+        if locate is not None:
+            locate((*address, i), operands, results)
         env.update(zip(eqn.outvars, results, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
 
@@ -82,13 +92,24 @@ class _Runner:
     """Interprets the programs of one equation, and remembers whether its rule asked for any."""
 
     def __init__(
-        self, observe: Callable[[Sequence[Value], Sequence[Value]], None], caller: str | None
+        self,
+        observe: Callable[[Sequence[Value], Sequence[Value]], None],
+        caller: str | None,
+        locate: Locate | None,
+        address: tuple[int, ...],
     ) -> None:
-        self.observe, self.caller, self.has_run = observe, caller, False
+        self.observe, self.caller, self.locate, self.address = observe, caller, locate, address
+        self.count = 0
+
+    @property
+    def has_run(self) -> bool:
+        """Whether any program was run."""
+        return self.count > 0
 
     def __call__(self, inner: Any, operands: Sequence[Value]) -> list[Value]:
-        self.has_run = True
-        results = interpret(inner, operands, self.observe, self.caller)
+        address = (*self.address, self.count)
+        self.count += 1
+        results = interpret(inner, operands, self.observe, self.caller, self.locate, address)
         # A carry that a loop only hands on is an operand of no equation, and yet one value at all steps.
         for value in (*operands, *results):
             self.observe((), (value,))

@@ -1,0 +1,339 @@
+"""Repairing the statistics of interpolated networks: REPAIR, and new running statistics of norms.
+
+Between two networks the variance of activations collapses: where units of A and B are not quite alike, their
+average varies less than either (arXiv 2211.08403). REPAIR gives every channel of the network at α the mean
+and the deviation that lie between those of the endpoints,
+
+    E[Y] ← α E[Y_A] + (1−α) E[Y_B],    std[Y] ← α std[Y_A] + (1−α) std[Y_B].
+
+*Where.* Y is the output of each layer that leads to units that can be permuted: of a matrix product or
+convolution of the data with a weight, before the bias is added. (After the bias it would come to the same,
+as biases interpolate linearly.) A channel is one output of that weight; its statistics are over examples and
+positions, for each step of a scan by itself. Layers whose outputs are pinned, such as the logits, and layers
+in ``while`` loops are left as they are.
+
+*BatchNorm.* A network that holds running statistics needs new ones instead, and nothing else: see
+`build_norm_reset`.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from rebasin.errors import InferenceError
+from rebasin.spec import PermutationSpec
+from rebasin.tracing.evaluation import bind, evaluate
+from rebasin.tracing.program import Address, Program, Static, trace_program
+from rebasin.tracing.sites import Layer, find_layers
+from rebasin.tracing.streaming import Batches, batch_shapes, check_examples, map_batches
+from rebasin.trees import (
+    LeafPredicate,
+    check_finite,
+    check_same_shapes,
+    is_weight,
+    leaf_table,
+    map_leaves,
+)
+
+__all__ = ["Correction", "Repair", "build_norm_reset", "build_repair"]
+
+# For each layer the scale and the shift of its channels, in the order of the program.
+Correction: TypeAlias = tuple[tuple[jax.Array, jax.Array], ...]
+
+# A channel whose deviation is below this share of its mean is constant, and only shifted.
+_CONSTANT = 1e-6
+
+
+class _Moments(NamedTuple):
+    """Mean and variance of each channel, of one batch or stacked over batches."""
+
+    mean: jax.Array
+    variance: jax.Array
+
+
+class Repair:
+    """What `build_repair` returns: how to find a correction, and how to run a network with one."""
+
+    def __init__(
+        self,
+        spec: PermutationSpec,
+        params_a: Any,
+        params_b: Any,
+        function: Callable[[Any, Any], Any],
+        data: Any,
+        batch_size: int,
+    ) -> None:
+        check_same_shapes(params_a, params_b)
+        for tree, name in ((params_a, "params_a"), (params_b, "params_b")):
+            spec.group_sizes(tree, name=name)
+            check_finite(tree, name)
+        check_examples(data, batch_size)
+        self._data = jax.tree.map(jnp.asarray, data)
+        check_finite(self._data, "data")
+        self._spec, self._function = spec, Static(function)
+        self._batches = Batches.of(data, batch_size)
+        _, layers = self._trace(params_a, batch_shapes(data, self._batches.size))
+        self.layers = tuple(layer.leaf or f"layer {i}" for i, layer in enumerate(layers))
+        measure = jax.jit(self._measure)
+        self._ends = tuple(measure(tree, None, self._data) for tree in (params_a, params_b))
+
+    def prepare(self, params: Any, alpha: Any) -> Correction:
+        """The correction of the network at `alpha` between the endpoints; runs under ``jit``.
+
+        Fits `build_sweep`'s ``prepare``.
+
+        Args:
+          params: the interpolated tree.
+          alpha: the weight of A.
+
+        Returns:
+          Scale and shift of each layer's channels.
+        """
+        # On the way a batch is brought to targets of its own, so that nothing moves at the ends.
+        targets = [_between(a, b, alpha) for a, b in zip(*self._ends, strict=True)]
+        measured = self._measure(params, targets, self._data)
+        corrections = []
+        for here, a, b in zip(measured, *self._ends, strict=True):
+            target = _between(self._pool(a), self._pool(b), alpha)
+            corrections.append(_correction(self._pool(here), target))
+        return tuple(corrections)
+
+    def apply(self, params: Any, batch: Any, correction: Correction) -> Any:
+        """The function's outputs with every layer corrected.
+
+        Args:
+          params: the tree.
+          batch: a batch, of any number of examples.
+          correction: what `prepare` returned for `params`.
+
+        Returns:
+          What the function returns.
+
+        Raises:
+          InferenceError: the function has other layers for such a batch than for those it was measured with.
+        """
+        program, layers = self._trace(params, batch, precision=None)
+        if len(correction) != len(layers):
+            raise InferenceError(
+                f"the correction is for {len(correction)} layers, but with this batch there are {len(layers)}"
+            )
+        by_address = {layer.address: layer for layer in layers}
+
+        def correct(address: Address, eqn: Any, operands: Sequence[Any], extra: Any) -> tuple[Any, None]:
+            (y,) = bind(eqn, operands)
+            return [_affine(by_address[address], y, *extra)], None
+
+        extras = dict(zip(by_address, correction, strict=True))
+        outputs, _ = evaluate(program.closed, _inputs(params, batch), correct, extras)
+        return jax.tree.unflatten(program.outputs, outputs)
+
+    def _trace(
+        self, params: Any, batch: Any, precision: str | None = "highest"
+    ) -> tuple[Program, list[Layer]]:
+        """The program for such a batch, and the layers that are corrected."""
+        program = trace_program(self._spec, self._function.function, params, batch, precision=precision)
+        return program, [x for x in find_layers(program) if x.channels and not x.in_while]
+
+    def _measure(self, params: Any, targets: list[_Moments] | None, data: Any) -> list[_Moments]:
+        """Moments of each layer in each batch, with all earlier layers brought to their targets."""
+
+        def of_batch(batch: Any, targets: list[_Moments] | None) -> list[_Moments]:
+            program, layers = self._trace(params, batch)
+            by_address = {layer.address: layer for layer in layers}
+
+            def note(
+                address: Address, eqn: Any, operands: Sequence[Any], target: Any
+            ) -> tuple[Any, _Moments]:
+                (y,) = bind(eqn, operands)
+                layer = by_address[address]
+                own = _moments(layer, y)
+                return [y if target is None else _affine(layer, y, *_correction(own, target))], own
+
+            extras = dict(zip(by_address, targets or [None] * len(layers), strict=True))
+            _, found = evaluate(program.closed, _inputs(params, batch), note, extras)
+            return [found[layer.address] for layer in layers]
+
+        return map_batches(of_batch, data, self._batches, extras=targets)
+
+    def _pool(self, moments: _Moments) -> _Moments:
+        """Moments over all batches: the variance is the mean variance and the variance of the means."""
+        weights = jnp.asarray(self._batches.sizes / self._batches.sizes.sum(), moments.mean.dtype)
+        mean = jnp.tensordot(weights, moments.mean, 1, precision="highest")
+        spread = moments.variance + jnp.square(moments.mean - mean[None])
+        return _Moments(mean, jnp.tensordot(weights, spread, 1, precision="highest"))
+
+
+def build_repair(
+    spec: PermutationSpec,
+    params_a: Any,
+    params_b: Any,
+    function: Callable[[Any, Any], Any],
+    data: Any,
+    *,
+    batch_size: int = 1000,
+) -> Repair:
+    """Prepares REPAIR for the segment between two networks, aligned already.
+
+    Layers are corrected in their order, each measured with those before it corrected. With more than one
+    batch the earlier ones are corrected by the statistics of the batch on the way, as the authors' code does,
+    and the correction that is returned has those of all batches together; with a single batch it is exact. At
+    the ends of the segment nothing changes, up to rounding.
+
+    Args:
+      spec: the symmetries.
+      params_a: tree of A.
+      params_b: tree of B.
+      function: ``(tree, batch) -> outputs``.
+      data: tree of arrays ``[n, …]`` with one common n, on which statistics are taken.
+      batch_size: examples evaluated at once.
+
+    Returns:
+      The repair: ``build_sweep(metrics_fn, prepare=repair.prepare)`` with a `metrics_fn` that calls
+      ``repair.apply(params, inputs, correction)`` in place of the function. ``repair.layers`` names the
+      weights of the layers that are corrected.
+
+    Raises:
+      ConfigError: an empty batch.
+      DataError: the data are empty, or of different lengths.
+      InferenceError: the function cannot be traced with such a batch, or allows less than `spec`.
+      NonFiniteError: a leaf or an input is NaN or infinite.
+      SpecMismatchError: a tree does not fit the spec.
+      TreeMismatchError: A and B differ in leaves, shapes or dtypes.
+
+    Examples:
+      >>> spec = PermutationSpec.from_axes({"w": (None, "P0"), "v": ("P0", None)})
+      >>> a = {"w": jnp.array([[1.0, 0.0]]), "v": jnp.ones((2, 1))}
+      >>> b = {"w": jnp.array([[-1.0, 2.0]]), "v": jnp.ones((2, 1))}
+      >>> network = lambda tree, x: x @ tree["w"] @ tree["v"]
+      >>> x = jnp.array([[1.0], [-1.0], [2.0], [-2.0]])
+      >>> repair = build_repair(spec, a, b, network, x)
+      >>> middle = {"w": jnp.array([[0.5, 1.0]]), "v": jnp.ones((2, 1))}
+      >>> (scale, shift), = repair.prepare(middle, 0.5)  # deviations of 1 and 1 between A's 1, 0 and B's 1, 2
+      >>> scale.tolist(), shift.tolist()
+      ([2.0, 1.0], [0.0, 0.0])
+    """
+    return Repair(spec, params_a, params_b, function, data, batch_size)
+
+
+def _inputs(params: Any, batch: Any) -> list[jax.Array]:
+    return [jnp.asarray(x) for x in jax.tree.leaves((params, batch))]
+
+
+def _moments(layer: Layer, y: jax.Array) -> _Moments:
+    y = y.astype(jnp.promote_types(y.dtype, jnp.float32))
+    axes = tuple(i for i in range(y.ndim) if i not in layer.channels)
+    return _Moments(jnp.mean(y, axis=axes), jnp.var(y, axis=axes))
+
+
+def _between(a: _Moments, b: _Moments, alpha: Any) -> _Moments:
+    """The moments whose mean and deviation lie between those of A and B."""
+    weight = jnp.asarray(alpha, a.mean.dtype)
+    deviation = weight * jnp.sqrt(a.variance) + (1 - weight) * jnp.sqrt(b.variance)
+    return _Moments(weight * a.mean + (1 - weight) * b.mean, jnp.square(deviation))
+
+
+def _correction(own: _Moments, target: _Moments) -> tuple[jax.Array, jax.Array]:
+    """Scale and shift that turn the one's mean and deviation into the other's."""
+    constant = jnp.sqrt(own.variance) <= _CONSTANT * jnp.abs(own.mean)
+    ratio = jnp.sqrt(target.variance / jnp.where(constant, 1, own.variance))
+    scale = jnp.where(constant, 1, ratio)
+    return scale, target.mean - scale * own.mean
+
+
+def _affine(layer: Layer, y: jax.Array, scale: jax.Array, shift: jax.Array) -> jax.Array:
+    shape = [n if i in layer.channels else 1 for i, n in enumerate(y.shape)]
+    return (y * scale.reshape(shape) + shift.reshape(shape)).astype(y.dtype)
+
+
+def build_norm_reset(
+    update: Callable[[Any, Any], Any],
+    data: Any,
+    *,
+    batch_size: int = 1000,
+    predicate: LeafPredicate = is_weight,
+) -> Callable[..., Any]:
+    """Makes the function that gives a network new running statistics, as of BatchNorm.
+
+    The model's own training mode measures them. It is assumed to return, for each leaf of statistics,
+    ``m · old + (1 − m) · measured`` with one m for the leaf; both are found by calling it with old values of
+    zero and of one. Means over all batches replace the leaf. Where ``mean`` and ``var`` stand side by side,
+    the variance of the batches' means is added to the mean of their variances.
+
+    Args:
+      update: ``(tree, batch) -> tree``, the tree with its statistics updated by a batch, in Flax
+        ``lambda v, x: v | model.apply(v, x, train=True, mutable=["batch_stats"])[1]``.
+      data: tree of arrays ``[n, …]``.
+      batch_size: examples evaluated at once; a last, shorter batch is left out.
+      predicate: ``(path, leaf) -> bool``, the leaves that are weights; floating leaves that are not, and that
+        `update` changes, are replaced.
+
+    Returns:
+      ``reset(tree, alpha=None) -> tree``, for use by itself or as `build_sweep`'s ``prepare``, under ``jit``
+      too. It raises TreeMismatchError if `update` returns another tree than it got.
+
+    Raises:
+      ConfigError: an empty batch.
+      DataError: the data are empty, or of different lengths.
+
+    Examples:
+      >>> tree = {"params": {}, "batch_stats": {"mean": jnp.zeros(2)}}
+      >>> def update(tree, batch):
+      ...     old = tree["batch_stats"]["mean"]
+      ...     return {"params": {}, "batch_stats": {"mean": 0.9 * old + 0.1 * jnp.mean(batch, axis=0)}}
+      >>> reset = build_norm_reset(update, jnp.array([[1.0, 2.0], [3.0, 6.0]]))
+      >>> reset(tree)["batch_stats"]["mean"].round(4).tolist()
+      [2.0, 4.0]
+    """
+    check_examples(data, batch_size)
+    data = jax.tree.map(jnp.asarray, data)
+    check_finite(data, "data")
+    batches = Batches.of(data, batch_size)._replace(rest=0)
+
+    def reset(tree: Any, alpha: Any = None) -> Any:
+        """The tree with new statistics; see `rebasin.build_norm_reset`."""
+        del alpha
+        names = [
+            path
+            for path, x in leaf_table(tree).items()
+            if not predicate(path, x) and jnp.issubdtype(jnp.result_type(x), jnp.floating)
+        ]
+
+        def filled(value: float) -> Any:
+            return map_leaves(lambda path, x: jnp.full_like(x, value) if path in names else x, tree)
+
+        def measure(batch: Any, _: None) -> dict[str, tuple[jax.Array, jax.Array]]:
+            zero, one = (update(filled(value), batch) for value in (0.0, 1.0))
+            check_same_shapes(tree, zero, names=("the tree", "what update returns"))
+            found = leaf_table(zero), leaf_table(one)
+            return {path: _measured(*(table[path] for table in found)) for path in names}
+
+        return _with_statistics(tree, map_batches(measure, data, batches))
+
+    return reset
+
+
+def _measured(zero: jax.Array, one: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What a batch measured, and m, from the updates of zero and of one."""
+    # The difference is most exact where what is added to both is least.
+    at = jnp.argmin(jnp.abs(zero))
+    momentum = one.reshape(-1)[at] - zero.reshape(-1)[at]
+    return jnp.where(momentum == 1, 0, zero / jnp.where(momentum == 1, 1, 1 - momentum)), momentum
+
+
+def _with_statistics(tree: Any, measured: dict[str, tuple[jax.Array, jax.Array]]) -> Any:
+    """The tree with means over the batches; leaves that were not updated, with m = 1, stay."""
+
+    def new(path: str, x: jax.Array) -> jax.Array:
+        if path not in measured:
+            return x
+        values, momentum = measured[path]
+        mean = jnp.mean(values, axis=0)
+        parent, _, name = path.rpartition("/")
+        sibling = f"{parent}/mean".strip("/")
+        if name == "var" and sibling in measured:
+            mean += jnp.var(measured[sibling][0], axis=0)
+        return jnp.where(momentum[0] == 1, x, mean.astype(x.dtype))
+
+    return map_leaves(new, tree)

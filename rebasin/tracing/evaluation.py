@@ -1,0 +1,167 @@
+"""Evaluates a jaxpr equation by equation, with a hook at chosen equations, however deep they lie."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend import core
+
+from rebasin.inference.registry import find_rule
+from rebasin.inference.rules.control import call
+from rebasin.tracing.program import Address
+
+__all__ = ["Hook", "bind", "evaluate", "inner_program"]
+
+_Hooks = Mapping[Address, Any]
+
+
+class Hook(Protocol):
+    """What happens at an equation in place of it."""
+
+    def __call__(self, address: Address, eqn: Any, operands: Sequence[Any], extra: Any, /) -> tuple[Any, Any]:
+        """Returns the results of the equation, as a list, and whatever is to be handed out."""
+        ...
+
+
+def evaluate(
+    closed: Any, inputs: Sequence[Any], hook: Hook, extras: _Hooks
+) -> tuple[list[Any], dict[Address, Any]]:
+    """Runs a program and calls a hook at some of its equations.
+
+    Programs inside calls (``jit``, ``remat``, custom derivatives) are run as part of the whole, scans and
+    conditionals as scans and conditionals. What a hook hands out inside a scan comes back stacked along a
+    first axis of steps; from a branch that is not taken come zeros; from a while loop comes what its last
+    step handed out, zeros if there was none.
+
+    Args:
+      closed: a closed jaxpr, or a jaxpr without constants.
+      inputs: its inputs.
+      hook: called at each address of `extras`.
+      extras: what to hand to the hook there: a tree of arrays, stacked along the steps of every scan around
+        the equation as results are, or `None`.
+
+    Returns:
+      The outputs, and what the hook handed out at each address.
+    """
+    return _run(closed, inputs, hook, extras, ())
+
+
+def bind(eqn: Any, operands: Sequence[Any]) -> list[Any]:
+    """Evaluates one equation as it is."""
+    params = eqn.primitive.get_bind_params(eqn.params)
+    # Older versions of JAX hand out the functions in it apart.
+    functions, params = params if isinstance(params, tuple) else ((), params)
+    results = eqn.primitive.bind(*functions, *operands, **params)
+    return list(results) if eqn.primitive.multiple_results else [results]
+
+
+def inner_program(eqn: Any) -> Any:
+    """The program of a call; `None` for any other equation."""
+    if find_rule(eqn.primitive.name) is not call:
+        return None
+    return next(eqn.params[name] for name in ("jaxpr", "call_jaxpr", "fun_jaxpr") if name in eqn.params)
+
+
+def _run(
+    closed: Any, inputs: Sequence[Any], hook: Hook, extras: _Hooks, address: Address
+) -> tuple[list[Any], dict[Address, Any]]:
+    jaxpr, consts = (closed.jaxpr, closed.consts) if hasattr(closed, "jaxpr") else (closed, ())
+    env: dict[Any, Any] = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *inputs), strict=True))
+    handed_out: dict[Address, Any] = {}
+
+    def read(atom: Any) -> Any:
+        return atom.val if isinstance(atom, core.Literal) else env[atom]
+
+    for i, eqn in enumerate(jaxpr.eqns):
+        here = (*address, i)
+        operands = [read(atom) for atom in eqn.invars]
+        inside = {at: extra for at, extra in extras.items() if at[: len(here)] == here}
+        with eqn.ctx.manager:
+            if here in extras:
+                results, handed_out[here] = hook(here, eqn, operands, extras[here])
+            elif inside:
+                results, out = _run_inside(eqn, operands, hook, inside, here)
+                handed_out |= out
+            else:
+                results = bind(eqn, operands)
+        env.update(zip(eqn.outvars, results, strict=True))
+    return [read(atom) for atom in jaxpr.outvars], handed_out
+
+
+def _run_inside(
+    eqn: Any, operands: Sequence[Any], hook: Hook, extras: _Hooks, here: Address
+) -> tuple[list[Any], dict[Address, Any]]:
+    """An equation that holds a program with addresses in it."""
+    forms: dict[str, Callable[..., Any]] = {"scan": _scan, "while": _while, "cond": _cond}
+    if eqn.primitive.name in forms:
+        return forms[eqn.primitive.name](eqn, operands, hook, extras, here)
+    return _run(inner_program(eqn), operands, hook, extras, (*here, 0))
+
+
+def _scan(
+    eqn: Any, operands: Sequence[Any], hook: Hook, extras: _Hooks, here: Address
+) -> tuple[list[Any], dict[Address, Any]]:
+    params = eqn.params
+    num_consts, num_carry = params["num_consts"], params["num_carry"]
+    consts, carry = operands[:num_consts], operands[num_consts : num_consts + num_carry]
+
+    def step(carry: Any, slices: Any) -> Any:
+        sequences, extra = slices
+        results, out = _run(params["jaxpr"], [*consts, *carry, *sequences], hook, extra, (*here, 0))
+        return results[:num_carry], (results[num_carry:], out)
+
+    slices = (list(operands[num_consts + num_carry :]), dict(extras))
+    final, (stacked, out) = lax.scan(
+        step, list(carry), slices, length=params["length"], reverse=params["reverse"], unroll=params["unroll"]
+    )
+    return [*final, *stacked], out
+
+
+def _while(
+    eqn: Any, operands: Sequence[Any], hook: Hook, extras: _Hooks, here: Address
+) -> tuple[list[Any], dict[Address, Any]]:
+    params = eqn.params
+    split = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
+    cond_consts, body_consts = operands[: split[0]], operands[split[0] : split[1]]
+
+    def condition(state: Any) -> Any:
+        return _run(params["cond_jaxpr"], [*cond_consts, *state[0]], hook, {}, (*here, 0))[0][0]
+
+    def body(state: Any) -> Any:
+        return _run(params["body_jaxpr"], [*body_consts, *state[0]], hook, extras, (*here, 1))
+
+    carry = list(operands[split[1] :])
+    _, out = jax.eval_shape(lambda carry: body((carry, None)), carry)
+    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), out)
+    return lax.while_loop(condition, body, (carry, nothing))
+
+
+def _cond(
+    eqn: Any, operands: Sequence[Any], hook: Hook, extras: _Hooks, here: Address
+) -> tuple[list[Any], dict[Address, Any]]:
+    def branch(k: int) -> Callable[..., Any]:
+        inside = {at: at[: len(here) + 1] == (*here, k) for at in extras}
+
+        def run(extras: _Hooks, *values: Any) -> Any:
+            own = {at: extra for at, extra in extras.items() if inside[at]}
+            return _run(eqn.params["branches"][k], values, hook, own, (*here, k))
+
+        return run
+
+    index, *values = operands
+    runs = [branch(k) for k in range(len(eqn.params["branches"]))]
+    shapes: dict[Address, Any] = {}
+    for run in runs:
+        shapes |= jax.eval_shape(run, dict(extras), *values)[1]
+
+    def padded(run: Callable[..., Any]) -> Callable[..., Any]:
+        def complete(*arguments: Any) -> Any:
+            results, out = run(*arguments)
+            nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+            return results, nothing | out
+
+        return complete
+
+    return lax.switch(index, [padded(run) for run in runs], dict(extras), *values)
