@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-.PHONY: help demo test test-slow zoo-table check format clean
+.PHONY: help demo bench test test-slow zoo-table check format clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -14,6 +14,9 @@ help:  ## this list
 
 demo: $(STAMP)  ## train six small networks on digits, align them, print the table, draw the figure
 	$(BIN)/python -m experiments.training_trajectories --preset=digits --output_dir=results/demo
+
+bench: $(STAMP)  ## time, objective and barrier of weight matching against git-re-basin's loop, half an hour
+	$(BIN)/python -m benchmarks.weight_matching --output=results/weight_matching
 
 test: $(STAMP)  ## the test suite, at most five minutes on two cores
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile

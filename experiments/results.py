@@ -16,7 +16,7 @@ import jax
 import rebasin
 from rebasin.errors import ConfigError, problem_list
 
-__all__ = ["Claim", "Results", "open_results", "write_csv"]
+__all__ = ["Claim", "Results", "describe_environment", "open_results", "write_csv"]
 
 SCHEMA_VERSION = 1
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "scipy", "orbax-checkpoint")
@@ -119,7 +119,7 @@ def open_results(
     wanted = _plain(dict(config))
     if not path.exists():
         directory.mkdir(parents=True, exist_ok=True)
-        results = Results(experiment, wanted, _environment())
+        results = Results(experiment, wanted, describe_environment())
         results.save(path)
         return results
     results = Results.load(path)
@@ -162,7 +162,8 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _environment() -> dict[str, Any]:
+def describe_environment() -> dict[str, Any]:
+    """Versions, device and commit, as they stand in ``results.json``."""
     device = jax.devices()[0]
     return {
         "python": platform.python_version(),

@@ -1,0 +1,192 @@
+"""Pairs of networks to match: Gaussian weights, and networks trained by the experiments."""
+
+import pathlib
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import rebasin
+from benchmarks.planting import Architecture, draw_network
+from experiments.console import Reporter
+from experiments.pairs import run_directory, train_networks
+from experiments.presets import choose_preset
+from experiments.results import Results
+from rebasin.data import load_dataset
+from rebasin.models import MLP, VGG16, ResNet20, build_model
+from rebasin.recipes import Recipe
+from rebasin.training import build_metrics
+from rebasin.trajectory import Trajectory
+
+__all__ = ["MODELS", "Pair", "Problem", "find_trained", "gaussian_problems", "train_digits"]
+
+MODELS = ("mlp", "vgg16", "resnet20")
+
+# Trained networks that the comparison wants, in its order, and the preset that trains them.
+_WANTED = {
+    ("digits", "mlp"): "digits",
+    ("mnist", "mlp"): "cpu",
+    ("cifar10", "vgg16"): "cpu",
+    ("cifar10", "resnet20"): "cpu",
+}
+
+_CIFAR = (1, 32, 32, 3)
+# The width of each, and the architecture. ResNet-20 of width 64 is ×4 in git-re-basin's count, 256 is ×16.
+_GAUSSIAN = {
+    "mlp": {512: Architecture(MLP((512,) * 3), (1, 28, 28, 1))},
+    "vgg16": {width: Architecture(VGG16(width), _CIFAR) for width in (8, 16, 64)},
+    "resnet20": {width: Architecture(ResNet20(width), _CIFAR) for width in (16, 64, 256)},
+}
+_NAMES = {"mlp": "MLP 3×{}", "vgg16": "VGG-16 w{}", "resnet20": "ResNet-20 w{}"}
+
+
+class Pair(NamedTuple):
+    """Two networks.
+
+    Attributes:
+      name: which they are.
+      load: reads or draws both.
+    """
+
+    name: str
+    load: Callable[[], tuple[Any, Any]]
+
+
+class Problem(NamedTuple):
+    """Pairs of networks of one architecture.
+
+    Attributes:
+      model: architecture and width.
+      weights: where the weights come from.
+      spec: the symmetries.
+      parameters: number of weights of one network.
+      pairs: the pairs, independent of each other.
+      keys: how many seeds of the matching each pair gets, all different.
+      build_sweep: makes the function from two networks to the curve between them on test data; `None` where
+        there is no task.
+    """
+
+    model: str
+    weights: str
+    spec: rebasin.PermutationSpec
+    parameters: int
+    pairs: tuple[Pair, ...]
+    keys: int
+    build_sweep: Callable[[], Callable[[Any, Any], rebasin.BarrierCurve]] | None
+
+
+def gaussian_problems(models: Sequence[str], *, pairs: int, max_width: int) -> Iterator[Problem]:
+    """Independent standard normal weights, a matching for each pair."""
+    for model in models:
+        for width, architecture in _GAUSSIAN[model].items():
+            if model != "mlp" and width > max_width:
+                continue
+            spec, shapes = architecture.trace()
+
+            def load(pair: int, shapes: Any = shapes) -> tuple[Any, Any]:
+                return draw_network(shapes, 2 * pair), draw_network(shapes, 2 * pair + 1)
+
+            yield Problem(
+                model=_NAMES[model].format(width),
+                weights="Gaussian",
+                spec=spec,
+                parameters=_count(shapes),
+                pairs=tuple(
+                    Pair(f"draws {2 * i}, {2 * i + 1}", lambda i=i, load=load: load(i)) for i in range(pairs)
+                ),
+                keys=1,
+                build_sweep=None,
+            )
+
+
+def train_digits(runs_dir: pathlib.Path, seeds: Sequence[int], reporter: Reporter) -> None:
+    """Trains the MLPs of the preset digits, which takes seconds, unless they are there."""
+    recipe = choose_preset("digits", "mlp").build_recipe("trajectory")
+    directories = {seed: run_directory(runs_dir, recipe, seed) for seed in seeds}
+    missing = tuple(
+        seed
+        for seed, path in directories.items()
+        if not (path / "run.json").exists() or not Trajectory(path).complete
+    )
+    results = Results("benchmark", {})  # counts seconds, which are of no interest here
+    train_networks(
+        recipe, load_dataset("digits"), missing, runs_dir=runs_dir, reporter=reporter, results=results
+    )
+
+
+def find_trained(
+    models: Sequence[str],
+    runs_dir: pathlib.Path,
+    *,
+    keys: int,
+    num_eval: int,
+    data_dir: str | None,
+    say: Callable[[str], None],
+) -> Iterator[Problem]:
+    """Finished networks of every recipe in a folder, in pairs of neighbouring seeds.
+
+    Args:
+      models: names of the architectures that count.
+      runs_dir: where the experiments keep networks.
+      keys: seeds of the matching for each pair, all different.
+      num_eval: test examples on which barriers are measured; 0 leaves them out.
+      data_dir: TFDS folder.
+      say: is told what is left out and how to train it.
+    """
+    runs: defaultdict[Recipe, list[Trajectory]] = defaultdict(list)
+    for path in sorted(runs_dir.glob("*/seed_*/run.json")):
+        trajectory = Trajectory(path.parent)
+        if not trajectory.complete:
+            say(f"left out, unfinished: {path.parent}")
+        elif trajectory.recipe.model in models:
+            runs[trajectory.recipe].append(trajectory)
+    paired = {recipe: found for recipe, found in runs.items() if len(found) > 1}
+    there = {(recipe.dataset, recipe.model) for recipe in paired}
+    for (dataset, model), preset in _WANTED.items():
+        if model in models and (dataset, model) not in there:
+            say(
+                f"left out, no pair of {model} on {dataset} in {runs_dir}; to train three:\n"
+                f"  python -m experiments.training_trajectories --preset={preset} --model={model} "
+                f"--runs_dir={runs_dir} --output_dir=results/{dataset}_{model}"
+            )
+    for recipe in sorted(paired, key=_order):
+        yield _trained_problem(recipe, paired[recipe], keys=keys, num_eval=num_eval, data_dir=data_dir)
+
+
+def _order(recipe: Recipe) -> tuple[Any, ...]:
+    which, known = (recipe.dataset, recipe.model), list(_WANTED)
+    return known.index(which) if which in known else len(known), which, recipe.width, recipe.epochs
+
+
+def _trained_problem(
+    recipe: Recipe, found: list[Trajectory], *, keys: int, num_eval: int, data_dir: str | None
+) -> Problem:
+    found = sorted(found, key=lambda trajectory: trajectory.seed)
+    dataset = load_dataset(recipe.dataset, data_dir=data_dir)
+    model = build_model(recipe.model, width=recipe.width, num_classes=dataset.num_classes)
+    image = jax.ShapeDtypeStruct((1, *dataset.test.images.shape[1:]), jnp.float32)
+
+    def build_sweep() -> Callable[[Any, Any], rebasin.BarrierCurve]:
+        measure = rebasin.build_sweep(build_metrics(model, dataset.mean, dataset.std))
+        data = jax.device_put(dataset.take(num_test=min(num_eval, len(dataset.test.labels))).test)
+        return lambda a, b: measure(a, b, data)
+
+    return Problem(
+        model=_NAMES[recipe.model].format(recipe.width),
+        weights=f"{recipe.dataset} e{recipe.epochs}",
+        spec=rebasin.infer_spec(model.apply, found[0].last, image),
+        parameters=_count(found[0].last),
+        pairs=tuple(
+            Pair(f"seeds {a.seed}, {b.seed}", lambda a=a, b=b: (a.last, b.last))
+            for a, b in zip(found[::2], found[1::2], strict=False)
+        ),
+        keys=keys,
+        build_sweep=build_sweep if num_eval else None,
+    )
+
+
+def _count(tree: Any) -> int:
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
