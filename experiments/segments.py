@@ -91,11 +91,12 @@ class Segments:
       params_b: network B.
 
     Attributes:
+      spec: as given.
       unaligned: the segment without a permutation.
     """
 
     def __init__(self, meter: Meter, spec: PermutationSpec, params_a: Any, params_b: Any) -> None:
-        self._meter, self._permute = meter, _build_permute(spec)
+        self.spec, self._meter, self._permute = spec, meter, _build_permute(spec)
         self._a, self._b = jax.device_put((params_a, params_b))
         self.unaligned = meter(self._a, self._b)
         self._curves: dict[bytes, rebasin.BarrierCurve] = {}

@@ -1,11 +1,11 @@
 """One permutation aligns two whole training trajectories.
 
-Reproduces section 5.1 and appendices E and H.1 of arXiv 2404.06498 (figures 1 left, 4, 7, 8, 9, 10, 15 and 21):
-trains pairs of networks from different seeds, finds permutations at the end and along the way by weight and by
-activation matching, and measures loss and error barriers between the networks of every recorded epoch under
-each of them. Prints a table by epoch for each method and the paper's claims with a verdict each, and writes
-results.json, barriers.csv, training_trajectories.png (figures 1, 4, 8), fixed_permutations.png (7, 8, 10) and
-permutations.png (distances and fixed points).
+Reproduces section 5.1 and appendices E and H.1 of arXiv 2404.06498 (figures 1 left, 4, 7, 8, 9, 10, 15 and
+21): trains pairs of networks from different seeds, finds permutations at the end and along the way by weight
+and by activation matching, and measures loss and error barriers between the networks of every recorded epoch
+under each of them. Prints a table by epoch for each method and the paper's claims with a verdict each, and
+writes results.json, barriers.csv, training_trajectories.png (figures 1, 4, 8), fixed_permutations.png (7, 8,
+10) and permutations.png (distances and fixed points).
 
   python -m experiments.training_trajectories --preset=digits --output_dir=results/demo
   python -m experiments.training_trajectories --preset=cpu --model=mlp --output_dir=results/mnist_mlp

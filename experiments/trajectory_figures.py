@@ -139,7 +139,7 @@ def _canvas(results: Results, *, columns: int, note: str) -> tuple[Figure, Any]:
 
 
 def _layer_names(groups: list[str]) -> list[str]:
-    """Short names of groups; of many, five evenly spaced, as a leading underscore hides a line in a legend."""
+    """Short names of groups; of many, five evenly spaced: a leading underscore hides a line in a legend."""
     short = [group.removeprefix("params/").removesuffix("/kernel") for group in groups]
     named = set(np.linspace(0, len(groups) - 1, 5).round().astype(int).tolist())
     return [name if len(groups) <= 6 or i in named else f"_{name}" for i, name in enumerate(short)]
