@@ -20,6 +20,9 @@ __all__ = ["judge", "report", "summarise_curves", "tidy_rows"]
 # By how much the barrier of children may exceed that of their parents and count as equally low.
 _MARGIN = 0.02
 
+# Names of methods above a column of eight characters.
+_SHORT = {"weights": "weights", "activations": "activ."}
+
 
 def summarise_curves(config: Mapping[str, Any], curves: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Mean, 95 % interval and standard deviation over replicates, and the onset with its range."""
@@ -122,8 +125,8 @@ def report(results: Results, reporter: Reporter, paths: Sequence[pathlib.Path]) 
     methods = results.config["methods"]
     header, rows = ["\n\nt", "A¹–A²\n\nloss", "A¹–A²\n\nerror"], []
     for method in methods:
-        header += [f"{method[:8]}\nA¹–P[B¹]\n{name}" for name in ("loss", "error")]
-        header += [f"{method[:8]}\nP_t@end\nerror"]
+        header += [f"{_SHORT[method]}\nA¹–P[B¹]\n{name}" for name in ("loss", "error")]
+        header += [f"{_SHORT[method]}\nP_t@end\nerror"]
     for i, epoch in enumerate(summary["epochs"]):
         siblings = summary["siblings"]
         row = [
@@ -140,7 +143,8 @@ def report(results: Results, reporter: Reporter, paths: Sequence[pathlib.Path]) 
             row += [cell(at_end["test_error"], i, percent=True)]
         rows.append(row)
     pairs = f"{count} pair{'s' if count > 1 else ''} of parents"
-    reporter.say(f"\nTest barriers at the end of children that part at t: mean±sd of {pairs}, errors in %")
+    reporter.say("\nBarriers at the end, test data, of children that part at epoch t (errors in %);")
+    reporter.say(f"mean±sd of {pairs}")
     reporter.table(header, rows)
     reporter.say("A¹–A²: siblings; A¹–P[B¹]: children of both parents under the parents' P_end;")
     reporter.say("P_t@end: the parents at the end under their permutation from t")
