@@ -15,7 +15,7 @@ RC: dict[Any, Any] = {
     "axes.spines.right": False,
     "axes.titlesize": 9,
     "legend.frameon": False,
-    "savefig.dpi": 200,
+    "savefig.dpi": 150,
 }
 
 # Figures are written to a path, or to a file object in tests.
