@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -22,8 +23,8 @@ def draw_instability(results: Results, target: Target) -> None:
     """Barriers at the end of training by spawn epoch: figure 1 right, figures 8 and 9 column 3.
 
     One row for each matching method; columns test error, train error, test loss. Lines are means over
-    replicates, bands one standard deviation; the shaded epochs are the range of the replicates' onsets, the
-    thin upright line the onset of the mean.
+    replicates, bands one standard deviation. The shaded epochs are the range of the replicates' onsets, the
+    thin upright line the onset of the mean. Barriers under P_t of the first epochs run out of the frame.
     """
     summary = results.summary
     recipe, count = results.config["recipe"], len(results.curves)
@@ -35,6 +36,7 @@ def draw_instability(results: Results, target: Target) -> None:
             for axes, metric in zip(row, ("test_error", "train_error", "test_loss"), strict=True):
                 _draw_panel(axes, summary, method, metric)
                 dress_epochs(axes, summary["epochs"])
+                axes.set_ylim(0, _top(summary, metric))
             row[0].set_title(f"matching of {method}", loc="left")
         pairs = f"{count} pair{'s' * (count > 1)} of parents"
         limit = results.config["onset_at_most"]
@@ -46,6 +48,20 @@ def draw_instability(results: Results, target: Target) -> None:
         )
         share_legend(figure, list(panels[0]))
         figure.savefig(target, metadata={"Software": None})
+
+
+def _top(summary: dict[str, Any], metric: str) -> float:
+    """Upper end of the axis of barriers, for all methods: P_t of the first epochs may run beyond it.
+
+    It would otherwise press the lines that the figure is about to the ground.
+    """
+    every = [summary["siblings"], *summary["children"].values()]
+    every += [summary["parents"][method] for method in summary["children"]]
+    tops = [
+        np.asarray(series[metric]["mean"]) + np.nan_to_num(np.asarray(series[metric]["deviation"], float))
+        for series in every
+    ]
+    return METRIC_LABELS[metric][0] * 2 * max(float(np.max(top)) for top in tops) + 1e-3
 
 
 def _draw_panel(axes: Axes, summary: dict[str, Any], method: str, metric: str) -> None:
