@@ -22,6 +22,10 @@ def early_epochs(epochs: Sequence[int]) -> list[int]:
     return [i for i in trained if 10 * epochs[i] <= epochs[-1]] or trained[:1]
 
 
+def _describe(epochs: Sequence[int]) -> str:
+    return f"epoch {epochs[0]}" if len(epochs) == 1 else f"epochs {epochs[0]} to {epochs[-1]}"
+
+
 def judge(config: Mapping[str, Any], curves: Sequence[Mapping[str, Any]]) -> list[Claim]:
     """All claims, on test error barriers.
 
@@ -95,7 +99,7 @@ def _judge_method(config: Mapping[str, Any], curves: Sequence[Mapping[str, Any]]
 def _judge_distances(config: Mapping[str, Any], curves: Sequence[Mapping[str, Any]]) -> list[Claim]:
     """Appendix H.1, on weight matching, whose objective the distance is."""
     early = early_epochs(config["epochs"])
-    first, last = (config["epochs"][i] for i in (early[0], early[-1]))
+    when = _describe([config["epochs"][i] for i in early])
     own = [curve["methods"]["weights"] for curve in curves]
     near, far = (np.array([o["distance"][name] for o in own]) for name in ("same_epoch", "end"))
     in_place, under_end = (
@@ -105,7 +109,7 @@ def _judge_distances(config: Mapping[str, Any], curves: Sequence[Mapping[str, An
         claim(
             "early_permutations_are_closer",
             "weights: P_t[B_t] is closer to A_t in Euclidean distance than P_end[B_t] is: the 95 % interval "
-            f"of the relative difference, averaged over epochs {first} to {last}, is below 0",
+            f"of the relative difference, averaged over {when}, is below 0",
             "P_t aligns weights more closely than P_end early in training (appendix H.1)",
             (near / far)[:, early].mean(axis=1) - 1,
             below=True,
@@ -113,7 +117,7 @@ def _judge_distances(config: Mapping[str, Any], curves: Sequence[Mapping[str, An
         claim(
             "early_permutations_are_worse_in_place",
             "weights: and yet the test error barrier at t is higher under P_t than under P_end: the 95 % "
-            f"interval of the difference, averaged over epochs {first} to {last}, is above 0",
+            f"interval of the difference, averaged over {when}, is above 0",
             "early in training weight matching fails where P_end aligns (figure 4, appendix H.1)",
             (in_place - under_end)[:, early].mean(axis=1),
         ),
@@ -122,14 +126,14 @@ def _judge_distances(config: Mapping[str, Any], curves: Sequence[Mapping[str, An
 
 def _activations_earlier(config: Mapping[str, Any], curves: Sequence[Mapping[str, Any]]) -> Claim:
     early = early_epochs(config["epochs"])
-    first, last = (config["epochs"][i] for i in (early[0], early[-1]))
+    when = _describe([config["epochs"][i] for i in early])
     left = {
         method: np.array([curve["methods"][method]["barriers"]["at_end"]["test_error"] for curve in curves])
         for method in ("weights", "activations")
     }
     return claim(
         "activations_succeed_earlier",
-        f"applied at the end, P_t from epochs {first} to {last} leaves a lower test error barrier by "
+        f"applied at the end, P_t from {when} leaves a lower test error barrier by "
         "activation matching than by weight matching: the 95 % interval of the difference is above 0",
         "activation matching finds such a permutation earlier in training (appendix E, figures 7 and 8)",
         (left["weights"] - left["activations"])[:, early].mean(axis=1),

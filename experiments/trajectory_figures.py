@@ -28,6 +28,9 @@ _STYLES = {
 }
 _DASHES = ("solid", (0, (4, 1.5)), (0, (5, 1, 1, 1)), (0, (1, 1)), (0, (3, 1, 1, 1, 1, 1)))
 
+# Layers up to which each has its band and its name.
+_FEW = 6
+
 
 def draw_trajectories(results: Results, target: Target) -> None:
     """Barriers over training, as figures 1 left, 4, 8 (columns 1 and 3), 9 and 15 (left and right).
@@ -115,7 +118,10 @@ def draw_permutations(results: Results, target: Target) -> None:
             row[1].legend(fontsize=7)
             groups = list(points["groups"])
             for style, group in zip(_shades(_layer_names(groups), "{}"), groups, strict=True):
-                draw_band(row[2], epochs, points["groups"][group], style, 100)
+                series = points["groups"][group]
+                # The bands of many layers would cover each other.
+                spread = series if len(groups) <= _FEW else {**series, "deviation": [None] * len(epochs)}
+                draw_band(row[2], epochs, spread, style, 100)
             row[2].legend(fontsize=7)
             for axes, title in ((row[1], "all units"), (row[2], "by layer")):
                 axes.set(ylabel=r"placed as by $P_{\mathrm{end}}$ (%)", xlabel="epoch $t$ of the permutation")
@@ -142,7 +148,7 @@ def _layer_names(groups: list[str]) -> list[str]:
     """Short names of groups; of many, five evenly spaced: a leading underscore hides a line in a legend."""
     short = [group.removeprefix("params/").removesuffix("/kernel") for group in groups]
     named = set(np.linspace(0, len(groups) - 1, 5).round().astype(int).tolist())
-    return [name if len(groups) <= 6 or i in named else f"_{name}" for i, name in enumerate(short)]
+    return [name if len(groups) <= _FEW or i in named else f"_{name}" for i, name in enumerate(short)]
 
 
 def _level(series: dict[str, Any], constant: bool) -> dict[str, Any]:
