@@ -79,14 +79,18 @@ class Reporter:
     def claims(self, claims: Sequence[Claim]) -> None:
         """Prints each claim with its verdict, what was measured and what the paper says."""
         for claim in claims:
-            # JSON has no NaN, so the interval of a single replicate is None when it was read back.
-            known = claim.low is not None and claim.low == claim.low
-            spread = f" [{claim.low:.3f}, {claim.high:.3f}]" if known else ""
+            low, high = _number(claim.low), _number(claim.high)
+            spread = f" [{low}, {high}]" if (low, high) != ("none", "none") else ""
             verdict = "holds" if claim.holds else "does not hold"
             self._wrap(f"{verdict:>13}  ", claim.statement)
-            self._wrap(" " * 15, f"measured {claim.measured:.3f}{spread}; paper: {claim.paper}")
+            self._wrap(" " * 15, f"measured {_number(claim.measured)}{spread}; paper: {claim.paper}")
 
     def _wrap(self, head: str, text: str) -> None:
         """Prints text behind a head, its later lines below its first."""
         width = min(self.console.width, 100)
         self.say(textwrap.fill(text, width, initial_indent=head, subsequent_indent=" " * len(head)))
+
+
+def _number(value: float | None) -> str:
+    """Three digits; what is not known is NaN, or None when it was read back, as JSON has no NaN."""
+    return "none" if value is None or value != value else f"{value:.3f}"

@@ -2,23 +2,34 @@
 
 import os
 import pathlib
+from collections.abc import Sequence
 
 from absl import flags, logging
 
+from experiments.matchers import METHODS
+from experiments.networks import KEEP
 from experiments.presets import PRESETS
+from rebasin.errors import ConfigError
 
 __all__ = [
     "DATA_DIR",
     "DATASET",
     "EPOCHS",
+    "KEEP_CHECKPOINTS",
+    "MATCHING",
     "MODEL",
+    "NUM_ALPHAS",
+    "NUM_EVAL",
+    "NUM_MATCH",
     "OUTPUT_DIR",
     "PRESET",
     "REPLICATES",
     "RESUME",
     "SEED",
     "STRICT",
+    "WARMUP_EPOCHS",
     "WIDTH",
+    "choose_epochs",
     "hush_library_logs",
     "runs_directory",
 ]
@@ -50,6 +61,41 @@ WIDTH = flags.DEFINE_integer("width", None, "Width of the model.", lower_bound=1
 EPOCHS = flags.DEFINE_integer("epochs", None, "Epochs of training.", lower_bound=1)
 RESUME = flags.DEFINE_bool("resume", False, "Go on with an unfinished run in OUTPUT_DIR.")
 STRICT = flags.DEFINE_bool("strict", False, "Exit with status 1 if a claim does not hold.")
+MATCHING = flags.DEFINE_list(
+    "matching", ",".join(METHODS), f"Matching methods, in the order of the figures: {', '.join(METHODS)}."
+)
+WARMUP_EPOCHS = flags.DEFINE_integer("warmup_epochs", None, "Epochs of learning rate warm-up.", lower_bound=0)
+NUM_ALPHAS = flags.DEFINE_integer(
+    "num_alphas", 25, "Points on each segment, both ends included.", lower_bound=2
+)
+NUM_EVAL = flags.DEFINE_integer(
+    "num_eval", None, "Examples of each split on which segments are measured.", lower_bound=1
+)
+NUM_MATCH = flags.DEFINE_integer(
+    "num_match", None, "Training examples on which activations are matched.", lower_bound=1
+)
+KEEP_CHECKPOINTS = flags.DEFINE_enum(
+    "keep_checkpoints",
+    None,
+    list(KEEP),
+    "What stays on disk of the networks that this run trains: "
+    + "; ".join(f"{name}: {what}" for name, what in KEEP.items())
+    + ".",
+)
+
+
+def choose_epochs(given: Sequence[str] | None, preset: Sequence[int] | None, last: int) -> tuple[int, ...]:
+    """The epochs of a flag, else those of a preset that lie before the last one.
+
+    Raises:
+      ConfigError: the flag's value is not a list of numbers.
+    """
+    if given is None:
+        return tuple(epoch for epoch in preset or range(last) if epoch < last)
+    try:
+        return tuple(int(epoch) for epoch in given)
+    except ValueError:
+        raise ConfigError(f"wanted epochs, such as 0,1,5, got {','.join(given)!r}") from None
 
 
 def hush_library_logs() -> None:

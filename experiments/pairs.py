@@ -5,6 +5,7 @@ import hashlib
 import json
 import pathlib
 import time
+from collections.abc import Collection
 
 from experiments.console import Reporter
 from experiments.results import Results
@@ -35,6 +36,7 @@ def train_networks(
     runs_dir: pathlib.Path,
     reporter: Reporter,
     results: Results,
+    keep: Collection[int] | None = None,
 ) -> list[Trajectory]:
     """Trains one network for each seed, unless it is there; an interrupted run of the same recipe goes on.
 
@@ -45,6 +47,7 @@ def train_networks(
       runs_dir: where networks are kept.
       reporter: shows progress.
       results: counts the seconds spent.
+      keep: epochs to store; `None` stores all.
 
     Returns:
       The trajectories, in the order of `seeds`.
@@ -59,6 +62,7 @@ def train_networks(
                 dataset,
                 seed=seed,
                 directory=directory,
+                keep=keep,
                 progress=lambda *_, advance=advance: advance(),
                 resume=True,
             )

@@ -26,6 +26,9 @@ class Preset(NamedTuple):
       num_eval: examples of each split on which segments are measured, `None` for all.
       epochs: epochs at which networks are compared; `None` for all of them.
       thresholds: for the claims.
+      match_epochs: epochs whose permutations are applied at all of `epochs`.
+      spawn_epochs: epochs at which children part from their parents.
+      num_match: training examples on which activations are matched, `None` for all.
     """
 
     recipe: Mapping[str, Any]
@@ -33,6 +36,9 @@ class Preset(NamedTuple):
     num_eval: int | None
     epochs: tuple[int, ...] | None
     thresholds: Thresholds
+    match_epochs: tuple[int, ...]
+    spawn_epochs: tuple[int, ...]
+    num_match: int | None
 
     def build_recipe(self, regime: str, **changes: Any) -> Recipe:
         """The recipe of a regime, with those `changes` that are not `None` in place of the preset's."""
@@ -49,10 +55,13 @@ PRESETS: dict[str, dict[str, Preset]] = {
         "mlp": Preset(
             # The paper's recipe but for the batch: with 1,437 examples, 128 would leave 11 steps an epoch.
             {"dataset": "digits", "model": "mlp", "width": 128, "epochs": 30, "batch_size": 32},
-            replicates=3,
+            replicates=5,
             num_eval=None,
-            epochs=None,
+            epochs=(0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 17, 20, 25, 30),
             thresholds=Thresholds(unaligned_above=0.40, any_epoch_at_most=0.10, end_at_most=0.03),
+            match_epochs=(0, 1, 2, 3, 5, 10, 30),
+            spawn_epochs=(0, 1, 2, 3, 4, 5, 6, 8, 10, 14, 20),
+            num_match=None,
         ),
         # Not in the paper: the same for a transformer, whose heads and head dimensions are aligned too.
         "vit": Preset(
@@ -61,15 +70,21 @@ PRESETS: dict[str, dict[str, Preset]] = {
             num_eval=None,
             epochs=(0, 1, 2, 3, 5, 7, 10, 14, 20, 30),
             thresholds=Thresholds(unaligned_above=0.40, any_epoch_at_most=0.10, end_at_most=0.03),
+            match_epochs=(1, 3, 10, 30),
+            spawn_epochs=(0, 1, 2, 3, 5, 10),
+            num_match=None,
         ),
     },
     "cpu": {
         "mlp": Preset(
             {"dataset": "mnist", "model": "mlp", "width": 512, "epochs": 20},
-            replicates=3,
-            num_eval=10_000,
+            replicates=5,
+            num_eval=5_000,
             epochs=(0, 1, 2, 3, 4, 5, 6, 8, 10, 13, 16, 20),
             thresholds=_PAPER,
+            match_epochs=(1, 2, 3, 5, 20),
+            spawn_epochs=(0, 1, 2, 3, 5, 8, 13),
+            num_match=5_000,
         ),
         **{
             model: Preset(
@@ -85,6 +100,9 @@ PRESETS: dict[str, dict[str, Preset]] = {
                 num_eval=1_000,
                 epochs=(0, 1, 2, 3, 5, 8, 12, 16),
                 thresholds=_PAPER,
+                match_epochs=(1, 3, 8, 16),
+                spawn_epochs=(0, 1, 3, 6, 10),
+                num_match=1_000,
             )
             for model, width in (("vgg16", 8), ("resnet20", 8))
         },
@@ -96,6 +114,9 @@ PRESETS: dict[str, dict[str, Preset]] = {
             num_eval=10_000,
             epochs=(0, 1, 2, 3, 5, 7, 10, 14, 20, 28, 40, 50, 65, 80, 95, 110, 130, 150),
             thresholds=_PAPER,
+            match_epochs=(1, 3, 5, 10, 20, 50, 80, 110, 150),
+            spawn_epochs=(0, 1, 2, 3, 5, 7, 10, 14, 20, 40, 80),
+            num_match=10_000,
         )
         for model, dataset, width in (
             ("vgg16", "cifar10", 64),

@@ -16,7 +16,7 @@ import jax
 import rebasin
 from rebasin.errors import ConfigError, problem_list
 
-__all__ = ["Claim", "Results", "describe_environment", "open_results", "write_csv"]
+__all__ = ["Claim", "Results", "describe_environment", "open_results", "plain", "write_csv"]
 
 SCHEMA_VERSION = 1
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "scipy", "orbax-checkpoint")
@@ -80,7 +80,7 @@ class Results:
         """Writes the file in one step, so that a killed run leaves the last complete one."""
         content = {"schema_version": SCHEMA_VERSION, **dataclasses.asdict(self)}
         partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(_plain(content), indent=1) + "\n")
+        partial.write_text(json.dumps(plain(content), indent=1) + "\n")
         partial.replace(path)
 
     @classmethod
@@ -116,7 +116,7 @@ def open_results(
         `resume`; nothing in it is changed then.
     """
     path = directory / "results.json"
-    wanted = _plain(dict(config))
+    wanted = plain(dict(config))
     if not path.exists():
         directory.mkdir(parents=True, exist_ok=True)
         results = Results(experiment, wanted, describe_environment())
@@ -151,12 +151,16 @@ def write_csv(path: pathlib.Path, rows: Iterable[Mapping[str, Any]]) -> None:
         writer.writerows(rows)
 
 
-def _plain(value: Any) -> Any:
-    """JSON types alone: tuples as lists, NaN as null, floats to seven digits."""
+def plain(value: Any) -> Any:
+    """JSON types alone: tuples as lists, NaN as null, floats to seven digits.
+
+    Measurements go through this before they are summed up, so that a resumed run, which reads some of them
+    from the file, ends with the same numbers.
+    """
     if isinstance(value, Mapping):
-        return {str(key): _plain(inner) for key, inner in value.items()}
+        return {str(key): plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
+        return [plain(inner) for inner in value]
     if isinstance(value, float):
         return float(f"{value:.7g}") if math.isfinite(value) else None
     return value

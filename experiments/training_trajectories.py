@@ -1,15 +1,19 @@
 """One permutation aligns two whole training trajectories.
 
-Reproduces section 5.1 of arXiv 2404.06498 (figures 1 left, 4 and 8): trains pairs of networks from different
-seeds, finds a permutation at the end of training, and measures the loss and error barrier between them at
-every recorded epoch. Prints a table by epoch and the paper's claims with a verdict each, and writes
-results.json, barriers.csv and training_trajectories.png.
+Reproduces section 5.1 and appendices E and H.1 of arXiv 2404.06498 (figures 1 left, 4, 7, 8, 9, 10, 15 and
+21): trains pairs of networks from different seeds, finds permutations at the end and along the way by weight
+and by activation matching, and measures loss and error barriers between the networks of every recorded epoch
+under each of them. Prints a table by epoch for each method and the paper's claims with a verdict each, and
+writes results.json, barriers.csv, training_trajectories.png (figures 1, 4, 8), fixed_permutations.png (7, 8,
+10) and permutations.png (distances and fixed points).
 
   python -m experiments.training_trajectories --preset=digits --output_dir=results/demo
   python -m experiments.training_trajectories --preset=cpu --model=mlp --output_dir=results/mnist_mlp
   python -m experiments.training_trajectories --preset=cpu --model=vgg16 --output_dir=results/cifar10_vgg16
 
-BUILD_NOTES.md has times and hardware. A finished run of the same options is only drawn anew.
+The time goes into sweeps, at most one for each method, epoch s of --match_epochs and epoch t of
+--record_epochs, and two more for each method and t. BUILD_NOTES.md has times and hardware. A finished run of
+the same options is only drawn anew.
 """
 
 import pathlib
@@ -24,13 +28,14 @@ from rebasin.data import load_dataset
 from rebasin.errors import RebasinError
 
 flags.adopt_module_key_flags(options)  # so that --help lists them
-_WARMUP = flags.DEFINE_integer("warmup_epochs", None, "Epochs of learning rate warm-up.", lower_bound=0)
-_NUM_ALPHAS = flags.DEFINE_integer(
-    "num_alphas", 25, "Points on each segment, both ends included.", lower_bound=2
-)
-_NUM_EVAL = flags.DEFINE_integer("num_eval", None, "Examples of each split on which segments are measured.")
 _RECORD = flags.DEFINE_list(
-    "record_epochs", None, "Epochs to compare, for example 0,1,2,5,10; by default the preset's."
+    "record_epochs", None, "Epochs t to compare, for example 0,1,2,5,10; by default the preset's."
+)
+_MATCH = flags.DEFINE_list(
+    "match_epochs",
+    None,
+    "Epochs s, among those recorded, whose permutations are applied at every t; by default the preset's. The "
+    "last epoch is always among them.",
 )
 
 
@@ -42,21 +47,25 @@ def build_config() -> Config:
         dataset=options.DATASET.value,
         width=options.WIDTH.value,
         epochs=options.EPOCHS.value,
-        warmup_epochs=_WARMUP.value,
+        warmup_epochs=options.WARMUP_EPOCHS.value,
     )
-    if _RECORD.value is not None:
-        epochs = tuple(int(epoch) for epoch in _RECORD.value)
-    else:
-        epochs = tuple(e for e in preset.epochs or range(recipe.epochs) if e < recipe.epochs) + (
-            recipe.epochs,
-        )
+    last = recipe.epochs
+    epochs = options.choose_epochs(_RECORD.value, preset.epochs, last)
+    if _RECORD.value is None:
+        epochs = (*epochs, last)
+    matched = set(options.choose_epochs(_MATCH.value, preset.match_epochs, last))
+    if _MATCH.value is None:
+        matched &= set(epochs)
     return Config(
         recipe=recipe,
         replicates=options.REPLICATES.value or preset.replicates,
         seed=options.SEED.value,
+        methods=tuple(options.MATCHING.value),
         epochs=epochs,
-        num_alphas=_NUM_ALPHAS.value,
-        num_eval=_NUM_EVAL.value or preset.num_eval,
+        match_epochs=tuple(sorted(matched | {last})),
+        num_alphas=options.NUM_ALPHAS.value,
+        num_eval=options.NUM_EVAL.value or preset.num_eval,
+        num_match=options.NUM_MATCH.value or preset.num_match,
         thresholds=preset.thresholds,
     )
 
@@ -74,6 +83,8 @@ def main(argv: list[str]) -> None:
             dataset,
             output_dir=pathlib.Path(options.OUTPUT_DIR.value),
             runs_dir=options.runs_directory(),
+            # 151 epochs of a VGG-16 of width 64, with momentum, are 18 GB.
+            keep=options.KEEP_CHECKPOINTS.value or ("ends" if options.PRESET.value == "paper" else "all"),
             resume=options.RESUME.value,
         )
     except RebasinError as error:

@@ -136,7 +136,7 @@ def build_sweep(
     batch_size: int = 500,
     prepare: Callable[[Any, jax.Array], Any] | None = None,
     predicate: LeafPredicate = is_weight,
-) -> Callable[[Any, Any, Any], BarrierCurve]:
+) -> Callable[..., BarrierCurve]:
     """Makes the function that measures a segment; build it once and call it often.
 
     The whole sweep is one compiled program: a loop over alphas around a loop over batches, over data that
@@ -153,9 +153,12 @@ def build_sweep(
       predicate: the leaves that are averaged; `trees.interpolate` tells what happens to the others.
 
     Returns:
-      ``measure(params_a, params_b, data) -> BarrierCurve``, where `data` is a tree of arrays ``[n, …]`` with
-      one common n. It raises TreeMismatchError where A and B differ in shape, NonFiniteError where a weight
-      is NaN or infinite, DataError where the data are empty or of different lengths.
+      ``measure(params_a, params_b, data, ends=None) -> BarrierCurve``, where `data` is a tree of arrays
+      ``[n, …]`` with one common n. `ends` is a curve on the same data between networks that compute the same
+      functions as A and B, for example before a permutation: its values at both ends are taken, and only
+      what lies between is evaluated. It raises TreeMismatchError where A and B differ in shape,
+      NonFiniteError where a weight is NaN or infinite, DataError where the data are empty or of different
+      lengths, ConfigError where `ends` is a curve of other metrics or of another number of examples.
 
     Raises:
       ConfigError: fewer than two alphas, or an empty batch.
@@ -174,7 +177,7 @@ def build_sweep(
     alphas = np.linspace(0.0, 1.0, num_alphas)
 
     @jax.jit
-    def evaluate(params_a: Any, params_b: Any, data: Any) -> Mapping[str, jax.Array]:
+    def evaluate(params_a: Any, params_b: Any, data: Any, alphas: Any) -> Mapping[str, jax.Array]:
         n, batches = num_examples(data), to_batches(data, batch_size)
 
         def at(alpha: jax.Array) -> Mapping[str, jax.Array]:
@@ -184,17 +187,33 @@ def build_sweep(
             return jax.tree.map(lambda x: x.reshape(-1)[:n], values)
 
         # `vmap` over alphas would turn convolutions into grouped ones, nine times slower on the CPU.
-        return jax.lax.map(at, jnp.asarray(alphas))
+        return jax.lax.map(at, alphas)
 
-    def measure(params_a: Any, params_b: Any, data: Any) -> BarrierCurve:
+    def measure(params_a: Any, params_b: Any, data: Any, ends: BarrierCurve | None = None) -> BarrierCurve:
         """Measures the segment between two networks; see `rebasin.build_sweep`."""
         check_same_shapes(params_a, params_b)
         for tree, name in ((params_a, "params_a"), (params_b, "params_b")):
             check_finite({p: leaf for p, leaf in leaf_table(tree).items() if predicate(p, leaf)}, name)
         check_data(data, user="a barrier")
-        return BarrierCurve(alphas, dict(jax.device_get(evaluate(params_a, params_b, data))))
+        if ends is None or num_alphas == 2:
+            between = evaluate(params_a, params_b, data, jnp.asarray(alphas))
+            return BarrierCurve(alphas, dict(jax.device_get(between)))
+        between = jax.device_get(evaluate(params_a, params_b, data, jnp.asarray(alphas[1:-1])))
+        return BarrierCurve(alphas, _join_ends(between, ends))
 
     return measure
+
+
+def _join_ends(between: Mapping[str, np.ndarray], ends: BarrierCurve) -> dict[str, np.ndarray]:
+    """Values between two networks, with those at both ends from another curve."""
+    wanted = {name: values.shape[1] for name, values in between.items()}
+    given = {name: values.shape[1] for name, values in ends.examples.items()}
+    if wanted != given:
+        raise ConfigError(f"ends: wanted metrics and numbers of examples {wanted}, got {given}")
+    return {
+        name: np.concatenate([ends.examples[name][:1], values, ends.examples[name][-1:]])
+        for name, values in between.items()
+    }
 
 
 def sweep(params_a: Any, params_b: Any, data: Any, metrics_fn: MetricsFn, **options: Any) -> BarrierCurve:

@@ -4,7 +4,8 @@ import functools
 import hashlib
 import math
 import os
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -39,6 +40,10 @@ __all__ = [
 
 # Called after each stored epoch with its number, that of the last epoch, and the training metrics.
 Progress = Callable[[int, int, Mapping[str, float]], None]
+
+
+# Work that a killed run loses at most where epochs are not all kept; a save takes 20 ms and more.
+_RESUME_SECONDS = 60.0
 
 
 class TrainState(NamedTuple):
@@ -78,10 +83,11 @@ def train(
     seed: int,
     directory: str | os.PathLike[str],
     start: Start | None = None,
+    keep: Collection[int] | None = None,
     progress: Progress | None = None,
     resume: bool = False,
 ) -> Trajectory:
-    """Trains one network and stores it after every epoch.
+    """Trains one network and stores it after every epoch, or after chosen ones.
 
     Networks of one recipe share one compiled epoch. All that is random in an epoch follows from `seed` and
     the epoch's number, so a run that was killed at any moment and resumed ends, bit for bit, where it would
@@ -96,6 +102,9 @@ def train(
       directory: the run's folder; see `rebasin.trajectory`.
       start: a tree to begin from in place of an initialisation. Its momentum is zero and the learning rate
         goes on at its epoch (as in OpenLTH); then `seed` only sets data order and augmentation.
+      keep: epochs to keep on disk; `None` keeps all. The last is always kept. Of the others, one a minute is
+        stored for a resumed run to begin at, and dropped when the next is. It changes no number, and says
+        nothing about a run that is finished already.
       progress: called after every epoch.
       resume: go on with an unfinished run from its last stored epoch.
 
@@ -128,12 +137,19 @@ def train(
     else:
         first = trajectory.record.first_epoch
         state = init(init_key, data) if start is None else _fresh_state(recipe, start.variables)
-        trajectory.save(first, state._asdict(), {})
+        if keep is None or first in keep:
+            trajectory.save(first, state._asdict(), {})
+    saved = time.perf_counter()
     for epoch in range(first + 1, recipe.epochs + 1):
         state, metrics = run_epoch(state, epoch, data_key, data)
         metrics = {name: float(value) for name, value in metrics._asdict().items()}
         _check_epoch(trajectory, epoch, state.variables, metrics["loss"])
-        trajectory.save(epoch, state._asdict(), metrics)
+        wanted = keep is None or epoch in keep or epoch == recipe.epochs
+        if wanted or time.perf_counter() - saved >= _RESUME_SECONDS:
+            trajectory.save(epoch, state._asdict(), metrics)
+            saved = time.perf_counter()
+            if keep is not None:
+                trajectory.drop(e for e in trajectory.epochs if e not in keep and e != epoch)
         if progress is not None:
             progress(epoch, recipe.epochs, metrics)
     return trajectory

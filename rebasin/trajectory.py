@@ -4,7 +4,7 @@ import contextlib
 import logging
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -127,6 +127,26 @@ class Trajectory:
         arguments = ocp.args.Composite(**{_ITEM: ocp.args.PyTreeSave(jax.device_get(dict(state)))})
         with _quiet():
             self._manager.save(epoch, args=arguments, custom_metadata=dict(metrics))
+
+    def drop(self, epochs: Iterable[int]) -> None:
+        """Deletes stored epochs, to free their disk space; those that are not stored are passed over.
+
+        Args:
+          epochs: what to delete; not the last stored epoch, which says how far the run is.
+
+        Raises:
+          TrajectoryError: the last stored epoch is among them. Nothing is deleted then.
+        """
+        wanted = set(epochs)
+        doomed = [epoch for epoch in self.epochs if epoch in wanted]
+        if doomed and doomed[-1] == self.epochs[-1]:
+            raise TrajectoryError(
+                f"epoch {doomed[-1]} is the last stored of {self.directory}: without it the run would be "
+                "unfinished; delete the folder to drop it whole"
+            )
+        with _quiet():
+            for epoch in doomed:
+                self._manager.delete(epoch)
 
     def restore(self, epoch: int, wanted: Mapping[str, Any]) -> Any:
         """Reads those subtrees of an epoch's state that `wanted` has, after comparing what is stored with it.

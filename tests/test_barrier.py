@@ -138,3 +138,27 @@ def test_bad_input_is_refused_before_anything_runs():
         curve.barrier("accuracy")
     with pytest.raises(ConfigError, match="unknown convention 'mean'"):
         curve.barrier("loss", convention="mean")
+
+
+def test_shared_ends_are_taken_and_only_what_lies_between_is_evaluated():
+    evaluated = []
+
+    def metrics(params, batch):
+        jax.debug.callback(lambda w: evaluated.append(float(w)), params["w"])
+        return quadratic(params, batch)
+
+    data = {"x": jnp.arange(4.0)}
+    measure = rebasin.build_sweep(metrics, num_alphas=5)
+    full = measure(scalar(4), scalar(0), data)
+    jax.effects_barrier()
+    evaluated.clear()
+    marked = full._replace(examples={name: values + 100 for name, values in full.examples.items()})
+    shared = measure(scalar(4), scalar(0), data, ends=marked)
+    jax.effects_barrier()
+    assert sorted(evaluated) == [1.0, 2.0, 3.0]
+    for name, values in full.examples.items():
+        np.testing.assert_array_equal(shared.examples[name][1:-1], values[1:-1])
+        np.testing.assert_array_equal(shared.examples[name][[0, -1]], values[[0, -1]] + 100)
+    with pytest.raises(ConfigError, match=r"ends: wanted metrics and numbers of examples .*: 3.*, got .*: 4"):
+        measure(scalar(4), scalar(0), {"x": jnp.arange(3.0)}, ends=full)
+    assert measure(scalar(4), scalar(0), data, ends=full).alphas.tolist() == full.alphas.tolist()

@@ -160,6 +160,52 @@ def test_resume_ends_at_the_same_bits(finished, copied, stored):
         chex.assert_trees_all_equal(trajectory[epoch], finished[epoch])
 
 
+def test_chosen_epochs_are_kept_and_are_those_of_a_whole_run(finished, tmp_path, monkeypatch):
+    sparse = train(RECIPE, DIGITS, seed=0, directory=tmp_path / "sparse", keep=(1, 3))
+    assert sparse.epochs == (1, 3, 6)
+    assert sparse.complete
+    for epoch in sparse:
+        chex.assert_trees_all_equal(sparse[epoch], finished[epoch])
+    # With a save due at every epoch, one beside the kept ones is there at any time, and none at the end.
+    monkeypatch.setattr("rebasin.training._RESUME_SECONDS", 0.0)
+    seen = []
+    folder = tmp_path / "watched"
+
+    def watch(*_):
+        seen.append(Trajectory(folder).epochs)
+
+    train(RECIPE, DIGITS, seed=0, directory=folder, keep=(0, 3), progress=watch)
+    assert seen == [(0, 1), (0, 2), (0, 3), (0, 3, 4), (0, 3, 5), (0, 3, 6)]
+
+
+def test_a_sparse_run_resumes_at_the_same_bits(finished, tmp_path, monkeypatch):
+    class Killed(Exception):
+        pass
+
+    def kill(epoch, *_):
+        if epoch == 5:
+            raise Killed
+
+    monkeypatch.setattr("rebasin.training._RESUME_SECONDS", 0.0)
+    arguments = {"seed": 0, "directory": tmp_path / "run", "keep": ()}
+    with pytest.raises(Killed):
+        train(RECIPE, DIGITS, progress=kill, **arguments)
+    assert Trajectory(tmp_path / "run").epochs == (5,)
+    resumed = train(RECIPE, DIGITS, resume=True, **arguments)
+    assert resumed.epochs == (6,)
+    chex.assert_trees_all_equal(resumed.last, finished.last)
+
+
+def test_dropped_epochs_are_gone_and_the_last_stays(copied):
+    trajectory = Trajectory(copied)
+    trajectory.drop((1, 2, 4, 99))
+    assert trajectory.epochs == Trajectory(copied).epochs == (0, 3, 5, 6)
+    assert not (copied / "2").exists()
+    with pytest.raises(TrajectoryError, match=rf"epoch 6 is the last stored of {copied}: without it the run"):
+        trajectory.drop((0, 6))
+    assert trajectory.epochs == (0, 3, 5, 6)
+
+
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this platform")
 def test_a_run_killed_again_and_again_ends_at_the_same_bits(finished, tmp_path):
     directory = tmp_path / "run"

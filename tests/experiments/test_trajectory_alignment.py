@@ -19,9 +19,11 @@ from experiments.console import Reporter
 from experiments.pairs import run_directory
 from experiments.presets import PRESETS, Thresholds, choose_preset
 from experiments.results import Results
+from experiments.segments import METRICS
 from experiments.statistics import student_interval
-from experiments.trajectory_alignment import ALIGNMENTS, METRICS, Config, run
-from rebasin.data import load_dataset
+from experiments.trajectory_alignment import Config, run
+from experiments.trajectory_claims import claim, early_epochs, judge
+from rebasin.data import load_dataset, normalise
 from rebasin.errors import ConfigError
 from rebasin.models import build_model
 from rebasin.recipes import build_recipe
@@ -36,9 +38,12 @@ def small_config(**changes):
         "recipe": recipe,
         "replicates": 2,
         "seed": 0,
-        "epochs": (0, 1, 4),
+        "methods": ("weights", "activations"),
+        "epochs": (0, 1, 2, 4),
+        "match_epochs": (1, 4),
         "num_alphas": 5,
         "num_eval": 200,
+        "num_match": 100,
         "thresholds": Thresholds(0.4, 0.1, 0.03),
     }
     return Config(**(fields | changes))
@@ -75,90 +80,190 @@ def error_rate(params, split, dataset):
     return (x.argmax(1) != split.labels).mean()
 
 
+def barrier_by_hand(params_a, params_b, split, dataset):
+    """Eq. 1 in error, in NumPy, on five points."""
+    errors = []
+    for alpha in np.linspace(0, 1, 5):
+        mixed = jax.tree.map(lambda x, y, alpha=alpha: alpha * x + (1 - alpha) * y, params_a, params_b)
+        errors.append(error_rate(mixed, split, dataset))
+    return (errors - np.linspace(errors[0], errors[-1], 5)).max()
+
+
 def test_barriers_are_those_of_the_networks_on_disk(finished):
-    """Everything from the checkpoints again, by plain NumPy, for one replicate and epoch."""
+    """Everything from the checkpoints again, by plain NumPy, for one replicate: P_s at t for each (s, t)."""
     results, folder, _ = finished
     config, dataset = small_config(), load_dataset("digits")
     a, b = (Trajectory(run_directory(folder / "runs", config.recipe, seed)) for seed in (2, 3))
     model = build_model("mlp", width=16, num_classes=10)
     spec = rebasin.infer_spec(model.apply, a.last, np.zeros((1, 8, 8, 1), np.float32))
     test = dataset.take(num_train=200, num_test=200).test
-    at = {"end": 4, "same_epoch": 1}
-    for name in ("unaligned", "end", "same_epoch", "at_end"):
-        source = at.get(name, 1)
-        match = rebasin.weight_matching(spec, a[source], b[source], key=jax.random.key(0))
-        measured_at = 4 if name == "at_end" else 1
-        params_a, params_b = a[measured_at], b[measured_at]
-        if name != "unaligned":
-            params_b = rebasin.permute(spec, match.permutation, params_b)
-        errors = []
-        for alpha in np.linspace(0, 1, 5):
-            mixed = jax.tree.map(lambda x, y, alpha=alpha: alpha * x + (1 - alpha) * y, params_a, params_b)
-            errors.append(error_rate(mixed, test, dataset))
-        chord = np.linspace(errors[0], errors[-1], 5)
-        stored = results.curves[1]["barriers"][name]["test_error"][1]
-        # float32 may decide one or two of 200 examples differently.
-        np.testing.assert_allclose(stored, (errors - chord).max(), atol=0.0101)
+    images = dataset.take(num_train=100).train.images
+    curve = results.curves[1]
+
+    def apply(variables, batch):
+        return model.apply(variables, normalise(batch, dataset.mean, dataset.std))
+
+    for method, stored in curve["methods"].items():
+        for s, t, value in (
+            (4, 1, stored["barriers"]["end"]["test_error"][1]),
+            (2, 2, stored["barriers"]["same_epoch"]["test_error"][2]),
+            (1, 4, stored["barriers"]["at_end"]["test_error"][1]),
+            (1, 2, stored["fixed"]["test_error"][0][2]),
+            (4, 0, stored["fixed"]["test_error"][1][0]),
+        ):
+            if method == "weights":
+                match = rebasin.weight_matching(spec, a[s], b[s], key=jax.random.key(0))
+            else:
+                match = rebasin.activation_matching(spec, a[s], b[s], apply, images)
+            moved = rebasin.permute(spec, match.permutation, b[t])
+            # float32 may decide one or two of 200 examples differently.
+            assert value == pytest.approx(barrier_by_hand(a[t], moved, test, dataset), abs=0.0101)
+            if (s, t) == (4, 1):
+                leaves = zip(jax.tree.leaves(a[t]), jax.tree.leaves(moved), strict=True)
+                distance = np.sqrt(sum(((x - np.asarray(y, np.float64)) ** 2).sum() for x, y in leaves))
+                assert stored["distance"]["end"][1] == pytest.approx(distance, rel=1e-5)
+    assert curve["unaligned"]["test_error"][3] == pytest.approx(
+        barrier_by_hand(a[4], b[4], test, dataset), abs=0.0101
+    )
 
 
 def test_results_have_the_schema_and_the_statistics(finished):
     results, folder, _ = finished
     content = json.loads((folder / "out/results.json").read_text())
-    assert list(content) == [
-        "schema_version",
-        "experiment",
-        "config",
-        "environment",
-        "seconds",
-        "curves",
-        "summary",
-        "claims",
-    ]
+    keys = "schema_version experiment config environment seconds curves summary claims"
+    assert list(content) == keys.split()
     assert content["config"]["recipe"]["width"] == 16
-    assert [curve["seeds"] for curve in content["curves"]] == [[0, 1], [2, 3]]
-    for name in ALIGNMENTS:
-        for metric in METRICS:
-            columns = np.array([curve["barriers"][name][metric] for curve in content["curves"]])
+    curves, summary = content["curves"], content["summary"]
+    assert [curve["seeds"] for curve in curves] == [[0, 1], [2, 3]]
+    for method in ("weights", "activations"):
+        own = [curve["methods"][method] for curve in curves]
+        for name in ("end", "same_epoch", "at_end"):
+            for metric in METRICS:
+                columns = np.array([o["barriers"][name][metric] for o in own])
+                mean = summary["methods"][method]["barriers"][name][metric]["mean"]
+                np.testing.assert_allclose(mean, columns.mean(0), atol=1e-6)
+                assert columns.shape == (2, 4)
+                assert (columns >= 0).all()
+        for o in own:
+            # At the last epoch P_t is P_end, whichever way it is written down.
+            last = {name: series["test_loss"][-1] for name, series in o["barriers"].items()}
+            assert len({*last.values(), o["fixed"]["test_loss"][-1][-1]}) == 1
+            assert o["fixed_points"]["total"][-1] == 1.0
+            # P_1 is one permutation, in the matrix and as that of its own epoch.
+            assert o["fixed"]["test_loss"][0][1] == o["barriers"]["same_epoch"]["test_loss"][1]
+            assert o["distance"]["same_epoch"][-1] == o["distance"]["end"][-1]
+            layers = o["fixed_points"]["groups"]
             np.testing.assert_allclose(
-                content["summary"]["barriers"][name][metric]["mean"], columns.mean(0), atol=1e-6
-            )
-            assert columns.shape == (2, 3)
-            assert (columns >= 0).all()
-    # At the last epoch P_t is P_end, whichever way it is written down.
-    for curve in content["curves"]:
-        last = {name: curve["barriers"][name]["test_loss"][-1] for name in ("end", "same_epoch", "at_end")}
-        assert len(set(last.values())) == 1
-        assert curve["fixed_points"][-1] == 1.0
-    assert {claim["id"] for claim in content["claims"]} == {
+                o["fixed_points"]["total"], np.mean(list(layers.values()), axis=0), rtol=1e-6
+            )  # three layers of one width
+    assert [claim["id"] for claim in content["claims"]] == [
         "unaligned_barrier",
-        "one_permutation_aligns_every_epoch",
-        "one_permutation_aligns_the_end",
-        "early_permutations_fail",
+        *(
+            f"{name}_{method}"
+            for method in ("weights", "activations")
+            for name in (
+                "one_permutation_aligns_every_epoch",
+                "one_permutation_aligns_the_end",
+                "early_permutations_fail",
+            )
+        ),
+        "early_permutations_are_closer",
+        "early_permutations_are_worse_in_place",
+        "activations_succeed_earlier",
+    ]
+    for entry in content["claims"]:
+        assert entry["low"] <= entry["measured"] <= entry["high"]
+
+
+def test_claims_follow_their_rules():
+    """On made-up curves of three replicates, by hand."""
+    config = {
+        "epochs": [0, 1, 2, 30],
+        "methods": ["weights"],
+        "thresholds": {"unaligned_above": 0.4, "any_epoch_at_most": 0.1, "end_at_most": 0.03},
     }
-    for claim in content["claims"]:
-        assert claim["low"] <= claim["measured"] <= claim["high"]
+
+    def curve(shift):
+        barriers = {
+            "end": [0.0, 0.09 + shift, 0.05, 0.02],
+            "same_epoch": [0.0, 0.19 + shift, 0.35, 0.02],
+            "at_end": [0.8, 0.52 + shift, 0.3, 0.02],
+        }
+        own = {
+            "barriers": {name: {"test_error": values} for name, values in barriers.items()},
+            "distance": {"same_epoch": [9.0, 9.0, 8.0, 10.0], "end": [10.0] * 4},
+        }
+        return {"unaligned": {"test_error": [0, 0, 0, 0.5 + shift]}, "methods": {"weights": own}}
+
+    found = {entry.id: entry for entry in judge(config, [curve(shift) for shift in (-0.01, 0.0, 0.01)])}
+    measured = {
+        "unaligned_barrier": 0.5,
+        "one_permutation_aligns_every_epoch_weights": 0.09,
+        "one_permutation_aligns_the_end_weights": 0.02,
+        "early_permutations_fail_weights": 0.5,
+        "early_permutations_are_closer": -0.15,
+        "early_permutations_are_worse_in_place": 0.2,
+    }
+    assert {name: round(entry.measured, 6) for name, entry in found.items()} == measured
+    assert all(entry.holds for entry in found.values())
+    worse = {entry.id: entry.holds for entry in judge(config, [curve(s) for s in (-0.2, 0.0, 0.29)])}
+    assert worse == dict.fromkeys(measured, True) | {
+        "one_permutation_aligns_every_epoch_weights": False,
+        "early_permutations_fail_weights": False,
+    }
+    assert early_epochs([0, 1, 2, 3, 4, 30]) == [1, 2, 3]
+    assert early_epochs([0, 2, 4]) == [1]
+    assert not claim("x", "", "", np.array([1.0, -0.1])).holds
+    assert claim("x", "", "", np.array([1.0])).holds
+    assert claim("x", "", "", np.array([-1.0]), below=True).holds
 
 
 def test_csv_is_tidy(finished):
     results, folder, _ = finished
     with (folder / "out/barriers.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 2 * 3 * len(ALIGNMENTS) * len(METRICS)
-    row = next(
-        r
-        for r in rows
-        if (r["replicate"], r["epoch"], r["alignment"], r["metric"]) == ("1", "1", "end", "test_loss")
-    )
-    assert float(row["barrier"]) == pytest.approx(
-        results.curves[1]["barriers"]["end"]["test_loss"][1], rel=1e-5
+    # Four epochs without a permutation; for each method P_1 and P_4 at four epochs each, P_0 and P_2 at their
+    # own and at the last.
+    assert len(rows) == 2 * len(METRICS) * (4 + 2 * (2 * 4 + 2 * 2))
+    found = {
+        tuple(row[key] for key in ("replicate", "method", "match_epoch", "epoch", "metric")): row
+        for row in rows
+    }
+    assert len(found) == len(rows)
+    curve = results.curves[1]
+    for key, value in (
+        (("1", "none", "", "2", "test_loss"), curve["unaligned"]["test_loss"][2]),
+        (
+            ("1", "weights", "4", "1", "test_loss"),
+            curve["methods"]["weights"]["barriers"]["end"]["test_loss"][1],
+        ),
+        (
+            ("1", "activations", "1", "2", "train_loss"),
+            curve["methods"]["activations"]["fixed"]["train_loss"][0][2],
+        ),
+        (
+            ("1", "weights", "0", "4", "test_loss"),
+            curve["methods"]["weights"]["barriers"]["at_end"]["test_loss"][0],
+        ),
+    ):
+        assert float(found[key]["barrier"]) == pytest.approx(value, rel=1e-5)
+    assert float(found["1", "none", "", "2", "test_loss"]["endpoint_b"]) == pytest.approx(
+        curve["endpoints"]["test_loss"]["b"][2], rel=1e-5
     )
 
 
 def test_table_fits_80_columns_and_says_what_it_shows(finished):
     _, _, text = finished
-    assert max(len(line) for line in text.splitlines() if not line.startswith("/")) <= 80
+    assert max(len(line) for line in text.splitlines() if not line.startswith(("/", "disk:"))) <= 80
     assert "…" not in text
-    for word in ("P_end", "P_t@end", "mean±sd of 2 pairs", "computing time", "training_trajectories.png"):
+    for word in (
+        "P_end",
+        "P_t@end",
+        "mean±sd of 2 pairs",
+        "computing time",
+        "permutations.png",
+        "disk: at most",
+    ):
         assert word in text
     assert text.count("holds") + text.count("does not hold") >= 4
 
@@ -166,8 +271,11 @@ def test_table_fits_80_columns_and_says_what_it_shows(finished):
 def test_a_finished_run_is_only_drawn_anew(finished):
     results, folder, _ = finished
     before = (folder / "out/results.json").read_bytes()
-    figure = folder / "out/training_trajectories.png"
-    figure.unlink()
+    figures = [
+        folder / f"out/{n}.png" for n in ("training_trajectories", "fixed_permutations", "permutations")
+    ]
+    for figure in figures:
+        figure.unlink()
     began = time.perf_counter()
     again = run(
         small_config(),
@@ -176,8 +284,8 @@ def test_a_finished_run_is_only_drawn_anew(finished):
         runs_dir=folder / "none",
         reporter=quiet(),
     )
-    assert time.perf_counter() - began < 5
-    assert figure.stat().st_size > 10_000
+    assert time.perf_counter() - began < 20
+    assert all(figure.stat().st_size > 10_000 for figure in figures)
     assert (folder / "out/results.json").read_bytes() == before
     assert not (folder / "none").exists()
     assert again.claims == Results.load(folder / "out/results.json").claims
@@ -215,27 +323,55 @@ def test_an_unfinished_run_needs_resume_and_keeps_its_replicates(finished, tmp_p
     ):
         run(small_config(), load_dataset("digits"), **arguments)
     resumed = run(small_config(), load_dataset("digits"), resume=True, **arguments)
-    # Seven digits are kept in the file.
-    for name in ALIGNMENTS:
-        np.testing.assert_allclose(
-            [curve["barriers"][name]["test_loss"] for curve in resumed.curves],
-            [curve["barriers"][name]["test_loss"] for curve in complete.curves],
-            rtol=1e-6,
-            atol=1e-7,
-        )
+    # To the last bit: what is summed up has gone through the file's seven digits either way.
+    assert (resumed.curves, resumed.summary) == (complete.curves, complete.summary)
+    assert Results.load(tmp_path / "out/results.json").claims == complete.claims
+
+
+@pytest.mark.parametrize(("keep", "left"), [("none", None), ("ends", (0, 4))])
+def test_networks_are_dropped_and_the_numbers_stay(finished, tmp_path, keep, left):
+    _, folder, _ = finished
+    complete = Results.load(folder / "out/results.json")
+    output, runs = tmp_path / "out", tmp_path / "runs"
+    config = small_config(replicates=1, methods=("weights",))
+    results = run(
+        config, load_dataset("digits"), output_dir=output, runs_dir=runs, keep=keep, reporter=quiet()
+    )
+    ours, theirs = (r.curves[0]["methods"]["weights"] for r in (results, complete))
+    assert ours == theirs
+    assert not runs.exists()
+    if left is None:
+        assert not (output / "networks").exists()
+    else:
+        stored = [Trajectory(run_directory(output / "networks", config.recipe, seed)) for seed in (0, 1)]
+        assert [trajectory.epochs for trajectory in stored] == [left, left]
+
+
+def test_networks_found_elsewhere_are_never_dropped(finished, tmp_path):
+    _, folder, _ = finished
+    config = small_config(replicates=1, methods=("weights",))
+    arguments = {"output_dir": tmp_path / "out", "runs_dir": folder / "runs", "keep": "none"}
+    run(config, load_dataset("digits"), **arguments, reporter=quiet())
+    assert not (tmp_path / "out/networks").exists()
+    found = Trajectory(run_directory(folder / "runs", config.recipe, 0))
+    assert found.epochs == (0, 1, 2, 3, 4)
 
 
 def test_every_problem_of_a_config_is_listed():
     with pytest.raises(ConfigError) as info:
-        small_config(replicates=0, num_alphas=1, epochs=(0, 2))
+        small_config(replicates=0, num_alphas=1, epochs=(0, 2), methods=("magic",))
     assert str(info.value).splitlines() == [
         "this experiment cannot work:",
+        "  methods: wanted some of weights, activations, got 'magic'",
         "  replicates: wanted at least 1, got 0",
         "  num_alphas: wanted at least 2, both ends of the segment, got 1",
         "  epochs: wanted the recipe's last, 4, at the end, got 2",
+        "  match_epochs: wanted ascending ones of epochs, with the last, got [1, 4]",
     ]
     with pytest.raises(ConfigError, match=r"epochs: wanted ascending epochs from 0 on, got \[0, 3, 2, 4\]"):
         small_config(epochs=(0, 3, 2, 4))
+    with pytest.raises(ConfigError, match=r"methods: wanted at least one, none twice, got \[\]"):
+        small_config(methods=())
 
 
 def test_student_interval_against_the_table():
@@ -255,6 +391,9 @@ def test_presets_make_recipes_and_end_at_their_last_epoch(name):
         assert recipe.width == preset.recipe["width"]
         assert preset.epochs is None or preset.epochs[-1] == recipe.epochs
         assert preset.build_recipe("trajectory", epochs=7, width=9).epochs == 7
+        assert set(preset.match_epochs) <= set(preset.epochs or range(recipe.epochs + 1))
+        assert preset.match_epochs[-1] == recipe.epochs
+        assert max(preset.spawn_epochs) < recipe.epochs
 
 
 def test_unknown_presets():
@@ -281,15 +420,18 @@ def test_the_binary_from_end_to_end(finished, tmp_path):
         "--epochs=4",
         "--warmup_epochs=1",
         "--replicates=1",
-        "--record_epochs=0,4",
+        "--record_epochs=0,1,4",
+        "--match_epochs=1",
+        "--matching=weights",
         "--num_alphas=3",
     ]
     done = call_binary(*flags, f"--output_dir={tmp_path}", "--preset=digits")
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     content = json.loads((tmp_path / "results.json").read_text())
-    assert (content["config"]["epochs"], content["config"]["num_alphas"]) == ([0, 4], 3)
-    assert content["summary"]["barriers"]["end"]["test_error"]["deviation"] == [None, None]
+    assert (content["config"]["epochs"], content["config"]["num_alphas"]) == ([0, 1, 4], 3)
+    assert (content["config"]["match_epochs"], content["config"]["methods"]) == ([1, 4], ["weights"])
+    assert content["summary"]["unaligned"]["test_error"]["deviation"] == [None] * 3
     strict = call_binary(*flags, f"--output_dir={tmp_path}", "--strict")
     assert strict.returncode == (0 if all(claim["holds"] for claim in content["claims"]) else 1)
 

@@ -1,0 +1,242 @@
+"""Children of two networks: their barriers, the onset, and what a killed run ends with."""
+
+import csv
+import dataclasses
+import io
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+
+import rebasin
+from experiments.console import Reporter
+from experiments.instability_analysis import Config, run
+from experiments.instability_report import judge
+from experiments.networks import child_seed
+from experiments.pairs import run_directory
+from experiments.results import Results
+from experiments.segments import METRICS, Meter
+from rebasin.data import load_dataset
+from rebasin.errors import ConfigError
+from rebasin.models import build_model
+from rebasin.recipes import build_recipe
+from rebasin.training import Start, train
+from rebasin.trajectory import Trajectory
+
+DIGITS = load_dataset("digits")
+RECIPE = build_recipe("instability", dataset="digits", model="mlp", width=16, epochs=4, batch_size=32)
+
+
+def small_config(**changes):
+    fields = {
+        "recipe": RECIPE,
+        "replicates": 2,
+        "seed": 0,
+        "methods": ("weights",),
+        "epochs": (0, 1, 3),
+        "onset_at_most": 0.02,
+        "num_alphas": 5,
+        "num_eval": 200,
+        "num_match": 100,
+    }
+    return Config(**(fields | changes))
+
+
+def reporter(text=None):
+    return Reporter(Console(file=text or io.StringIO(), width=80))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One finished run, its folder, and what it printed."""
+    folder, text = tmp_path_factory.mktemp("instability"), io.StringIO()
+    results = run(
+        small_config(),
+        DIGITS,
+        output_dir=folder / "out",
+        runs_dir=folder / "runs",
+        reporter=reporter(text),
+    )
+    return results, folder, text.getvalue()
+
+
+def test_barriers_are_those_of_children_trained_by_hand(finished, tmp_path):
+    """Parents and children of the second pair anew, with a whole sweep for each barrier."""
+    results, _, _ = finished
+    a, b = (train(RECIPE, DIGITS, seed=s, directory=tmp_path / f"{s}") for s in (2, 3))
+    model = build_model("mlp", width=16, num_classes=10)
+    spec = rebasin.infer_spec(model.apply, a.last, np.zeros((1, 8, 8, 1), np.float32))
+    p_end = rebasin.weight_matching(spec, a.last, b.last, key=jax.random.key(0)).permutation
+    p_1 = rebasin.weight_matching(spec, a[1], b[1], key=jax.random.key(0)).permutation
+
+    def child(parent, number):
+        seed = child_seed(parent.seed, 1, number)
+        directory = tmp_path / f"child_{seed}"
+        return train(RECIPE, DIGITS, seed=seed, directory=directory, start=Start(parent[1], 1)).last
+
+    a1, a2, b1 = child(a, 1), child(a, 2), child(b, 1)
+    meter = Meter(model, DIGITS, num_alphas=5, num_eval=200)
+    curve = results.curves[1]
+    for params_a, params_b, permutation, stored in (
+        (a1, a2, None, curve["siblings"]),
+        (a1, b1, None, curve["unaligned"]),
+        (a1, b1, p_end, curve["children"]["weights"]),
+        (a.last, b.last, p_1, curve["at_end"]["weights"]),
+        (a.last, b.last, p_end, curve["parents"]["weights"]),
+    ):
+        moved = params_b if permutation is None else rebasin.permute(spec, permutation, params_b)
+        measured = meter(params_a, moved)
+        for metric in METRICS:
+            value = stored[metric] if np.ndim(stored[metric]) == 0 else stored[metric][1]
+            # Ends of aligned segments are those of the networks before the permutation.
+            assert value == pytest.approx(measured.barrier(metric).value, abs=0.0051)
+
+
+def test_siblings_are_siblings(finished):
+    """Two children of one parent part; without a difference in seed they would have no barrier at all."""
+    results, _, _ = finished
+    assert min(min(curve["siblings"]["train_loss"]) for curve in results.curves) >= 0
+    assert max(max(curve["siblings"]["train_loss"]) for curve in results.curves) > 0
+    seeds = [child_seed(p, t, k) for p in range(20) for t in range(200) for k in (1, 2)]
+    assert len(set(seeds)) == len(seeds)
+
+
+def test_results_csv_and_table(finished):
+    results, folder, text = finished
+    content = json.loads((folder / "out/results.json").read_text())
+    assert [curve["epochs"] for curve in content["curves"]] == [[0, 1, 3]] * 2
+    columns = np.array([curve["siblings"]["test_loss"] for curve in content["curves"]])
+    np.testing.assert_allclose(
+        content["summary"]["siblings"]["test_loss"]["mean"], columns.mean(0), atol=1e-6
+    )
+    with (folder / "out/barriers.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    # Siblings, children, children under P_end and parents under P_t by epoch; parents twice.
+    assert len(rows) == 2 * len(METRICS) * (4 * 3 + 2)
+    keys = ("replicate", "pair", "method", "epoch", "metric")
+    found = {tuple(row[key] for key in keys): float(row["barrier"]) for row in rows}
+    assert len(found) == len(rows)
+    assert found["1", "children", "weights", "3", "test_loss"] == pytest.approx(
+        results.curves[1]["children"]["weights"]["test_loss"][2], rel=1e-5
+    )
+    assert (folder / "out/sgd_instability.png").stat().st_size > 10_000
+    lines = [line for line in text.splitlines() if not line.startswith(("/", "disk:"))]
+    assert max(map(len, lines)) <= 80
+    for word in ("onset of linear connectivity: epoch", "P_t@end", "mean±sd of 2 pairs", "disk: at most"):
+        assert word in text
+
+
+def test_only_ends_are_kept_by_default(finished):
+    _, folder, _ = finished
+    assert not (folder / "runs").exists()
+    home = run_directory(folder / "out/networks", RECIPE, 0)
+    assert Trajectory(home).epochs == (0, 4)
+    children = sorted((home.parent / "children").iterdir())
+    assert len(children) == 2 * 3 * 3
+    assert {Trajectory(child).epochs for child in children} == {(4,)}
+
+
+@pytest.mark.parametrize("keep", ["none", "all"])
+def test_a_run_killed_between_two_epochs_ends_with_the_same_numbers(finished, tmp_path, monkeypatch, keep):
+    """Killed in the second child of the third family; checkpoints dropped or kept make no difference."""
+    complete, _, _ = finished
+    calls = []
+
+    def killed(*arguments, **options):
+        calls.append(None)
+        if len(calls) == 8:
+            raise KeyboardInterrupt
+        return train(*arguments, **options)
+
+    monkeypatch.setattr("experiments.networks.train", killed)
+    arguments = {"output_dir": tmp_path / "out", "runs_dir": tmp_path / "runs", "keep": keep}
+    with pytest.raises(KeyboardInterrupt):
+        run(small_config(), DIGITS, **arguments, reporter=reporter())
+    stored = Results.load(tmp_path / "out/results.json")
+    assert [curve["epochs"] for curve in stored.curves] == [[0, 1]]
+    with pytest.raises(ConfigError, match="pass --resume to go on with it"):
+        run(small_config(), DIGITS, **arguments, reporter=reporter())
+    run(small_config(), DIGITS, **arguments, resume=True, reporter=reporter())
+    resumed = Results.load(tmp_path / "out/results.json")
+    assert resumed.curves == complete.curves
+    assert resumed.summary == complete.summary
+    assert [dataclasses.astuple(c) for c in resumed.claims] == [
+        dataclasses.astuple(c) for c in Results.load(finished[1] / "out/results.json").claims
+    ]
+    assert (tmp_path / "out/networks").exists() is False
+    if keep == "all":
+        assert Trajectory(run_directory(tmp_path / "runs", RECIPE, 3)).epochs == (0, 1, 2, 3, 4)
+
+
+def made_up(siblings, children, parents):
+    return {
+        "siblings": {"test_error": siblings},
+        "children": {"weights": {"test_error": children}},
+        "parents": {"weights": {"test_error": parents}},
+    }
+
+
+def test_claims_follow_their_rules():
+    config = {"epochs": [0, 1, 3, 7], "onset_at_most": 0.02, "methods": ["weights"]}
+    curves = [
+        made_up([0.5, 0.03, 0.01, 0.0], [0.4 + x, 0.3, 0.02 + x, 0.01], 0.01) for x in (0, 0.002, -0.002)
+    ]
+    claims = {claim.id: claim for claim in judge(config, curves)}
+    assert [claim.holds for claim in claims.values()] == [True] * 4
+    onset = claims["onset_of_linear_connectivity"]
+    # Half way from .03 at log 2 to .01 at log 4.
+    assert onset.measured == onset.low == onset.high == pytest.approx(2**1.5 - 1)
+    # Epochs 3 and 7 follow the onset: excesses .01 and 0.
+    assert claims["parents_permutation_aligns_children_weights"].measured == pytest.approx(0.005)
+    assert claims["parents_permutation_fails_before_weights"].measured == pytest.approx(0.39)
+
+    never = [made_up([0.5, 0.03, 0.01, 0.1], [0.01] * 4, 0.01) for _ in range(3)]
+    claims = {claim.id: claim for claim in judge(config, never)}
+    assert {name: claim.holds for name, claim in claims.items()} == {
+        "unstable_at_first": True,
+        "onset_of_linear_connectivity": False,
+        "parents_permutation_aligns_children_weights": False,
+        "parents_permutation_fails_before_weights": False,
+    }
+    assert np.isnan(claims["onset_of_linear_connectivity"].measured)
+
+
+def test_every_problem_of_a_config_is_listed():
+    with pytest.raises(ConfigError) as info:
+        small_config(replicates=0, num_alphas=1, epochs=(0, 4), onset_at_most=2.0)
+    assert str(info.value).splitlines() == [
+        "this experiment cannot work:",
+        "  replicates: wanted at least 1, got 0",
+        "  num_alphas: wanted at least 2, both ends of the segment, got 1",
+        "  onset_at_most: wanted a fraction, got 2.0",
+        "  epochs: wanted ascending epochs from 0 to 3, got [0, 4]",
+    ]
+
+
+def test_the_binary_from_end_to_end(tmp_path):
+    flags = [
+        "--width=16",
+        "--epochs=3",
+        "--replicates=1",
+        "--spawn_epochs=0,2",
+        "--num_alphas=3",
+        "--matching=weights",
+    ]
+    command = [sys.executable, "-m", "experiments.sgd_instability", f"--output_dir={tmp_path}", *flags]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, check=False, env={**os.environ}
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    content = json.loads((tmp_path / "results.json").read_text())
+    assert content["config"]["epochs"] == [0, 2]
+    assert (content["config"]["recipe"]["warmup_epochs"], content["config"]["recipe"]["weight_decay"]) == (
+        1,
+        0,
+    )
+    wrong = subprocess.run([*command, "--spawn_epochs=one"], capture_output=True, text=True, timeout=120)
+    assert wrong.stderr == "error: wanted epochs, such as 0,1,5, got 'one'\n"
