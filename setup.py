@@ -24,6 +24,9 @@ EXPERIMENTS = [
     "tensorflow-datasets>=4.9.9",
 ]
 
+# For the matching methods that learn, which load them when they are called.
+SINKHORN = ["optax>=0.2.5", "ott-jax>=0.6"]
+
 # Exact versions of the linters: a rule that changes with a release should not turn a check red by itself.
 TEST = [
     "chex>=0.1.91",
@@ -49,7 +52,11 @@ setup(
     packages=find_packages(include=["rebasin", "rebasin.*"]),
     package_data={"rebasin": ["py.typed", "digits.npz"]},
     install_requires=["jax>=0.10", "numpy>=2.0", "scipy>=1.13"],
-    extras_require={"experiments": EXPERIMENTS, "test": [*EXPERIMENTS, *TEST]},
+    extras_require={
+        "experiments": [*EXPERIMENTS, *SINKHORN],
+        "sinkhorn": SINKHORN,
+        "test": [*EXPERIMENTS, *SINKHORN, *TEST],
+    },
     keywords=[
         "jax",
         "flax",

@@ -11,9 +11,18 @@ from rebasin.barrier import Barrier, BarrierCurve, build_sweep, sweep
 from rebasin.errors import RebasinError
 from rebasin.inference import infer_spec, register_rule
 from rebasin.matching.activations import activation_matching
-from rebasin.matching.covariance import apply_metric, covariance_matching
+from rebasin.matching.covariance import covariance_matching
+from rebasin.matching.frank_wolfe import frank_wolfe_matching, universe_matching
+from rebasin.matching.metric import apply_metric
+from rebasin.matching.partial import partial_weight_matching, widen
+from rebasin.matching.registry import METHODS, match
 from rebasin.matching.result import MatchResult
-from rebasin.matching.weights import weight_matching
+from rebasin.matching.sinkhorn import sinkhorn_matching
+from rebasin.matching.straight_through import straight_through_matching
+from rebasin.matching.universe import UniverseResult
+from rebasin.matching.weights import joint_weight_matching, weight_matching, weight_matchings
+from rebasin.merging import average, cycle_error, match_to_reference, merge_many
+from rebasin.norms import build_norm_reset
 from rebasin.permutation import (
     FixedPoints,
     Permutation,
@@ -27,7 +36,8 @@ from rebasin.permutation import (
     random_permutation,
     save_permutation,
 )
-from rebasin.repair import Repair, build_norm_reset, build_repair
+from rebasin.repair import Repair, build_repair
+from rebasin.simplex import SimplexBarrier, SimplexSurface, build_simplex_sweep, simplex_grid
 from rebasin.spec import PermutationSpec, Pin
 from rebasin.trees import interpolate
 from rebasin.verification import verify_spec
@@ -40,32 +50,51 @@ __all__ = [
     "BarrierCurve",
     "Factor",
     "FixedPoints",
+    "METHODS",
     "MatchResult",
     "Permutation",
     "PermutationSpec",
     "Pin",
     "RebasinError",
     "Repair",
+    "SimplexBarrier",
+    "SimplexSurface",
+    "UniverseResult",
     "activation_matching",
     "apply_metric",
+    "average",
     "build_norm_reset",
     "build_repair",
+    "build_simplex_sweep",
     "build_sweep",
     "check_permutation",
     "compose",
     "covariance_matching",
+    "cycle_error",
     "fixed_points",
+    "frank_wolfe_matching",
     "identity_permutation",
     "infer_spec",
     "interpolate",
     "invert",
+    "joint_weight_matching",
     "load_permutation",
+    "match",
+    "match_to_reference",
     "maximise_assignment",
+    "merge_many",
+    "partial_weight_matching",
     "permute",
     "random_permutation",
     "register_rule",
     "save_permutation",
+    "simplex_grid",
+    "sinkhorn_matching",
+    "straight_through_matching",
     "sweep",
+    "universe_matching",
     "verify_spec",
     "weight_matching",
+    "weight_matchings",
+    "widen",
 ]

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rebasin.errors import ConfigError, DataError, problem_list
+from rebasin.batches import check_batch_size, check_data, num_examples, to_batches
+from rebasin.errors import ConfigError
 from rebasin.trees import LeafPredicate, check_finite, check_same_shapes, interpolate, is_weight, leaf_table
 
 __all__ = ["Barrier", "BarrierCurve", "Convention", "MetricsFn", "build_sweep", "sweep"]
@@ -171,16 +172,13 @@ def build_sweep(
         raise ConfigError(
             f"a sweep needs both ends of the segment: num_alphas must be at least 2, got {num_alphas}"
         )
-    if batch_size < 1:
-        raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
+    check_batch_size(batch_size)
     # In float64 on the host and exact at both ends and at the middle.
     alphas = np.linspace(0.0, 1.0, num_alphas)
 
     @jax.jit
     def evaluate(params_a: Any, params_b: Any, data: Any, alphas: Any) -> Mapping[str, jax.Array]:
-        n = jax.tree.leaves(data)[0].shape[0]
-        size = min(batch_size, n)
-        batches = jax.tree.map(lambda x: _to_batches(x, size), data)
+        n, batches = num_examples(data), to_batches(data, batch_size)
 
         def at(alpha: jax.Array) -> Mapping[str, jax.Array]:
             params = interpolate(params_a, params_b, alpha, predicate=predicate)
@@ -196,7 +194,7 @@ def build_sweep(
         check_same_shapes(params_a, params_b)
         for tree, name in ((params_a, "params_a"), (params_b, "params_b")):
             check_finite({p: leaf for p, leaf in leaf_table(tree).items() if predicate(p, leaf)}, name)
-        _check_data(data)
+        check_data(data, user="a barrier")
         if ends is None or num_alphas == 2:
             between = evaluate(params_a, params_b, data, jnp.asarray(alphas))
             return BarrierCurve(alphas, dict(jax.device_get(between)))
@@ -232,26 +230,3 @@ def sweep(params_a: Any, params_b: Any, data: Any, metrics_fn: MetricsFn, **opti
       The curve.
     """
     return build_sweep(metrics_fn, **options)(params_a, params_b, data)
-
-
-def _to_batches(x: jax.Array, size: int) -> jax.Array:
-    """``[n, …]`` as ``[ceil(n / size), size, …]``; copies of the first example fill the last batch.
-
-    Real examples rather than zeros, so that nothing can be NaN that would not be NaN anyway.
-    """
-    missing = -x.shape[0] % size
-    filled = jnp.concatenate([x, jnp.repeat(x[:1], missing, axis=0)]) if missing else x
-    return filled.reshape(-1, size, *x.shape[1:])
-
-
-def _check_data(data: Any) -> None:
-    lengths = {path: np.shape(leaf)[0] if np.ndim(leaf) else None for path, leaf in leaf_table(data).items()}
-    if len(set(lengths.values())) != 1 or None in lengths.values():
-        problems = [
-            f"{path or 'data'}: {'scalar' if n is None else f'{n} examples'}" for path, n in lengths.items()
-        ]
-        raise DataError(
-            problem_list("data must be arrays [n, …] with one common n:", problems or ["no arrays"])
-        )
-    if 0 in lengths.values():
-        raise DataError("data hold no examples: a barrier needs at least one")

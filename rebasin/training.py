@@ -32,6 +32,7 @@ __all__ = [
     "build_epoch",
     "build_init",
     "build_metrics",
+    "classification_metrics",
     "learning_rate",
     "shuffled_batches",
     "train",
@@ -177,7 +178,7 @@ def build_epoch(recipe: Recipe, num_classes: int) -> Callable[..., tuple[TrainSt
     optimizer = _optimizer(recipe)
 
     def loss_and_error(variables: Any, images: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
-        values = _classification(model.apply(variables, images), labels)
+        values = classification_metrics(model.apply(variables, images), labels)
         return jnp.mean(values["loss"]), jnp.mean(values["error"])
 
     @functools.partial(jax.jit, donate_argnames="state")
@@ -225,7 +226,9 @@ def build_metrics(
     """
 
     def metrics_fn(variables: Any, batch: Split) -> dict[str, jax.Array]:
-        return _classification(model.apply(variables, normalise(batch.images, mean, std)), batch.labels)
+        return classification_metrics(
+            model.apply(variables, normalise(batch.images, mean, std)), batch.labels
+        )
 
     return metrics_fn
 
@@ -271,7 +274,8 @@ def _optimizer(recipe: Recipe) -> optax.GradientTransformation:
     return optax.chain(optax.add_decayed_weights(recipe.weight_decay), optax.trace(recipe.momentum))
 
 
-def _classification(logits: Any, labels: jax.typing.ArrayLike) -> dict[str, jax.Array]:
+def classification_metrics(logits: Any, labels: jax.typing.ArrayLike) -> dict[str, jax.Array]:
+    """Cross entropy and 0–1 error of each example: ``[n, classes], [n] -> {"loss": [n], "error": [n]}``."""
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     return {"loss": loss, "error": (jnp.argmax(logits, axis=-1) != labels).astype(jnp.float32)}
 

@@ -17,10 +17,13 @@ ROOMS = [
     ["rebasin.records"],
     ["rebasin.recipes", "rebasin.data", "rebasin.augmentation", "rebasin.models"],
     ["rebasin"],  # the public names of all that follows
-    ["rebasin.matching", "rebasin.verification", "rebasin.barrier", "rebasin.repair"],
+    ["rebasin.simplex"],
+    ["rebasin.merging"],
+    ["rebasin.matching", "rebasin.verification", "rebasin.barrier", "rebasin.repair", "rebasin.norms"],
+    ["rebasin.soft"],
     ["rebasin.tracing"],
     ["rebasin.permutation", "rebasin.assignment", "rebasin.inference"],
-    ["rebasin.blocks"],
+    ["rebasin.blocks", "rebasin.batches"],
     ["rebasin.spec"],
     ["rebasin.axis"],
     ["rebasin.trees"],
@@ -84,10 +87,12 @@ a = {"w": jax.random.normal(key, (3, 8)), "v": jnp.ones((8, 2))}
 x = jnp.ones((4, 3))
 spec = rebasin.infer_spec(apply, a, x)
 b = rebasin.permute(spec, rebasin.random_permutation(spec, a, key=key), a)
-match = rebasin.weight_matching(spec, a, b, key=key)
+match = rebasin.match(spec, a, b, key=key)
+rebasin.universe_matching(spec, [a, b])
 rebasin.sweep(a, rebasin.permute(spec, match.permutation, b), x, lambda t, x: {"loss": apply(t, x).sum(1)})
 rebasin.verify_spec(spec, apply, a, x)
-heavy = ["tensorflow", "tensorflow_datasets", "orbax", "flax", "optax", "matplotlib", "absl", "rich", "PIL"]
+heavy = ["tensorflow", "tensorflow_datasets", "orbax", "flax", "optax", "matplotlib", "absl"]
+heavy += ["rich", "PIL", "ott", "lineax"]
 print([name for name in heavy if name in sys.modules])
 """
     done = subprocess.run(

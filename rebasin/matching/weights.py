@@ -5,23 +5,24 @@ is the inner product ⟨A, P[B]⟩ over all weights, each counted once, so that 
 2·objective.
 """
 
+import os
 import time
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import jax
-import numpy as np
 
-from rebasin.errors import ConfigError
+from rebasin.errors import ConfigError, TreeMismatchError
 from rebasin.matching.ascent import Ascent
+from rebasin.matching.climb import Start, check_options, checked_leaves, climb
+from rebasin.matching.kernels import Kernel, check_kernel, kernel_pieces
 from rebasin.matching.result import MatchResult
 from rebasin.permutation import Permutation, check_permutation, identity_permutation
 from rebasin.spec import PermutationSpec
-from rebasin.trees import LeafPredicate, check_finite, check_same_shapes, is_weight, leaf_table
+from rebasin.trees import LeafPredicate, check_same_shapes, is_weight
 
-__all__ = ["Start", "weight_matching"]
-
-Start = Literal["depth", "identity"]
+__all__ = ["Start", "joint_weight_matching", "weight_matching", "weight_matchings"]
 
 
 def weight_matching(
@@ -32,6 +33,9 @@ def weight_matching(
     key: jax.Array,
     start: Start | Permutation = "depth",
     max_sweeps: int = 100,
+    restarts: int = 1,
+    kernel: Kernel = "inner",
+    leaf_weights: Mapping[str, float] | None = None,
     predicate: LeafPredicate = is_weight,
 ) -> MatchResult:
     """Finds a permutation of B that brings it close to A in Euclidean distance.
@@ -41,8 +45,13 @@ def weight_matching(
     solves it exactly. A group whose neighbours have not changed since its last assignment is not solved
     again; sweeps end when none is left. A new permutation is taken only for a gain above the rounding of G,
     so the objective never falls. A group that indexes others, such as the heads of attention, is solved
-    together
-    with them: its units are paired by the value of the best match of their insides.
+    together with them: its units are paired by the value of the best match of their insides.
+
+    From ``"depth"``, without restarts, the order of B's units does not matter: permuting B beforehand gives
+    the same aligned network, up to ties and rounding, unless the identity has to stand in.
+
+    Where no group has more than four units, the optimum itself is found and returned, however the ascent
+    ended, if few enough groups meet (`stats["exact"]`); that counts as one more sweep.
 
     Args:
       spec: the symmetries.
@@ -50,24 +59,37 @@ def weight_matching(
       params_b: tree of B, with the leaves, shapes and dtypes of A.
       key: PRNG key for the order of groups.
       start: ``"depth"`` makes a first pass over the groups in the order of the network, in which each is
-        assigned by those leaves alone whose other axes are already known; if the result is below the identity
-        in the objective, the ascent starts at the identity after all. ``"identity"`` is the paper's start. A
-        permutation is taken as it is.
-      max_sweeps: limit on sweeps, at least 1.
+        assigned by those leaves alone whose other axes are already known; if the ascent from there ends below
+        the identity in the objective, it is made from the identity after all. ``"identity"`` is the paper's
+        start. A permutation is taken as it is.
+      max_sweeps: limit on the sweeps of each ascent, at least 1.
+      restarts: how often some groups, drawn at random, are forgotten, assigned again in random order from
+        what is left, and all swept again; the best is kept. Matrices, similarities and compiled programs are
+        shared. More find more: BUILD_NOTES.md has objectives and times for up to five.
+      kernel: ``"inner"``, or ``"cosine"``: both networks are first rescaled, ŵ = w · Π (scale of each unit
+        that w belongs to), so that all weights of every unit together have norm one; then each similarity is
+        a cosine, and the objective is ⟨Â, P[B̂]⟩. Units that index others, such as heads, have no scale
+        beside that of their insides.
+      leaf_weights: a factor of the objective for leaves or subtrees by path name, 1 where none is given; the
+        longest name decides, and 0 leaves out.
       predicate: ``(path, leaf) -> bool``, the leaves that count; by default floating leaves that are neither
         running statistics nor optimiser state.
 
     Returns:
-      The match; ``stats`` has ``start``, ``assignments``, ``seconds``, and ``seconds_similarity`` and
-      ``seconds_assignment`` of them.
+      The match; `objective` goes on through restarts, as the best so far. ``stats`` has ``start``,
+      ``sweeps``, ``assignments``, ``certificates`` (groups whose present rows were seen to be optimal
+      without one), ``seconds``, and of them ``seconds_layout``, ``seconds_similarity``,
+      ``seconds_assignment`` and ``seconds_objective``.
 
     Raises:
       SpecMismatchError: a tree does not fit the spec.
       TreeMismatchError: A and B differ in leaves, shapes or dtypes, as networks of different widths do.
       NonFiniteError: a weight is NaN or infinite.
       PermutationError: `start` is a permutation that does not fit.
+      ConfigError: an option cannot work.
 
     Examples:
+      >>> import numpy as np
       >>> spec = PermutationSpec.from_axes({"w": (None, "P0"), "v": ("P0", None)})
       >>> a = {"w": np.array([[1.0, 2.0, 3.0]]), "v": np.array([[1.0], [0.0], [2.0]])}
       >>> b = {"w": np.array([[3.0, 1.0, 2.0]]), "v": np.array([[2.0], [1.0], [0.0]])}
@@ -75,43 +97,112 @@ def weight_matching(
       >>> match.permutation["P0"].tolist(), match.objective.tolist()
       ([1, 2, 0], [19.0, 19.0])
     """
+    return joint_weight_matching(
+        spec,
+        [params_a],
+        [params_b],
+        key=key,
+        start=start,
+        max_sweeps=max_sweeps,
+        restarts=restarts,
+        kernel=kernel,
+        leaf_weights=leaf_weights,
+        predicate=predicate,
+    )
+
+
+def joint_weight_matching(
+    spec: PermutationSpec,
+    trees_a: Iterable[Any],
+    trees_b: Iterable[Any],
+    *,
+    key: jax.Array,
+    start: Start | Permutation = "depth",
+    max_sweeps: int = 100,
+    restarts: int = 1,
+    kernel: Kernel = "inner",
+    leaf_weights: Mapping[str, float] | None = None,
+    predicate: LeafPredicate = is_weight,
+) -> MatchResult:
+    """One permutation for two whole sequences of networks, such as two training trajectories.
+
+    Definition 4.3 of arXiv 2404.06498 ("simultaneous") as an algorithm: that of `weight_matching` on the
+    objective Σₜ ⟨Aₜ, P[Bₜ]⟩, or with ``kernel="cosine"`` on the sum of those of the rescaled networks, in
+    which early networks count as much as late ones whatever their norms.
+
+    Args:
+      spec: the symmetries.
+      trees_a: networks that stay, at least one.
+      trees_b: networks that one permutation moves, as many, each with the leaves, shapes and dtypes of its
+        partner. All are held on the host at once.
+      key: PRNG key for the order of groups and for restarts.
+      start: as in `weight_matching`.
+      max_sweeps: as in `weight_matching`.
+      restarts: as in `weight_matching`.
+      kernel: as in `weight_matching`.
+      leaf_weights: as in `weight_matching`.
+      predicate: as in `weight_matching`.
+
+    Returns:
+      The match, as from `weight_matching`.
+
+    Raises:
+      TreeMismatchError: the sequences are empty or differ in length, or two partners differ.
+    """
     began = time.perf_counter()
-    if max_sweeps < 1:
-        raise ConfigError(f"max_sweeps must be at least 1, got {max_sweeps}")
-    check_same_shapes(params_a, params_b)
-    for tree, name in ((params_a, "params_a"), (params_b, "params_b")):
-        spec.group_sizes(tree, name=name)
-        check_finite({p: leaf for p, leaf in leaf_table(tree).items() if predicate(p, leaf)}, name)
-
-    ascent = Ascent(spec, params_a, params_b, predicate)
-    chosen = _choose_start(spec, params_a, ascent, start)
-    objective = [ascent.objective]
-    converged = False
-    while not converged and len(objective) <= max_sweeps:
-        order = jax.random.permutation(jax.random.fold_in(key, len(objective)), len(ascent.groups))
-        for group in (ascent.groups[i] for i in np.asarray(order)):
-            ascent.improve(group)
-        objective.append(ascent.objective)
-        converged = not ascent.stale
-    stats = {"start": chosen, "seconds": time.perf_counter() - began, **ascent.stats}
-    return MatchResult(ascent.permutation, np.array(objective), len(objective) - 1, converged, stats)
-
-
-def _choose_start(spec: PermutationSpec, params_a: Any, ascent: Ascent, start: Start | Permutation) -> str:
-    """Puts the ascent at its start and says which it was."""
+    check_options(start, max_sweeps, restarts)
+    trees_a, trees_b = list(trees_a), list(trees_b)
+    if len(trees_a) != len(trees_b) or not trees_a:
+        raise TreeMismatchError(
+            f"a joint matching needs as many trees of B as of A, at least one; got {len(trees_a)} of A and "
+            f"{len(trees_b)} of B"
+        )
+    identity = None
+    pieces = []
+    for number, (tree_a, tree_b) in enumerate(zip(trees_a, trees_b, strict=True)):
+        many = len(trees_a) > 1
+        names = (f"trees_a[{number}]", f"trees_b[{number}]") if many else ("params_a", "params_b")
+        if number:
+            check_same_shapes(trees_a[0], tree_a, names=("trees_a[0]", names[0]))
+        leaves = checked_leaves(spec, tree_a, tree_b, predicate, names)
+        check_kernel(kernel, leaf_weights, leaves)
+        if identity is None:
+            identity = identity_permutation(spec, tree_a)
+        pieces += kernel_pieces(spec, leaves, kernel, leaf_weights)
     if isinstance(start, Mapping):
-        check_permutation(spec, params_a, start)
-        ascent.restart({group: np.asarray(row, np.int32) for group, row in start.items()})
-        return "given"
-    identity = identity_permutation(spec, params_a)
-    ascent.restart(identity)
-    if start == "identity":
-        return "identity"
-    if start != "depth":
-        raise ConfigError(f"unknown start {start!r}; known: 'depth', 'identity', or a permutation")
-    floor = ascent.objective
-    ascent.restart(ascent.depth_pass(identity))
-    if ascent.objective >= floor:
-        return "depth"
-    ascent.restart(identity)
-    return "identity"
+        check_permutation(spec, trees_a[0], start)
+    ascent = Ascent(spec, pieces, identity or {})
+    return climb(ascent, start, key=key, max_sweeps=max_sweeps, restarts=restarts, began=began)
+
+
+def weight_matchings(
+    spec: PermutationSpec,
+    pairs: Sequence[tuple[Any, Any]],
+    *,
+    key: jax.Array,
+    workers: int | None = None,
+    **options: Any,
+) -> list[MatchResult]:
+    """Many matchings at once: the epochs of a trajectory, replicates, the pairs among many networks.
+
+    They share the compiled products, and the assignments of one run beside the products of another.
+
+    Args:
+      spec: the symmetries.
+      pairs: A and B of each matching.
+      key: PRNG key, the same for each.
+      workers: matchings under way at a time, which is also how many networks are held laid out; by default
+        one for each processor, at most four.
+      **options: those of `weight_matching`.
+
+    Returns:
+      What ``weight_matching(spec, a, b, key=key, **options)`` returns for each pair, in their order.
+
+    Raises:
+      ConfigError: `workers` is below 1.
+    """
+    workers = min(4, os.cpu_count() or 1) if workers is None else workers
+    if workers < 1:
+        raise ConfigError(f"workers must be at least 1, got {workers}")
+    with ThreadPoolExecutor(workers) as pool:
+        return list(pool.map(lambda pair: weight_matching(spec, *pair, key=key, **options), pairs))

@@ -11,8 +11,10 @@ from zoo import KEY, arrays
 import rebasin
 from rebasin import PermutationSpec, apply_metric, covariance_matching
 from rebasin.errors import ConfigError, DataError, InferenceError, NonFiniteError, TreeMismatchError
+from rebasin.matching import metric
 from rebasin.models import ResNet20, ViT
 from rebasin.models.convolution import conv_general_dilated
+from rebasin.tracing.program import Static
 
 RNG = np.random.default_rng(0)
 
@@ -70,7 +72,6 @@ def test_linear_chain_by_hand(order):
             value += (moments[i] @ w * v[np.ix_(sides[i], sides[i + 1])]).sum() + c @ d[sides[i + 1]]
         return value
 
-    rows = [match.permutation[group] for group in spec.groups[::-1]]  # groups are named in order of use
     rows = sorted(match.permutation.values(), key=len, reverse=True)
     if order == "depth":
         known, values = np.arange(4), []
@@ -265,3 +266,28 @@ def test_bias_and_norm_have_the_plain_metric():
     for path, leaf in rebasin.trees.leaf_table(weighted).items():
         same = np.array_equal(leaf, rebasin.trees.leaf_table(tree)[path])
         assert same == (not path.endswith("kernel"))
+
+
+def test_memory_does_not_depend_on_the_size_of_the_split():
+    a = chain_tree(0, (8, 32, 32, 4))
+    spec = rebasin.infer_spec(chain, a, normal(5, 8))
+
+    def temporary(n):
+        data = jnp.zeros((n, 8))
+        of_split = metric.Metric(spec, a, Static(chain), data, 20, lambda path, leaf: True)
+        lowered = metric._gradients.lower(of_split._static, a, data)
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary(200) == temporary(20_000)
+
+
+def test_float64():
+    with jax.enable_x64(True):
+        a, b = (jax.tree.map(lambda leaf: leaf.astype(jnp.float64), chain_tree(s)) for s in (0, 10))
+        x = normal(37, 4, seed=3).astype(jnp.float64)
+        spec = rebasin.infer_spec(chain, a, x)
+        weighted = apply_metric(spec, a, chain, x, batch_size=10)
+        for (w, _), (new, _), moment in zip(a, weighted, second_moments(a, x), strict=True):
+            np.testing.assert_allclose(new, moment @ np.asarray(w), rtol=1e-12)
+        by_values = rebasin.activation_matching(spec, a, b, chain, x)
+        assert by_values.objective[1] > by_values.objective[0]

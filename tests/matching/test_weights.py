@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 import rebasin
 from rebasin import PermutationSpec
 from rebasin.errors import ConfigError, NonFiniteError, PermutationError, SpecMismatchError, TreeMismatchError
+from rebasin.matching import similarity
 from rebasin.trees import is_weight, leaf_table
 
 KEY = jax.random.key(0)
@@ -216,7 +217,7 @@ def test_state_does_not_count():
 def test_a_given_start_and_its_limit_on_sweeps():
     spec, a, b = chain_spec(3), chain_tree(0, [6, 20, 20, 20, 3]), chain_tree(1, [6, 20, 20, 20, 3])
     start = rebasin.random_permutation(spec, a, key=KEY)
-    match = rebasin.weight_matching(spec, a, b, key=KEY, start=start, max_sweeps=1)
+    match = rebasin.weight_matching(spec, a, b, key=KEY, start=start, max_sweeps=1, restarts=0)
     np.testing.assert_allclose(
         match.objective[0], inner_product(a, rebasin.permute(spec, start, b)), rtol=1e-6
     )
@@ -248,18 +249,15 @@ def test_bad_input_is_refused():
         rebasin.weight_matching(spec, a, a, key=KEY, max_sweeps=0)
 
 
-def test_similarities_of_one_shape_compile_once():
-    from rebasin.matching import ascent
-
-    ascent._gram.clear_cache()
-    spec, a, b = (
-        chain_spec(5),
-        chain_tree(0, [6, 17, 17, 17, 17, 17, 3]),
-        chain_tree(1, [6, 17, 17, 17, 17, 17, 3]),
-    )
+def test_groups_of_one_width_share_one_compiled_program():
+    """Whatever their leaves are, in whichever pass, and a second network adds none."""
+    similarity._products.clear_cache()
+    widths = [6, 17, 17, 17, 17, 17, 3]
+    spec, a, b = chain_spec(5), chain_tree(0, widths), chain_tree(1, widths)
     rebasin.weight_matching(spec, a, b, key=KEY)
-    # Kernels: first, last, and inner ones by either side with or without the other side known; and the bias.
-    assert ascent._gram._cache_size() <= 6
+    assert similarity._products._cache_size() == 1
+    rebasin.weight_matching(chain_spec(2), *(chain_tree(seed, [9, 17, 17, 2]) for seed in (0, 1)), key=KEY)
+    assert similarity._products._cache_size() == 1
 
 
 def attention_spec():

@@ -1,0 +1,74 @@
+"""The figure of `compare_methods`, drawn from ``results.json`` alone."""
+
+import pathlib
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.figure import Figure
+
+from experiments.figures import RC
+from experiments.results import Results
+
+__all__ = ["draw_methods"]
+
+# With and without REPAIR: colour, marker and its filling differ, so that grey tells them apart as well.
+_VARIANTS = {
+    "plain": ("as it is", "#0072B2", "o", "#0072B2", -0.14),
+    "repaired": ("with REPAIR", "#D55E00", "s", "white", 0.14),
+}
+
+# Measure, its scale, label, where the axis begins to be logarithmic, and ticks.
+_PANELS = (
+    ("error_barrier", 100, "error barrier on test data (%)", 1, (0, 1, 3, 10, 30, 100)),
+    ("loss_barrier", 1, "loss barrier on test data (nats)", 0.01, (0, 0.01, 0.1, 1, 10)),
+)
+
+
+def draw_methods(results: Results, path: pathlib.Path) -> None:
+    """Error and loss barriers by method: means with the standard deviation, and every pair of networks.
+
+    Args:
+      results: finished results of ``compare_methods``.
+      path: the PNG to write.
+    """
+    names = list(results.summary["methods"])
+    recipe, count = results.config["recipe"], len(results.curves)
+    with mpl.rc_context(RC):
+        figure = Figure(figsize=(7.2, 0.32 * len(names) + 1.5), layout="constrained")
+        panels = figure.subplots(1, 2, sharey=True)
+        for axes, (measure, scale, label, linear, ticks) in zip(panels, _PANELS, strict=True):
+            for variant, (title, colour, marker, face, shift) in _VARIANTS.items():
+                y = np.arange(len(names)) + shift
+                summaries = [results.summary["methods"][name][variant][measure] for name in names]
+                axes.errorbar(
+                    [scale * s["mean"] for s in summaries],
+                    y,
+                    xerr=[scale * (s["deviation"] or 0) for s in summaries],
+                    fmt=marker,
+                    color=colour,
+                    markerfacecolor=face,
+                    markersize=5,
+                    linewidth=1,
+                    label=title,
+                )
+                for curve in results.curves if count > 1 else ():
+                    dots = [scale * curve["methods"][name][variant][measure] for name in names]
+                    axes.plot(dots, y, linestyle="none", marker="|", color=colour, markersize=4, alpha=0.6)
+            axes.set(xlabel=label)
+            # Aligned pairs differ by less than a hundredth of what the unaligned one has.
+            axes.set_xscale("symlog", linthresh=linear, linscale=0.6)
+            axes.set_xticks(ticks, labels=[f"{tick:g}" for tick in ticks])
+            axes.minorticks_off()
+            top = max(scale * c["methods"][n]["plain"][measure] for c in results.curves for n in names)
+            axes.set_xlim(-0.05 * linear, max(1.3 * top, 2 * linear))
+            axes.grid(axis="x", alpha=0.25, linewidth=0.5)
+        panels[0].set_yticks(range(len(names)), labels=[name.replace("_", " ") for name in names])
+        panels[0].invert_yaxis()
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=2)
+        figure.suptitle(
+            f"{recipe['model']} (width {recipe['width']}) on {recipe['dataset']}: "
+            f"{count} pair{'s' * (count > 1)} of networks, mean, standard deviation and each pair",
+            fontsize=9,
+        )
+        figure.savefig(path, metadata={"Software": None})

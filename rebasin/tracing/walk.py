@@ -1,0 +1,313 @@
+"""The walk through a program that finds carriers and layers; `rebasin.tracing.sites` says what these are."""
+
+import functools
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from jax.extend import core
+
+from rebasin.axis import Axis
+from rebasin.blocks import iter_blocks
+from rebasin.tracing.evaluation import inner_program
+from rebasin.tracing.primitives import MOVES, REDUCTIONS, WINDOWS, is_contraction
+from rebasin.tracing.program import Address, Axes, Program
+
+__all__ = ["Carrier", "Layer", "Walk", "walk"]
+
+
+class Carrier(NamedTuple):
+    """A value that carries groups.
+
+    Attributes:
+      address: the equation that computes it.
+      output: which of its results.
+      axes: axes of the value, those that scans stack it along first.
+    """
+
+    address: Address
+    output: int
+    axes: Axes
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the value."""
+        return _shape(self.axes)
+
+
+class Layer(NamedTuple):
+    """A contraction of data with a weight.
+
+    Attributes:
+      address: its equation.
+      data: which operand is the data.
+      weight: which operand is the weight.
+      leaf: path name of the leaf that the weight is, moved or not; `None` for a weight that is computed.
+      axes: axes of the result, without those that scans stack it along.
+      channels: which of them come from the weight and carry a group.
+      contracted: groups of the weight that the contraction sums over.
+      repeats: how often the same weight is used, by the scans around.
+      in_while: whether it lies in a ``while`` loop, through which there is no gradient.
+    """
+
+    address: Address
+    data: int
+    weight: int
+    leaf: str | None
+    axes: Axes
+    channels: tuple[int, ...]
+    contracted: frozenset[str]
+    repeats: int
+    in_while: bool
+
+
+def walk(program: Program) -> "Walk":
+    """Walks a program from its first equation to its last."""
+    found = Walk(program)
+    count = len(program.leaves)
+    infos = [_Info(weight=True, leaf=leaf) for leaf in program.leaves]
+    infos += [_Info(data=True) for _ in program.closed.jaxpr.invars[count:]]
+    found.run(program.closed, infos, (), ())
+    return found
+
+
+class _Info(NamedTuple):
+    """What is known of a value beside its axes.
+
+    Attributes:
+      data: whether it depends on the batch.
+      weight: whether it depends on the tree.
+      leaf: the leaf that it is, moved, whole or in part.
+      origins: the candidates that it is, moved, whole or in part, or pooled.
+      pooled: the groups that it carries after a pooling or a selection only.
+      sliced: the scans that hand out a slice of it for each step.
+    """
+
+    data: bool = False
+    weight: bool = False
+    leaf: str | None = None
+    origins: frozenset[tuple[Address, int]] = frozenset()
+    pooled: frozenset[str] = frozenset()
+    sliced: frozenset[Address] = frozenset()
+
+    def merge(self, other: "_Info") -> "_Info":
+        """What is known of a value that may be either."""
+        if self.data and other.data:
+            pooled = self.pooled & other.pooled
+        else:
+            pooled = self.pooled if self.data else other.pooled
+        leaf = self.leaf if self.leaf == other.leaf else None
+        origins, sliced = self.origins | other.origins, self.sliced | other.sliced
+        return _Info(self.data or other.data, self.weight or other.weight, leaf, origins, pooled, sliced)
+
+
+class _Loop(NamedTuple):
+    """A loop around an equation: where it is, the axis along which a scan stacks, and how many steps it has.
+
+    A ``while`` loop has no axis.
+    """
+
+    address: Address
+    axis: Axis | None
+    length: int
+
+
+class _Candidate(NamedTuple):
+    """A value that may be a carrier: its axes, and the groups for which it was computed, and read."""
+
+    axes: Axes
+    computed: frozenset[str]
+    read: set[str]
+    looked_up: bool
+
+
+class Walk:
+    """One walk through a program, in its order. Loop bodies are walked until nothing new is learnt."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.candidates: dict[tuple[Address, int], _Candidate] = {}
+        self.layers: dict[Address, Layer] = {}
+
+    def run(
+        self, closed: Any, infos: Sequence[_Info], address: Address, loops: tuple[_Loop, ...]
+    ) -> list[_Info]:
+        """Walks one program."""
+        jaxpr = getattr(closed, "jaxpr", closed)
+        env = dict.fromkeys(jaxpr.constvars, _Info()) | dict(zip(jaxpr.invars, infos, strict=True))
+
+        def read(atom: Any) -> _Info:
+            return _Info() if isinstance(atom, core.Literal) else env[atom]
+
+        for i, eqn in enumerate(jaxpr.eqns):
+            results = self._equation(eqn, [read(atom) for atom in eqn.invars], (*address, i), loops)
+            env.update(zip(eqn.outvars, results, strict=True))
+        return [read(atom) for atom in jaxpr.outvars]
+
+    def _equation(
+        self, eqn: Any, operands: list[_Info], here: Address, loops: tuple[_Loop, ...]
+    ) -> list[_Info]:
+        name = eqn.primitive.name
+        if is_contraction(eqn, [x.data for x in operands], [x.weight for x in operands]):
+            self._enter_layer(operands, here, loops)
+            self._read(operands, here)
+            return self._computed(operands, here, loops, fresh=True)
+        if name == "scan":
+            return self._scan(eqn, operands, here, loops)
+        if name == "while":
+            return self._while(eqn, operands, here, loops)
+        if name == "cond" and "branches_platforms" not in eqn.params:
+            branches = enumerate(eqn.params["branches"])
+            outcomes = [self.run(branch, operands[1:], (*here, k), loops) for k, branch in branches]
+            merged = [functools.reduce(_Info.merge, infos) for infos in zip(*outcomes, strict=True)]
+            return [info._replace(data=info.data or operands[0].data) for info in merged]
+        if inner_program(eqn) is not None:
+            return self.run(inner_program(eqn), operands, (*here, 0), loops)
+        if name in MOVES or name in REDUCTIONS or name in WINDOWS:
+            return self._moved(name, operands, here, loops)
+        return self._computed(operands, here, loops, fresh=False)
+
+    def _computed(
+        self, operands: list[_Info], here: Address, loops: tuple[_Loop, ...], *, fresh: bool
+    ) -> list[_Info]:
+        """Results of an equation that computes; what it makes of pooled values alone stays pooled."""
+        data, weight = any(x.data for x in operands), any(x.weight for x in operands)
+        infos = []
+        for output, axes in enumerate(self.program.results[here]):
+            groups = self._groups(axes)
+            pooled = frozenset() if fresh else frozenset(g for g in groups if self._pooled(g, operands, here))
+            origins = frozenset()
+            if pooled:
+                origins = frozenset(at for x in operands for at in x.origins if x.pooled)
+            if data:
+                origins |= self._enter(here, output, axes, groups - pooled, loops)
+            infos.append(_Info(data, weight, None, origins, pooled))
+        return infos
+
+    def _enter(
+        self,
+        here: Address,
+        output: int,
+        axes: Axes,
+        groups: frozenset[str],
+        loops: tuple[_Loop, ...],
+        *,
+        looked_up: bool = False,
+    ) -> frozenset[tuple[Address, int]]:
+        """Makes a value a candidate for `groups`."""
+        if not groups:
+            return frozenset()
+        known = self.candidates.get((here, output))
+        stacked = (*(loop.axis for loop in loops if loop.axis is not None), *axes)
+        self.candidates[here, output] = _Candidate(stacked, groups, known.read if known else set(), looked_up)
+        return frozenset({(here, output)})
+
+    def _pooled(self, group: str, operands: list[_Info], here: Address) -> bool:
+        """Whether all that brings a group here from the batch is pooled."""
+        carrying = [
+            info
+            for info, axes in zip(operands, self.program.operands[here], strict=True)
+            if info.data and group in self._groups(axes)
+        ]
+        return bool(carrying) and all(group in info.pooled for info in carrying)
+
+    def _moved(
+        self, name: str, operands: list[_Info], here: Address, loops: tuple[_Loop, ...]
+    ) -> list[_Info]:
+        """Results of an equation that moves, selects, reduces or pools."""
+        counts = [self._positions(axes) for axes in self.program.operands[here]]
+        before: dict[str, int] = {}
+        for info, count in zip(operands, counts, strict=True):
+            if info.data:
+                before |= {group: max(n, before.get(group, 0)) for group, n in count.items()}
+        data, weight = any(x.data for x in operands), any(x.weight for x in operands)
+        leaves = [x.leaf for x in operands if x.weight or x.data]
+        sliced = frozenset(at for x in operands for at in x.sliced)
+        moves = name in MOVES
+        infos = []
+        for output, axes in enumerate(self.program.results[here]):
+            after = self._positions(axes)
+            fewer = {g for g, n in after.items() if g in before and (n < before[g] or name in WINDOWS)}
+            pooled = frozenset(
+                g for g in after if g in fewer or (g in before and self._pooled(g, operands, here))
+            )
+            # A table looked up with the batch is new to the groups it brings; and so is a reduction over
+            # other groups, such as a maximum over pieces.
+            fresh = frozenset(after.keys() - pooled if not moves else after.keys() - pooled - before.keys())
+            origins = frozenset()
+            if moves or pooled:
+                origins = frozenset(at for x in operands for at in x.origins)
+            if data and fresh:
+                origins |= self._enter(here, output, axes, fresh, loops, looked_up=moves)
+            leaf = leaves[0] if moves and not data and len(leaves) == 1 else None
+            infos.append(_Info(data, weight, leaf, origins, pooled, sliced))
+        return infos
+
+    def _read(self, operands: list[_Info], here: Address) -> None:
+        """Notes that a contraction reads the candidates among its operands, for the groups they bring."""
+        for info, axes in zip(operands, self.program.operands[here], strict=True):
+            for at in info.origins:
+                self.candidates[at].read.update(self._groups(axes))
+
+    def _groups(self, axes: Axes) -> frozenset[str]:
+        """The groups that a value carries."""
+        return frozenset(itertools.chain.from_iterable(a.groups for a in axes)) - self.program.fixed
+
+    def _positions(self, axes: Axes) -> dict[str, int]:
+        """For each group of a value, at how many positions it is carried; other groups do not count."""
+        counts: dict[str, int] = {}
+        for block in iter_blocks(axes, _shape(axes)) if self._groups(axes) else ():
+            moving = [None if label in self.program.fixed else label for label in block.labels]
+            count = math.prod(n for n, label in zip(block.shape, moving, strict=True) if label is None)
+            counts |= {label: max(count, counts.get(label, 0)) for label in moving if label is not None}
+        return counts
+
+    def _scan(self, eqn: Any, operands: list[_Info], here: Address, loops: tuple[_Loop, ...]) -> list[_Info]:
+        num_consts, num_carry = eqn.params["num_consts"], eqn.params["num_carry"]
+        stacked = [axes[0] for axes in self.program.operands[here][num_consts + num_carry :]]
+        stacked += [axes[0] for axes in self.program.results[here][num_carry:]]
+        length = eqn.params["length"]
+        axis = next((axis for axis in stacked if axis.groups), Axis.product(length))
+        inside = (*loops, _Loop(here, axis, length))
+        carry = operands[num_consts : num_consts + num_carry]
+        while True:
+            slices = [x._replace(sliced=x.sliced | {here}) for x in operands[num_consts + num_carry :]]
+            infos = [*operands[:num_consts], *carry, *slices]
+            results = self.run(eqn.params["jaxpr"], infos, (*here, 0), inside)
+            merged = [x.merge(y) for x, y in zip(carry, results[:num_carry], strict=True)]
+            if merged == carry:
+                return [*carry, *results[num_carry:]]
+            carry = merged
+
+    def _while(self, eqn: Any, operands: list[_Info], here: Address, loops: tuple[_Loop, ...]) -> list[_Info]:
+        first = eqn.params["cond_nconsts"]
+        second = first + eqn.params["body_nconsts"]
+        carry = operands[second:]
+        while True:
+            infos = [*operands[first:second], *carry]
+            results = self.run(eqn.params["body_jaxpr"], infos, (*here, 1), (*loops, _Loop(here, None, 1)))
+            merged = [x.merge(y) for x, y in zip(carry, results, strict=True)]
+            if merged == carry:
+                return carry
+            carry = merged
+
+    def _enter_layer(self, operands: list[_Info], here: Address, loops: tuple[_Loop, ...]) -> None:
+        data = [i for i, info in enumerate(operands) if info.data]
+        weights = [i for i, info in enumerate(operands) if info.weight and not info.data]
+        if len(data) != 1 or len(weights) != 1:
+            return
+        (axes,), weight = self.program.results[here], self.program.operands[here][weights[0]]
+        own = self._groups(weight)
+        channels = tuple(i for i, axis in enumerate(axes) if own.intersection(axis.groups))
+        info = operands[weights[0]]
+        repeats = math.prod(loop.length for loop in loops if loop.address not in info.sliced)
+        in_while = any(loop.axis is None for loop in loops)
+        contracted = own - self._groups(axes)
+        self.layers[here] = Layer(
+            here, data[0], weights[0], info.leaf, axes, channels, contracted, repeats, in_while
+        )
+
+
+def _shape(axes: Axes) -> tuple[int, ...]:
+    return tuple(sum(math.prod(f.size or 0 for f in segment) for segment in axis.segments) for axis in axes)

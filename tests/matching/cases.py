@@ -1,0 +1,90 @@
+"""Networks on which every matching method is tried."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import rebasin
+from rebasin.models import MLP, ViT
+from rebasin.permutation import random_permutation
+from rebasin.spec import PermutationSpec
+
+
+class Case(NamedTuple):
+    """A model with its spec, and data whose targets are the outputs of network A: A's loss is zero."""
+
+    spec: PermutationSpec
+    apply: Callable[[Any, Any], jax.Array]
+    params_a: Any
+    params_b: Any  # another network
+    planted: Any  # A with its units permuted
+    data: dict[str, np.ndarray]
+
+    def loss_fn(self, params, batch):
+        return jnp.mean((self.apply(params, batch["x"]) - batch["y"]) ** 2, axis=-1)
+
+    def function(self, params, batch):
+        return self.apply(params, batch["x"])
+
+
+class _ResidualBlock(nn.Module):
+    channels: int
+    stride: int
+
+    @nn.compact
+    def __call__(self, x):
+        strides = (self.stride, self.stride)
+        y = nn.relu(nn.LayerNorm()(nn.Conv(self.channels, (3, 3), strides=strides)(x)))
+        y = nn.LayerNorm()(nn.Conv(self.channels, (3, 3))(y))
+        if self.stride != 1:
+            x = nn.Conv(self.channels, (1, 1), strides=strides, name="shortcut")(x)
+        return nn.relu(x + y)
+
+
+class ResNet(nn.Module):
+    """A block that keeps its width and one that doubles it."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(5, (3, 3))(x))
+        x = _ResidualBlock(5, 1)(x)
+        x = _ResidualBlock(7, 2)(x)
+        return nn.Dense(3)(x.mean(axis=(1, 2)))
+
+
+MODELS = {
+    "mlp": (lambda: MLP((9, 8), 3), (3, 2, 1)),
+    "width_one": (lambda: MLP((1, 4, 1), 3), (3, 2, 1)),
+    "resnet": (ResNet, (4, 4, 2)),
+    "vit": (lambda: ViT(width=8, num_classes=3, depth=1, num_heads=2), (4, 4, 1)),
+}
+
+
+@functools.cache
+def build_case(name: str) -> Case:
+    build, shape = MODELS[name]
+    model = build()
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(40, *shape)).astype(np.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), x[:1])
+
+    def draw():  # every leaf random: zero biases and unit scales hide mistakes
+        return jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), variables)
+
+    params_a, params_b = draw(), draw()
+    spec = rebasin.infer_spec(model.apply, variables, x[:1])
+    planted = rebasin.permute(spec, random_permutation(spec, params_a, key=jax.random.key(1)), params_a)
+    apply = jax.jit(model.apply)
+    data = {"x": x, "y": np.asarray(apply(params_a, x))}
+    return Case(spec, apply, params_a, params_b, planted, data)
+
+
+def inner_product(a: Any, b: Any) -> float:
+    """⟨A, B⟩ over all leaves, in float64."""
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return sum(float(np.sum(np.asarray(x, np.float64) * np.asarray(y, np.float64))) for x, y in pairs)
