@@ -26,9 +26,6 @@ from rebasin.errors import RebasinError
 
 flags.adopt_module_key_flags(options)  # so that --help lists them
 _METHODS = flags.DEFINE_list("methods", list(rebasin.METHODS), "Names of matching methods.")
-_NUM_ALPHAS = flags.DEFINE_integer("num_alphas", None, "Points on each segment, odd.", lower_bound=3)
-_NUM_TEST = flags.DEFINE_integer("num_test", None, "Test examples on which segments are measured.")
-_NUM_MATCH = flags.DEFINE_integer("num_match", None, "Training examples for methods that need data.")
 _NUM_REPAIR = flags.DEFINE_integer("num_repair", 1000, "Training examples on which REPAIR takes statistics.")
 _NUM_STEPS = flags.DEFINE_integer(
     "num_steps", 100, "Gradient steps of the methods that learn a permutation.", lower_bound=1
@@ -46,9 +43,9 @@ def build_config() -> Config:
         replicates=options.REPLICATES.value or preset.replicates,
         seed=options.SEED.value,
         methods=tuple(_METHODS.value),
-        num_alphas=_NUM_ALPHAS.value or 25,
-        num_test=_NUM_TEST.value or preset.num_eval,
-        num_match=_NUM_MATCH.value or preset.num_eval,
+        num_alphas=options.NUM_ALPHAS.value,
+        num_test=options.NUM_EVAL.value or preset.num_eval,
+        num_match=options.NUM_MATCH.value or preset.num_match,
         num_repair=_NUM_REPAIR.value,
         num_steps=_NUM_STEPS.value,
     )

@@ -21,7 +21,6 @@ from rebasin.errors import RebasinError
 
 flags.adopt_module_key_flags(options)  # so that --help lists them
 _RATES = flags.DEFINE_list("rates", [f"{rate:g}" for rate in PAPER_RATES], "Peak learning rates, ascending.")
-_NUM_ALPHAS = flags.DEFINE_integer("num_alphas", 25, "Points on each segment, odd.", lower_bound=3)
 
 
 def build_config() -> Config:
@@ -35,9 +34,9 @@ def build_config() -> Config:
         rates=tuple(float(rate) for rate in _RATES.value),
         replicates=options.REPLICATES.value or preset.replicates,
         seed=options.SEED.value,
-        num_alphas=_NUM_ALPHAS.value,
-        num_test=preset.num_eval,
-        num_match=preset.num_eval,
+        num_alphas=options.NUM_ALPHAS.value,
+        num_test=options.NUM_EVAL.value or preset.num_eval,
+        num_match=options.NUM_MATCH.value or preset.num_match,
     )
 
 
