@@ -189,11 +189,11 @@ class Bench:
         self.function = function
         image = jax.ShapeDtypeStruct((1, *dataset.train.images.shape[1:]), np.uint8)
         self.spec = rebasin.infer_spec(function, params_a, image)
-        counts = (num_match or len(dataset.train.labels), num_test or len(dataset.test.labels))
-        self.train, self.test = (
-            jax.device_put(Split(split.images[:n], split.labels[:n]))
-            for split, n in zip((dataset.train, dataset.test), counts, strict=True)
+        chosen = dataset.take(
+            num_train=min(num_match or len(dataset.train.labels), len(dataset.train.labels)),
+            num_test=min(num_test or len(dataset.test.labels), len(dataset.test.labels)),
         )
+        self.train, self.test = jax.device_put((chosen.train, chosen.test))
         self.sweep = rebasin.build_sweep(self._metrics, num_alphas=num_alphas)
 
     def _metrics(self, params: Any, batch: Split) -> dict[str, jax.Array]:
@@ -332,7 +332,6 @@ def _report(results: Results, output_dir: pathlib.Path, reporter: Reporter) -> N
             [
                 name,
                 objective,
-                f"{summary['distance']['mean']:.4g}",
                 f"{summary['seconds']['mean']:.2g}",
                 cell(plain["loss_barrier"], 1, 2),
                 cell(plain["error_barrier"], 100, 1),
@@ -340,7 +339,7 @@ def _report(results: Results, output_dir: pathlib.Path, reporter: Reporter) -> N
                 cell(repaired["error_barrier"], 100, 1),
             ]
         )
-    header = ["\nmethod", "own\nobjective", "distance\nto A", "\nseconds"]
+    header = ["\nmethod", "own\nobjective", "\nseconds"]
     header += ["loss\nbarrier", "error\nbarrier", "loss,\nREPAIR", "error,\nREPAIR"]
     reporter.say(
         f"\nBarriers on test data, error in %: mean±sd of {count} pair{'s' * (count > 1)} of networks"

@@ -21,7 +21,7 @@ from rebasin.permutation import identity_permutation, permute
 from rebasin.spec import PermutationSpec
 from rebasin.tracing.program import Static
 from rebasin.tracing.streaming import Batches, batch_shapes, check_examples
-from rebasin.trees import check_finite, check_same_shapes
+from rebasin.trees import check_finite, check_same_shapes, is_weight, leaf_table
 
 __all__ = ["Carriers", "Kernel", "activation_matching"]
 
@@ -95,7 +95,7 @@ def activation_matching(
     check_same_shapes(params_a, params_b)
     for tree, name in ((params_a, "params_a"), (params_b, "params_b")):
         spec.group_sizes(tree, name=name)
-        check_finite(tree, name)
+        check_finite({path: leaf for path, leaf in leaf_table(tree).items() if is_weight(path, leaf)}, name)
     check_examples(data, batch_size)
     check_finite(jax.tree.map(jnp.asarray, data), "data")
 

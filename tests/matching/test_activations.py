@@ -18,7 +18,7 @@ from rebasin.errors import (
     SpecMismatchError,
     TreeMismatchError,
 )
-from rebasin.matching import similarity as similarity_module
+from rebasin.matching import responses
 from rebasin.models import MLP, VGG16, ResNet20, ViT
 from rebasin.tracing.program import Static
 from rebasin.tracing.streaming import Batches
@@ -242,7 +242,7 @@ def test_memory_does_not_depend_on_the_size_of_the_split():
     def temporary(n, kernel):
         data = jnp.zeros((n, 32))
         wanted = (("P0", (0,)),)
-        lowered = similarity_module.measure.lower(
+        lowered = responses.measure.lower(
             SPEC, Static(network), Batches.of(data, 50), "last", kernel, wanted, a, b, data
         )
         return lowered.compile().memory_analysis().temp_size_in_bytes

@@ -36,16 +36,24 @@ def run(method, case, params_a, params_b, **changes):
 
 
 @every_method
-@pytest.mark.parametrize("name", ["mlp", "resnet", "vit"])
+@pytest.mark.parametrize(
+    "name",
+    ["mlp", pytest.param("resnet", marks=pytest.mark.slow), pytest.param("vit", marks=pytest.mark.slow)],
+)
 def test_a_planted_permutation_is_recovered(method, name):
+    """Exactly; a method that goes by responses cannot tell units apart that are silent on all the data."""
     case = build_case(name)
     match = run(method, case, case.params_a, case.planted)
-    restored = rebasin.permute(case.spec, match.permutation, case.planted)
-    chex.assert_trees_all_equal(restored, jax.tree.map(jnp.asarray, case.params_a))
+    if "function" in METHODS[method].needs:
+        alike = run(method, case, case.params_a, case.params_a)
+        assert match.objective[-1] == pytest.approx(alike.objective[-1], rel=1e-5)
+    else:
+        restored = rebasin.permute(case.spec, match.permutation, case.planted)
+        chex.assert_trees_all_equal(restored, jax.tree.map(jnp.asarray, case.params_a))
 
 
 @every_method
-@pytest.mark.parametrize("name", ["mlp", "width_one", "vit"])
+@pytest.mark.parametrize("name", ["mlp", "width_one", pytest.param("vit", marks=pytest.mark.slow)])
 def test_the_result_keeps_its_contract(method, name):
     case = build_case(name)
     match = run(method, case, case.params_a, case.params_b)
@@ -84,7 +92,7 @@ def test_never_worse_than_the_start(method):
 
 
 @every_method
-@pytest.mark.parametrize("name", ["mlp", "resnet"])
+@pytest.mark.parametrize("name", ["mlp", pytest.param("resnet", marks=pytest.mark.slow)])
 def test_deterministic_for_a_key(method, name):
     case = build_case(name)
     first, second = (run(method, case, case.params_a, case.params_b) for _ in range(2))
