@@ -109,6 +109,7 @@ def test_constant_channels_are_shifted_only():
     np.testing.assert_allclose(shift[2], target, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_transformer_and_scan():
     model, x = ViT(8, 3, depth=1, num_heads=2), normal(6, 4, 4, 1)
     a, b = (model.init(jax.random.key(seed), x) for seed in (0, 1))

@@ -106,7 +106,9 @@ def test_planted_permutation_is_recovered_exactly(seed, kernel):
     chex.assert_trees_all_equal(rebasin.permute(spec, match.permutation, moved), tree)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", ["mlp", *(pytest.param(n, marks=pytest.mark.slow) for n in MODELS if n != "mlp")]
+)
 def test_planted_network_is_as_similar_as_itself(name):
     """On every model; silent units cannot be told apart, so the permutation may differ."""
     model, shape = MODELS[name]

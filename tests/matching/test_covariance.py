@@ -185,6 +185,7 @@ def test_planted_permutation_is_recovered(seed, order):
     assert match.stats["distance"][1] < 0.05  # zero, up to the rounding of a difference of squares
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "shape"),
     [(ResNet20(2, 3), (2, 8, 8, 1)), (ViT(8, 3, depth=1, num_heads=2), (4, 4, 4, 1))],

@@ -28,7 +28,13 @@ def digits(tmp_path_factory):
     return model, spec, trees, dataset
 
 
-@pytest.mark.parametrize("method", METHODS)
+# The methods that learn take a hundred steps.
+LEARN = ("straight_through", "sinkhorn")
+
+
+@pytest.mark.parametrize(
+    "method", [pytest.param(m, marks=[pytest.mark.slow] if m in LEARN else []) for m in METHODS]
+)
 def test_the_error_barrier_nearly_vanishes(digits, method):
     model, spec, (a, b, _), dataset = digits
     metrics_fn, data = build_metrics(model, dataset.mean, dataset.std), jax.device_put(dataset.train)

@@ -105,6 +105,7 @@ def test_the_objective_is_the_loss_that_the_docstring_says(loss):
     np.testing.assert_array_equal(match.objective, np.maximum.accumulate(-match.stats["losses"]))
 
 
+@pytest.mark.slow
 def test_a_planted_permutation_is_learned_by_distance_from_the_uniform_start():
     """Heads and their insides too."""
     case = build_case("vit")

@@ -69,6 +69,7 @@ def test_mlp_is_carried_by_its_activations():
             same(values[group], nn.relu(layers[f"Dense_{i}"]))
 
 
+@pytest.mark.slow
 def test_vgg_is_carried_before_pooling_and_flattening():
     model, x = VGG16(1, 2), images(1, 32, 32, 1)
     spec, tree = flax_case(model, x)
