@@ -115,7 +115,7 @@ def test_planted_permutations_from_the_published_start(name):
     assert match.converged
 
 
-@pytest.mark.parametrize("name", ["mlp", "vit"])
+@pytest.mark.parametrize("name", ["mlp", pytest.param("vit", marks=pytest.mark.slow)])
 def test_the_barycentre_does_not_see_the_order_of_units(name):
     """Permuting B beforehand changes the permutation found, not the network it makes."""
     case = build_case(name)

@@ -82,6 +82,7 @@ def test_vgg_is_carried_before_pooling_and_flattening():
         same(found, nn.relu(layers[name]))
 
 
+@pytest.mark.slow
 def test_residual_stream_is_carried_by_every_block():
     model, x = ResNet20(2, 2), images(1, 8, 8, 1)
     spec, tree = flax_case(model, x)
