@@ -95,7 +95,8 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)  # JAX reports the backends that it looks for
     # Wider than a log's 80 columns, so that the table stays whole.
     reporter = Reporter(Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False))
-    config = {flag.name: flag.value for flag in flags.FLAGS.get_key_flags_for_module(sys.modules[__name__])}
+    given = flags.FLAGS.get_key_flags_for_module(sys.modules[__name__])
+    config = {flag.name: flag.value for flag in given if not flag.name.endswith(("dir", "output"))}
     about = {"config": config, "environment": describe_environment(), "hardware": _hardware()}
     outcomes: list[Outcome] = []
     try:
