@@ -251,8 +251,9 @@ def _check_bytes(path: pathlib.Path, subtrees: tuple[str, ...]) -> None:
         raise FileNotFoundError(
             f"no manifest in {path}"
         )  # TensorStore takes that for a store yet to be filled
-    for read in [store.read(key) for key in keys]:
-        read.result()
+    for key, read in [(key, store.read(key)) for key in keys]:
+        if not read.result().value:  # where the file with the bytes is gone, TensorStore returns none
+            raise FileNotFoundError(f"no bytes of {key.decode()} in {path}")
 
 
 def _ranges(epochs: tuple[int, ...]) -> str:

@@ -18,13 +18,6 @@ from rebasin.recipes import Recipe
 from rebasin.training import Start, train
 from rebasin.trajectory import Trajectory
 
-# When Orbax gives up on a damaged checkpoint, reads of other leaves may still be in flight and report to an
-# event loop that is closed by then. It is a race, in about one run of the suite in seven, and it concerns no
-# object of ours; the error that the user gets is the same.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:Exception ignored in. None:pytest.PytestUnraisableExceptionWarning"
-)
-
 DIGITS = load_dataset("digits")
 RECIPE = Recipe("digits", "mlp", width=8, epochs=6, num_train=200, batch_size=64, warmup_epochs=1)
 

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 import rebasin.inference.rules  # noqa: F401  # registers every rule
 from rebasin.axis import Axis, Factor, SizedFactor
@@ -69,7 +68,8 @@ def infer_spec(
         closed, output_shapes = jax.make_jaxpr(function, return_shape=True)(tree, *inputs)
     except (TypeError, ValueError) as error:
         raise InferenceError(f"the function cannot be traced: {error}") from error
-    dims = [_input(var.aval) for var in closed.jaxpr.invars]
+    avals = [var.aval for var in closed.jaxpr.invars]
+    dims = [Value.of_leaf([Node(size) for size in aval.shape], aval.dtype) for aval in avals]
     for i, input_dims in enumerate(dims[len(leaves) :]):
         _pin_each(input_dims, f"meets an axis of input {i}")
     of_leaf = dict(zip(leaves, dims, strict=False))
@@ -101,12 +101,6 @@ def infer_spec(
             _pin_each(leaf_dims, "the function does not use this leaf")
     order = sorted(of_leaf, key=lambda path: uses.rank(of_leaf[path]))
     return _to_spec({path: of_leaf[path] for path in order}, equations)
-
-
-def _input(aval: Any) -> Value:
-    """A leaf or an input, of which nothing is known; numbers of a leaf differ."""
-    nodes = [Node(size) for size in aval.shape]
-    return Value(nodes, frozenset(), distinct=nodes if jnp.issubdtype(aval.dtype, jnp.floating) else ())
 
 
 def _pin_by_name(of_leaf: Mapping[str, Dims], names: Sequence[str]) -> None:

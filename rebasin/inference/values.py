@@ -2,7 +2,9 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
+
+import jax.numpy as jnp
 
 from rebasin.inference.axes import Node, factor, pin, split, unite
 from rebasin.inference.notes import Note, named_axes
@@ -82,6 +84,11 @@ class Value(tuple[Node, ...]):
         value.distinct = frozenset(node for node in value if node.root in roots) if roots else frozenset()
         value.folds = tuple(fold for fold in folds if not fold.is_open)
         return value
+
+    @classmethod
+    def of_leaf(cls, dims: Sequence[Node], dtype: Any) -> "Value":
+        """A leaf, of which nothing is known but that its numbers differ."""
+        return cls(dims, frozenset(), distinct=dims if jnp.issubdtype(dtype, jnp.floating) else ())
 
     def moved(self, dims: Iterable[Node], *, constant: Iterable[Node] = ()) -> "Value":
         """The same entries along other axes: what a rule returns that only moves or repeats them."""

@@ -126,7 +126,7 @@ def _trace(
         pin(nodes[group], "the spec keeps it as an index", mixed=False)
     table = spec.table
     dims = [
-        _leaf([_node(axis, n, nodes) for axis, n in zip(table[path], np.shape(x), strict=True)], x)
+        Value.of_leaf([_node(axis, n, nodes) for axis, n in zip(table[path], x.shape, strict=True)], x.dtype)
         for path, x in leaves.items()
     ]
     for path, x in inputs.items():
@@ -164,11 +164,6 @@ def _lengths(spec: PermutationSpec, shapes: Mapping[str, Sequence[int]]) -> dict
         for factor in itertools.chain.from_iterable(axis.sized(length))
         if factor.group is not None
     }
-
-
-def _leaf(dims: list[Node], x: Any) -> Value:
-    """A leaf of which nothing is known but that its numbers differ."""
-    return Value(dims, frozenset(), distinct=dims if jnp.issubdtype(jnp.result_type(x), jnp.floating) else ())
 
 
 def _node(axis: Axis, length: int, nodes: Mapping[str, Node]) -> Node:
