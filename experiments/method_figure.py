@@ -1,12 +1,10 @@
 """The figure of `compare_methods`, drawn from ``results.json`` alone."""
 
-import pathlib
-
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.figures import RC
+from experiments.figures import RC, Target, entitle, share_legend
 from experiments.results import Results
 
 __all__ = ["draw_methods"]
@@ -24,15 +22,14 @@ _PANELS = (
 )
 
 
-def draw_methods(results: Results, path: pathlib.Path) -> None:
+def draw_methods(results: Results, target: Target) -> None:
     """Error and loss barriers by method: means with the standard deviation, and every pair of networks.
 
     Args:
       results: finished results of ``compare_methods``.
-      path: the PNG to write.
+      target: the PNG to write.
     """
     names = list(results.summary["methods"])
-    recipe, count = results.config["recipe"], len(results.curves)
     with mpl.rc_context(RC):
         figure = Figure(figsize=(7.2, 0.32 * len(names) + 1.5), layout="constrained")
         panels = figure.subplots(1, 2, sharey=True)
@@ -51,7 +48,7 @@ def draw_methods(results: Results, path: pathlib.Path) -> None:
                     linewidth=1,
                     label=title,
                 )
-                for curve in results.curves if count > 1 else ():
+                for curve in results.curves if len(results.curves) > 1 else ():
                     dots = [scale * curve["methods"][name][variant][measure] for name in names]
                     axes.plot(dots, y, linestyle="none", marker="|", color=colour, markersize=4, alpha=0.6)
             axes.set(xlabel=label)
@@ -64,11 +61,6 @@ def draw_methods(results: Results, path: pathlib.Path) -> None:
             axes.grid(axis="x", alpha=0.25, linewidth=0.5)
         panels[0].set_yticks(range(len(names)), labels=[name.replace("_", " ") for name in names])
         panels[0].invert_yaxis()
-        handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=2)
-        figure.suptitle(
-            f"{recipe['model']} (width {recipe['width']}) on {recipe['dataset']}: "
-            f"{count} pair{'s' * (count > 1)} of networks, mean, standard deviation and each pair",
-            fontsize=9,
-        )
-        figure.savefig(path, metadata={"Software": None})
+        entitle(figure, results, "networks", ": mean, standard deviation and each pair")
+        share_legend(figure, panels[:1], columns=2)
+        figure.savefig(target, metadata={"Software": None})

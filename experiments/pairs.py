@@ -5,7 +5,8 @@ import hashlib
 import json
 import pathlib
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
 
 from experiments.console import Reporter
 from experiments.results import Results
@@ -14,7 +15,17 @@ from rebasin.recipes import Recipe
 from rebasin.training import train
 from rebasin.trajectory import Trajectory
 
-__all__ = ["run_directory", "train_networks"]
+__all__ = ["Pair", "run_directory", "train_networks"]
+
+
+class Pair(NamedTuple):
+    """Which two networks: how both are trained, and the seed of each."""
+
+    recipe: Recipe
+    seeds: tuple[int, int]
+
+    def __str__(self) -> str:
+        return f"seeds {self.seeds[0]} and {self.seeds[1]}"
 
 
 def run_directory(runs_dir: pathlib.Path, recipe: Recipe, seed: int) -> pathlib.Path:
@@ -31,7 +42,7 @@ def run_directory(runs_dir: pathlib.Path, recipe: Recipe, seed: int) -> pathlib.
 def train_networks(
     recipe: Recipe,
     dataset: Dataset,
-    seeds: tuple[int, ...],
+    seeds: Sequence[int],
     *,
     runs_dir: pathlib.Path,
     reporter: Reporter,
