@@ -12,7 +12,7 @@ and writes results.json, methods.csv and compare_methods.png.
 A finished run of the same options is only drawn anew.
 """
 
-from absl import flags
+from absl import app, flags
 
 from experiments import method_option, options
 from experiments.method_comparison import EXPERIMENT, METHODS, Config
@@ -39,5 +39,10 @@ def build_config() -> Config:
     )
 
 
+def main(arguments: list[str]) -> None:
+    """Runs the experiment."""
+    options.run_binary(arguments, EXPERIMENT, build_config)
+
+
 if __name__ == "__main__":
-    options.run_binary(EXPERIMENT, build_config)
+    app.run(main)

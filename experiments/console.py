@@ -39,7 +39,11 @@ class Reporter:
         """Shows the progress of `total` steps; yields the function to call after each.
 
         On a terminal a bar with the time left; elsewhere a line at the end, and one a minute until then.
+        Nothing where nothing is to be done.
         """
+        if total == 0:
+            yield lambda: None
+            return
         if self.console.is_terminal:
             columns = (
                 TextColumn("{task.description}"),

@@ -8,7 +8,7 @@ paper's claims with a verdict each, and writes results.json, rates.csv and learn
   python -m experiments.learning_rates --preset=cpu --model=mlp --output_dir=results/rates_mnist
 """
 
-from absl import flags
+from absl import app, flags
 
 from experiments import options, strict_option
 from experiments.rate_comparison import EXPERIMENT, PAPER_RATES, Config
@@ -29,5 +29,10 @@ def build_config() -> Config:
     return Config(**choice.fields, rates=rates, num_test=choice.num_eval)
 
 
+def main(arguments: list[str]) -> None:
+    """Runs the experiment."""
+    options.run_binary(arguments, EXPERIMENT, build_config, strict=strict_option.STRICT)
+
+
 if __name__ == "__main__":
-    options.run_binary(EXPERIMENT, build_config, strict=strict_option.STRICT)
+    app.run(main)

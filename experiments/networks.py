@@ -149,17 +149,19 @@ class Networks:
           epochs: epochs wanted of each parent.
           spawned: epochs at which three children part from each pair.
         """
-        if not pairs:
+        new = [
+            sum(not _holds(run_directory(self.runs_dir, p.recipe, seed), epochs) for seed in p.seeds)
+            for p in pairs
+        ]
+        if not any(new) and not spawned:
+            if pairs:
+                self.reporter.say(f"networks: all found in {self.runs_dir}")
             return
         recipe = pairs[0].recipe
         model = build_model(recipe.model, width=recipe.width, num_classes=self.dataset.num_classes)
         tree, _ = network_shapes(model, self.dataset)
         # A stored epoch has its momentum beside it.
         size = 2 * sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-        new = [
-            sum(not _holds(run_directory(self.runs_dir, p.recipe, seed), epochs) for seed in p.seeds)
-            for p in pairs
-        ]
         if self.keep == "all":
             children = sum(recipe.epochs - t + 1 for t in spawned)
             count = sum(new) * (recipe.epochs + 1) + 3 * len(pairs) * children

@@ -15,7 +15,7 @@ from rebasin.data import load_dataset
 from rebasin.errors import ConfigError, RebasinError
 from rebasin.recipes import REGIMES
 
-__all__ = ["Choice", "choose", "choose_epochs", "execute", "run_binary"]
+__all__ = ["Choice", "choose", "choose_epochs", "run_binary"]
 
 _MODELS = {name: ", ".join(models) for name, models in PRESETS.items()}
 
@@ -144,31 +144,19 @@ def choose_epochs(given: Sequence[str] | None, preset: Sequence[int] | None, las
 
 
 def run_binary(
-    experiment: Experiment[C], build_config: Callable[[], C], *, strict: flags.FlagHolder[bool] | None = None
-) -> None:
-    """What the last line of every binary calls: parses the flags, runs the experiment, and exits.
-
-    Args:
-      experiment: what to run.
-      build_config: reads the flags.
-      strict: the flag that turns a claim which does not hold into exit status 1.
-    """
-    app.run(lambda arguments: execute(arguments, experiment, build_config, strict))
-
-
-def execute(
     arguments: Sequence[str],
     experiment: Experiment[C],
     build_config: Callable[[], C],
+    *,
     strict: flags.FlagHolder[bool] | None = None,
 ) -> None:
-    """Runs an experiment by flags that are parsed; what the user got wrong is one message on stderr.
+    """What every binary does once its flags are parsed; what the user got wrong is one message on stderr.
 
     Args:
       arguments: the name of the program, and what is not a flag.
-      experiment: see `run_binary`.
-      build_config: see `run_binary`.
-      strict: see `run_binary`.
+      experiment: what to run.
+      build_config: reads the flags.
+      strict: the flag that turns a claim which does not hold into exit status 1.
     """
     if len(arguments) > 1:
         raise app.UsageError(f"unknown arguments {arguments[1:]}")

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from experiments.console import Reporter
 from experiments.results import Results
 from rebasin.data import Dataset
+from rebasin.errors import TrajectoryError
 from rebasin.recipes import Recipe
 from rebasin.training import train
 from rebasin.trajectory import Trajectory
@@ -66,8 +67,10 @@ def train_networks(
     trajectories = []
     for seed in seeds:
         directory = run_directory(runs_dir, recipe, seed)
+        begun = _last_stored(directory)
+        where = f" from epoch {begun}" if begun else ""
         began = time.perf_counter()
-        with reporter.stage(f"train seed {seed}", recipe.epochs) as advance:
+        with reporter.stage(f"train seed {seed}{where}", recipe.epochs - begun) as advance:
             trajectory = train(
                 recipe,
                 dataset,
@@ -80,3 +83,11 @@ def train_networks(
         results.add_seconds("training", time.perf_counter() - began)
         trajectories.append(trajectory)
     return trajectories
+
+
+def _last_stored(directory: pathlib.Path) -> int:
+    """The epoch at which training goes on, 0 where it begins."""
+    try:
+        return max(Trajectory(directory).epochs, default=0)
+    except TrajectoryError:
+        return 0

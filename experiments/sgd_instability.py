@@ -15,7 +15,7 @@ Training dominates: three networks for each replicate and epoch of --spawn_epoch
 and hardware. A finished run of the same options is only drawn anew.
 """
 
-from absl import flags
+from absl import app, flags
 
 from experiments import method_option, options, strict_option
 from experiments.instability_analysis import EXPERIMENT, METHODS, Config
@@ -45,5 +45,10 @@ def build_config() -> Config:
     )
 
 
+def main(arguments: list[str]) -> None:
+    """Runs the experiment."""
+    options.run_binary(arguments, EXPERIMENT, build_config, strict=strict_option.STRICT)
+
+
 if __name__ == "__main__":
-    options.run_binary(EXPERIMENT, build_config, strict=strict_option.STRICT)
+    app.run(main)

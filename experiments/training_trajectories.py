@@ -16,7 +16,7 @@ The time goes into sweeps, at most one for each method, epoch s of --match_epoch
 the same options is only drawn anew.
 """
 
-from absl import flags
+from absl import app, flags
 
 from experiments import method_option, options, strict_option
 from experiments.trajectory_alignment import EXPERIMENT, METHODS, Config
@@ -53,5 +53,10 @@ def build_config() -> Config:
     )
 
 
+def main(arguments: list[str]) -> None:
+    """Runs the experiment."""
+    options.run_binary(arguments, EXPERIMENT, build_config, strict=strict_option.STRICT)
+
+
 if __name__ == "__main__":
-    options.run_binary(EXPERIMENT, build_config, strict=strict_option.STRICT)
+    app.run(main)

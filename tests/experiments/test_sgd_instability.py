@@ -15,7 +15,7 @@ from rich.console import Console
 
 import rebasin
 from experiments.console import Reporter
-from experiments.instability_analysis import Config, run
+from experiments.instability_analysis import EXPERIMENT, Config
 from experiments.instability_report import judge
 from experiments.networks import child_seed
 from experiments.pairs import run_directory
@@ -55,7 +55,7 @@ def reporter(text=None):
 def finished(tmp_path_factory):
     """One finished run, its folder, and what it printed."""
     folder, text = tmp_path_factory.mktemp("instability"), io.StringIO()
-    results = run(
+    results = EXPERIMENT.run(
         small_config(),
         DIGITS,
         output_dir=folder / "out",
@@ -156,12 +156,12 @@ def test_a_run_killed_between_two_epochs_ends_with_the_same_numbers(finished, tm
     monkeypatch.setattr("experiments.networks.train", killed)
     arguments = {"output_dir": tmp_path / "out", "runs_dir": tmp_path / "runs", "keep": keep}
     with pytest.raises(KeyboardInterrupt):
-        run(small_config(), DIGITS, **arguments, reporter=reporter())
+        EXPERIMENT.run(small_config(), DIGITS, **arguments, reporter=reporter())
     stored = Results.load(tmp_path / "out/results.json")
     assert [curve["epochs"] for curve in stored.curves] == [[0, 1]]
     with pytest.raises(ConfigError, match="pass --resume to go on with it"):
-        run(small_config(), DIGITS, **arguments, reporter=reporter())
-    run(small_config(), DIGITS, **arguments, resume=True, reporter=reporter())
+        EXPERIMENT.run(small_config(), DIGITS, **arguments, reporter=reporter())
+    EXPERIMENT.run(small_config(), DIGITS, **arguments, resume=True, reporter=reporter())
     resumed = Results.load(tmp_path / "out/results.json")
     assert resumed.curves == complete.curves
     assert resumed.summary == complete.summary
@@ -225,7 +225,7 @@ def test_the_binary_from_end_to_end(tmp_path):
         "--replicates=1",
         "--spawn_epochs=0,2",
         "--num_alphas=3",
-        "--matching=weights",
+        "--methods=weights",
     ]
     command = [sys.executable, "-m", "experiments.sgd_instability", f"--output_dir={tmp_path}", *flags]
     done = subprocess.run(

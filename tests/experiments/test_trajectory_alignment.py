@@ -18,11 +18,11 @@ import rebasin
 from experiments.console import Reporter
 from experiments.pairs import run_directory
 from experiments.presets import PRESETS, Thresholds, choose_preset
-from experiments.results import Results
+from experiments.results import Results, claim
 from experiments.segments import METRICS
 from experiments.statistics import student_interval
-from experiments.trajectory_alignment import Config, run
-from experiments.trajectory_claims import claim, early_epochs, judge
+from experiments.trajectory_alignment import EXPERIMENT, Config
+from experiments.trajectory_claims import early_epochs, judge
 from rebasin.data import load_dataset, normalise
 from rebasin.errors import ConfigError
 from rebasin.models import build_model
@@ -59,7 +59,7 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("experiment")
     text = io.StringIO()
     reporter = Reporter(Console(file=text, width=80))
-    results = run(
+    results = EXPERIMENT.run(
         small_config(),
         load_dataset("digits"),
         output_dir=folder / "out",
@@ -277,7 +277,7 @@ def test_a_finished_run_is_only_drawn_anew(finished):
     for figure in figures:
         figure.unlink()
     began = time.perf_counter()
-    again = run(
+    again = EXPERIMENT.run(
         small_config(),
         load_dataset("digits"),
         output_dir=folder / "out",
@@ -296,7 +296,7 @@ def test_another_config_is_refused_and_nothing_lost(finished):
     before = (folder / "out/results.json").read_bytes()
     other = small_config(num_alphas=7, replicates=3)
     with pytest.raises(ConfigError) as info:
-        run(
+        EXPERIMENT.run(
             other,
             load_dataset("digits"),
             output_dir=folder / "out",
@@ -321,8 +321,8 @@ def test_an_unfinished_run_needs_resume_and_keeps_its_replicates(finished, tmp_p
     with pytest.raises(
         ConfigError, match=r"unfinished run \(1 replicates done\); pass --resume to go on with it"
     ):
-        run(small_config(), load_dataset("digits"), **arguments)
-    resumed = run(small_config(), load_dataset("digits"), resume=True, **arguments)
+        EXPERIMENT.run(small_config(), load_dataset("digits"), **arguments)
+    resumed = EXPERIMENT.run(small_config(), load_dataset("digits"), resume=True, **arguments)
     # To the last bit: what is summed up has gone through the file's seven digits either way.
     assert (resumed.curves, resumed.summary) == (complete.curves, complete.summary)
     assert Results.load(tmp_path / "out/results.json").claims == complete.claims
@@ -334,7 +334,7 @@ def test_networks_are_dropped_and_the_numbers_stay(finished, tmp_path, keep, lef
     complete = Results.load(folder / "out/results.json")
     output, runs = tmp_path / "out", tmp_path / "runs"
     config = small_config(replicates=1, methods=("weights",))
-    results = run(
+    results = EXPERIMENT.run(
         config, load_dataset("digits"), output_dir=output, runs_dir=runs, keep=keep, reporter=quiet()
     )
     ours, theirs = (r.curves[0]["methods"]["weights"] for r in (results, complete))
@@ -351,7 +351,7 @@ def test_networks_found_elsewhere_are_never_dropped(finished, tmp_path):
     _, folder, _ = finished
     config = small_config(replicates=1, methods=("weights",))
     arguments = {"output_dir": tmp_path / "out", "runs_dir": folder / "runs", "keep": "none"}
-    run(config, load_dataset("digits"), **arguments, reporter=quiet())
+    EXPERIMENT.run(config, load_dataset("digits"), **arguments, reporter=quiet())
     assert not (tmp_path / "out/networks").exists()
     found = Trajectory(run_directory(folder / "runs", config.recipe, 0))
     assert found.epochs == (0, 1, 2, 3, 4)
@@ -362,9 +362,9 @@ def test_every_problem_of_a_config_is_listed():
         small_config(replicates=0, num_alphas=1, epochs=(0, 2), methods=("magic",))
     assert str(info.value).splitlines() == [
         "this experiment cannot work:",
-        "  methods: wanted some of weights, activations, got 'magic'",
         "  replicates: wanted at least 1, got 0",
         "  num_alphas: wanted at least 2, both ends of the segment, got 1",
+        f"  methods: wanted some of {', '.join(rebasin.METHODS)}, got 'magic'",
         "  epochs: wanted the recipe's last, 4, at the end, got 2",
         "  match_epochs: wanted ascending ones of epochs, with the last, got [1, 4]",
     ]
@@ -422,7 +422,7 @@ def test_the_binary_from_end_to_end(finished, tmp_path):
         "--replicates=1",
         "--record_epochs=0,1,4",
         "--match_epochs=1",
-        "--matching=weights",
+        "--methods=weights",
         "--num_alphas=3",
     ]
     done = call_binary(*flags, f"--output_dir={tmp_path}", "--preset=digits")
