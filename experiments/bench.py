@@ -9,7 +9,7 @@ import numpy as np
 
 import rebasin
 from experiments.experiment import Setup
-from experiments.results import Results
+from experiments.matchers import build_matchers
 from rebasin.data import Split, normalise
 from rebasin.training import build_metrics, classification_metrics
 from rebasin.trajectory import Trajectory
@@ -45,7 +45,7 @@ class Bench:
         num_repair: int | None = None,
     ) -> None:
         self._setup, self._methods, self._num_repair = setup, methods, num_repair
-        self._matchers = setup.build_matchers(methods, num_steps=num_steps)
+        self._matchers = build_matchers(setup, methods, num_steps=num_steps)
         dataset, config = setup.dataset, setup.config
         train, test = len(dataset.train.labels), len(dataset.test.labels)
         chosen = dataset.take(
@@ -73,7 +73,7 @@ class Bench:
 
     def _try(self, name: str, a: Any, b: Any) -> dict[str, Any]:
         """Matches by one method and measures the segment that it leaves."""
-        results: Results = self._setup.results
+        results = self._setup.results
         began = time.perf_counter()
         match = None if name == BASELINE else self._matchers[name](a, b)
         seconds = 0.0 if match is None else time.perf_counter() - began

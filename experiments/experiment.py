@@ -7,7 +7,6 @@ from typing import Any, ClassVar, Generic, TypeAlias, TypeVar
 
 from experiments.console import Reporter
 from experiments.figures import Target
-from experiments.matchers import Matcher, build_matchers
 from experiments.networks import Networks
 from experiments.pairs import Pair
 from experiments.results import Claim, Results, open_results, plain, write_csv
@@ -104,19 +103,6 @@ class Setup(Generic[C]):
     networks: Networks
     results: Results
     reporter: Reporter
-
-    def build_matchers(self, methods: Sequence[str], *, num_steps: int | None = None) -> dict[str, Matcher]:
-        """The functions behind the names of methods, see `experiments.matchers.build_matchers`."""
-        config = self.config
-        return build_matchers(
-            methods,
-            self.spec,
-            self.model,
-            self.dataset,
-            seed=config.seed,
-            num_match=config.num_match,
-            num_steps=num_steps,
-        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

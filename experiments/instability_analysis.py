@@ -14,16 +14,13 @@ from experiments import experiment
 from experiments.experiment import Experiment, Measure, Setup
 from experiments.instability_figure import draw_instability
 from experiments.instability_report import judge, report, summarise_curves, tidy_rows
-from experiments.matchers import Matcher, check_methods
+from experiments.matchers import Matcher, build_matchers, check_methods
 from experiments.pairs import Pair
 from experiments.segments import METRICS, Meter, Segments, barriers, endpoints
 from rebasin.permutation import Permutation
 from rebasin.trajectory import Trajectory
 
-__all__ = ["EXPERIMENT", "METHODS", "Config"]
-
-# What the paper compares.
-METHODS = ("weights", "activations")
+__all__ = ["EXPERIMENT", "Config"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,7 +68,7 @@ class Config(experiment.Config):
 def _build_measure(setup: Setup[Config]) -> Measure:
     config = setup.config
     meter = Meter(setup.model, setup.dataset, num_alphas=config.num_alphas, num_eval=config.num_eval)
-    matchers = setup.build_matchers(config.methods)
+    matchers = build_matchers(setup, config.methods)
 
     def measure(
         pair: Pair, trained: list[Trajectory], begun: dict[str, Any] | None

@@ -7,14 +7,18 @@ import jax
 import numpy as np
 
 import rebasin
-from rebasin.data import Dataset, normalise
-from rebasin.spec import PermutationSpec
+from experiments.experiment import Setup
+from rebasin.data import normalise
 from rebasin.training import build_metrics
 
-__all__ = ["Matcher", "build_matchers", "check_methods"]
+__all__ = ["PAPER_METHODS", "Matcher", "build_matchers", "check_methods"]
 
 # (params_a, params_b) -> the match.
 Matcher: TypeAlias = Callable[[Any, Any], rebasin.MatchResult]
+
+
+# What arXiv 2404.06498 compares.
+PAPER_METHODS = ("weights", "activations")
 
 
 def check_methods(methods: Sequence[str]) -> list[str]:
@@ -27,30 +31,21 @@ def check_methods(methods: Sequence[str]) -> list[str]:
 
 
 def build_matchers(
-    methods: Sequence[str],
-    spec: PermutationSpec,
-    model: Any,
-    dataset: Dataset,
-    *,
-    seed: int,
-    num_match: int | None,
-    num_steps: int | None = None,
+    setup: Setup[Any], methods: Sequence[str], *, num_steps: int | None = None
 ) -> dict[str, Matcher]:
     """The functions behind the names of methods, with their default options.
 
     Args:
+      setup: of the experiment. Methods that need data are given the dataset's first `num_match` training
+        images, a stratified subset without augmentation; methods that draw at random the config's seed.
       methods: names in `rebasin.METHODS`.
-      spec: the symmetries of `model`.
-      model: a Flax module.
-      dataset: its training images, without augmentation, are what methods that need data are given.
-      seed: of the methods that draw at random.
-      num_match: training examples, a stratified subset; `None` for all.
       num_steps: gradient steps of the methods that learn a permutation; `None` for their default.
 
     Returns:
       ``match(params_a, params_b) -> MatchResult`` for each name.
     """
-    size = min(num_match or len(dataset.train.labels), len(dataset.train.labels))
+    config, model, dataset = setup.config, setup.model, setup.dataset
+    size = min(config.num_match or len(dataset.train.labels), len(dataset.train.labels))
     examples = jax.device_put(dataset.take(num_train=size).train)
     mean, std = np.asarray(dataset.mean), np.asarray(dataset.std)
     metrics = build_metrics(model, mean, std)
@@ -72,7 +67,7 @@ def build_matchers(
             options = {"loss_fn": loss_fn, "data": examples}
             if num_steps is not None:
                 options["num_steps"] = num_steps
-        key = jax.random.key(seed)
-        return lambda a, b: rebasin.match(spec, a, b, name, key=key, **options)
+        key = jax.random.key(config.seed)
+        return lambda a, b: rebasin.match(setup.spec, a, b, name, key=key, **options)
 
     return {name: build(name) for name in methods}

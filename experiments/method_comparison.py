@@ -119,8 +119,8 @@ def _report(results: Results, reporter: Reporter) -> None:
     header += ["loss\nbarrier", "error\nbarrier", "loss,\nREPAIR", "error,\nREPAIR"]
     reporter.say(f"\nmean±sd of {count_pairs(results)}: barriers on test data, errors in %")
     reporter.table(header, rows)
-    reporter.say("own objective: what the method maximises, at its end; seconds: of a match, with what it")
-    reporter.say("compiles; REPAIR: with the statistics of every layer repaired; none: as trained")
+    reporter.say("own objective: what the method maximises; seconds: of a match, with compiling;")
+    reporter.say("REPAIR: with the statistics of every layer repaired; none: as trained")
 
 
 EXPERIMENT = Experiment(

@@ -18,7 +18,8 @@ and hardware. A finished run of the same options is only drawn anew.
 from absl import app, flags
 
 from experiments import method_option, options, strict_option
-from experiments.instability_analysis import EXPERIMENT, METHODS, Config
+from experiments.instability_analysis import EXPERIMENT, Config
+from experiments.matchers import PAPER_METHODS
 
 for _module in (options, method_option, strict_option):
     flags.adopt_module_key_flags(_module)  # so that --help lists them
@@ -38,7 +39,7 @@ def build_config() -> Config:
     choice = options.choose("instability")
     return Config(
         **choice.fields,
-        methods=tuple(method_option.METHODS.value or METHODS),
+        methods=tuple(method_option.METHODS.value or PAPER_METHODS),
         epochs=options.choose_epochs(_SPAWN.value, choice.preset.spawn_epochs, choice.last),
         onset_at_most=_ONSET.value,
         num_eval=choice.num_eval,

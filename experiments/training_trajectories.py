@@ -19,7 +19,8 @@ the same options is only drawn anew.
 from absl import app, flags
 
 from experiments import method_option, options, strict_option
-from experiments.trajectory_alignment import EXPERIMENT, METHODS, Config
+from experiments.matchers import PAPER_METHODS
+from experiments.trajectory_alignment import EXPERIMENT, Config
 
 for _module in (options, method_option, strict_option):
     flags.adopt_module_key_flags(_module)  # so that --help lists them
@@ -45,7 +46,7 @@ def build_config() -> Config:
         matched &= set(epochs)
     return Config(
         **choice.fields,
-        methods=tuple(method_option.METHODS.value or METHODS),
+        methods=tuple(method_option.METHODS.value or PAPER_METHODS),
         epochs=epochs,
         match_epochs=tuple(sorted(matched | {choice.last})),
         num_eval=choice.num_eval,

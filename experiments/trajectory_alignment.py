@@ -11,7 +11,7 @@ from typing import Any
 
 from experiments import experiment
 from experiments.experiment import Experiment, Measure, Setup
-from experiments.matchers import check_methods
+from experiments.matchers import build_matchers, check_methods
 from experiments.pair_analysis import PairAnalysis
 from experiments.pairs import Pair
 from experiments.presets import Thresholds
@@ -21,10 +21,7 @@ from experiments.trajectory_figures import draw_fixed_permutations, draw_permuta
 from experiments.trajectory_report import report, summarise_curves, tidy_rows
 from rebasin.trajectory import Trajectory
 
-__all__ = ["EXPERIMENT", "METHODS", "Config"]
-
-# What the paper compares.
-METHODS = ("weights", "activations")
+__all__ = ["EXPERIMENT", "Config"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,7 +69,7 @@ class Config(experiment.Config):
 def _build_measure(setup: Setup[Config]) -> Measure:
     config = setup.config
     meter = Meter(setup.model, setup.dataset, num_alphas=config.num_alphas, num_eval=config.num_eval)
-    matchers = setup.build_matchers(config.methods)
+    matchers = build_matchers(setup, config.methods)
     analysis = PairAnalysis(config.epochs, config.match_epochs, setup.spec, matchers, meter, setup.results)
 
     def measure(pair: Pair, trained: list[Trajectory], begun: object) -> Iterator[dict[str, Any]]:
