@@ -16,7 +16,6 @@ __all__ = ["PAPER_METHODS", "Matcher", "build_matchers", "check_methods"]
 # (params_a, params_b) -> the match.
 Matcher: TypeAlias = Callable[[Any, Any], rebasin.MatchResult]
 
-
 # What arXiv 2404.06498 compares.
 PAPER_METHODS = ("weights", "activations")
 

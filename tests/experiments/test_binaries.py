@@ -128,7 +128,9 @@ def test_warm_up_follows_recipe_and_epochs(seen):
         (sgd_instability, ["--warmup_epochs=0"], 0),
     ):
         assert call(binary, *arguments) == 0
-        assert seen.pop()[1].recipe.warmup_epochs == warmup
+        recipe = seen.pop()[1].recipe
+        assert recipe.warmup_epochs == warmup
+        assert recipe.weight_decay == (0 if binary is sgd_instability else 1e-4)
 
 
 def test_epochs_by_flag_and_preset(seen):

@@ -135,29 +135,6 @@ def test_what_cannot_work_is_refused():
         rates_config(rates=(0.1, 0.01))
 
 
-def killed_after_the_first_pair(monkeypatch, experiment, config, folder, **arguments):
-    """What the first, killed run of two ends with."""
-    measure = Bench.measure
-    calls = []
-
-    def killed(*arguments):
-        calls.append(None)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return measure(*arguments)
-
-    folders = {"output_dir": folder / "out", "runs_dir": folder / "runs", "reporter": reporter()}
-    with monkeypatch.context() as patch:
-        patch.setattr(Bench, "measure", killed)
-        with pytest.raises(KeyboardInterrupt):
-            experiment.run(config, load_dataset("digits"), **folders, **arguments)
-    assert len(Results.load(folder / "out/results.json").curves) == 1
-    with pytest.raises(ConfigError, match="pass --resume to go on with it"):
-        experiment.run(config, load_dataset("digits"), **folders, **arguments)
-    experiment.run(config, load_dataset("digits"), **folders, **arguments, resume=True)
-    return Results.load(folder / "out/results.json")
-
-
 def without_seconds(value):
     if isinstance(value, dict):
         return {key: without_seconds(inner) for key, inner in value.items() if key != "seconds"}
@@ -167,9 +144,26 @@ def without_seconds(value):
 def test_a_killed_comparison_ends_with_the_same_numbers(methods, tmp_path, monkeypatch):
     """Killed at the second pair; of the networks trained here, the last epochs alone are left."""
     complete, _, _ = methods
+    experiment, dataset = method_comparison.EXPERIMENT, load_dataset("digits")
     config = methods_config(methods=("weights",))
-    experiment = method_comparison.EXPERIMENT
-    resumed = killed_after_the_first_pair(monkeypatch, experiment, config, tmp_path, keep="ends")
+    folders = {"output_dir": tmp_path / "out", "runs_dir": tmp_path / "runs", "reporter": reporter()}
+    measure, calls = Bench.measure, []
+
+    def killed(*arguments):
+        calls.append(None)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return measure(*arguments)
+
+    monkeypatch.setattr(Bench, "measure", killed)
+    with pytest.raises(KeyboardInterrupt):
+        experiment.run(config, dataset, **folders, keep="ends")
+    assert len(Results.load(tmp_path / "out/results.json").curves) == 1
+    with pytest.raises(ConfigError, match="pass --resume to go on with it"):
+        experiment.run(config, dataset, **folders, keep="ends")
+    experiment.run(config, dataset, **folders, keep="ends", resume=True)
+    assert len(calls) == 3
+    resumed = Results.load(tmp_path / "out/results.json")
     for ours, theirs in zip(resumed.curves, complete.curves, strict=True):
         for name, record in ours["methods"].items():
             assert without_seconds(record) == without_seconds(theirs["methods"][name])
@@ -199,17 +193,24 @@ def rates_config(**changes):
     return rate_comparison.Config(**{**fields, **changes})
 
 
-def test_rates(tmp_path, monkeypatch):
-    """Two rates and one pair each, at once and killed between them, with the networks kept and dropped."""
-    experiment = rate_comparison.EXPERIMENT
-    killed = killed_after_the_first_pair(monkeypatch, experiment, rates_config(), tmp_path, keep="none")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
-    assert not (tmp_path / "out/networks").exists()
-    folders = {"output_dir": tmp_path / "again", "runs_dir": tmp_path / "runs"}
+def test_rates(tmp_path):
+    """Two rates and one pair each; then from the first rate on again, with networks that are dropped."""
+    experiment, dataset = rate_comparison.EXPERIMENT, load_dataset("digits")
     text = io.StringIO()
-    results = experiment.run(rates_config(), load_dataset("digits"), **folders, reporter=reporter(text))
-    assert without_seconds(killed.curves) == without_seconds(results.curves)
-    assert (killed.summary, killed.claims) == (results.summary, results.claims)
+    folders = {"output_dir": tmp_path / "out", "runs_dir": tmp_path / "runs"}
+    experiment.run(rates_config(), dataset, **folders, reporter=reporter(text))
+    results = Results.load(tmp_path / "out/results.json")
+    partial = dataclasses.replace(results, curves=results.curves[:1], summary={}, claims=[])
+    (tmp_path / "again").mkdir()
+    partial.save(tmp_path / "again/results.json")
+    folders = {"output_dir": tmp_path / "again", "runs_dir": tmp_path / "none"}
+    experiment.run(rates_config(), dataset, **folders, keep="none", resume=True, reporter=reporter())
+    resumed = Results.load(tmp_path / "again/results.json")
+    assert resumed.curves[0] == results.curves[0]
+    assert without_seconds(resumed.curves) == without_seconds(results.curves)
+    assert (resumed.summary, resumed.claims) == (results.summary, results.claims)
+    assert not (tmp_path / "none").exists()
+    assert not (tmp_path / "again/networks").exists()
 
     assert [curve["rate"] for curve in results.curves] == [0.01, 0.1]
     for rate, curve in zip((0.01, 0.1), results.curves, strict=True):

@@ -4,9 +4,6 @@ import csv
 import dataclasses
 import io
 import json
-import os
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -216,27 +213,3 @@ def test_every_problem_of_a_config_is_listed():
         "  onset_at_most: wanted a fraction, got 2.0",
         "  epochs: wanted ascending epochs from 0 to 3, got [0, 4]",
     ]
-
-
-def test_the_binary_from_end_to_end(tmp_path):
-    flags = [
-        "--width=16",
-        "--epochs=3",
-        "--replicates=1",
-        "--spawn_epochs=0,2",
-        "--num_alphas=3",
-        "--methods=weights",
-    ]
-    command = [sys.executable, "-m", "experiments.sgd_instability", f"--output_dir={tmp_path}", *flags]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=120, check=False, env={**os.environ}
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    content = json.loads((tmp_path / "results.json").read_text())
-    assert content["config"]["epochs"] == [0, 2]
-    assert (content["config"]["recipe"]["warmup_epochs"], content["config"]["recipe"]["weight_decay"]) == (
-        1,
-        0,
-    )
-    wrong = subprocess.run([*command, "--spawn_epochs=one"], capture_output=True, text=True, timeout=120)
-    assert wrong.stderr == "error: wanted epochs, such as 0,1,5, got 'one'\n"
