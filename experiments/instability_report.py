@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from experiments.console import Reporter, cell
-from experiments.results import Claim, Results, claim, count_pairs
+from experiments.results import Claim, Results, claim, describe_mean
 from experiments.segments import METRICS
 from experiments.statistics import interval_at, mean_onset, summarise
 
@@ -125,7 +125,7 @@ def report(results: Results, reporter: Reporter) -> None:
     """Prints a table of spawn epochs for each two methods, the barriers of the parents, and the onset."""
     methods = results.config["methods"]
     reporter.say("\nBarriers at the end, test data, of children that part at epoch t (errors in %);")
-    reporter.say(f"mean±sd of {count_pairs(results, 'parents')}")
+    reporter.say(f"{describe_mean(results, 'parents')}")
     for first in range(0, len(methods), _ABREAST):
         _table(results.summary, methods[first : first + _ABREAST], reporter)
     reporter.say("A¹–A²: siblings; A¹–P[B¹]: children of both parents under the parents' P_end;")

@@ -6,6 +6,9 @@ paper's claims with a verdict each, and writes results.json, rates.csv and learn
 
   python -m experiments.learning_rates --preset=digits --output_dir=results/rates_digits
   python -m experiments.learning_rates --preset=cpu --model=mlp --output_dir=results/rates_mnist
+
+Training dominates: two networks for each replicate and rate. A finished run of the same options is only drawn
+anew.
 """
 
 from absl import app, flags

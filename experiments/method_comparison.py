@@ -17,7 +17,7 @@ from experiments.experiment import Experiment, Measure, Setup
 from experiments.matchers import check_methods
 from experiments.method_figure import draw_methods
 from experiments.pairs import Pair
-from experiments.results import Results, count_pairs
+from experiments.results import Results, describe_mean
 from experiments.statistics import summarise
 from rebasin.trajectory import Trajectory
 
@@ -117,7 +117,7 @@ def _report(results: Results, reporter: Reporter) -> None:
         rows.append(row)
     header = ["\nmethod", "own\nobjective", "\nseconds"]
     header += ["loss\nbarrier", "error\nbarrier", "loss,\nREPAIR", "error,\nREPAIR"]
-    reporter.say(f"\nmean±sd of {count_pairs(results)}: barriers on test data, errors in %")
+    reporter.say(f"\n{describe_mean(results)}: barriers on test data, errors in %")
     reporter.table(header, rows)
     reporter.say("own objective: what the method maximises; seconds: of a match, with compiling;")
     reporter.say("REPAIR: with the statistics of every layer repaired; none: as trained")

@@ -56,8 +56,15 @@ def draw_methods(results: Results, target: Target) -> None:
             axes.set_xscale("symlog", linthresh=linear, linscale=0.6)
             axes.set_xticks(ticks, labels=[f"{tick:g}" for tick in ticks])
             axes.minorticks_off()
-            top = max(scale * c["methods"][n]["plain"][measure] for c in results.curves for n in names)
-            axes.set_xlim(-0.05 * linear, max(1.3 * top, 2 * linear))
+            values = [
+                scale * curve["methods"][name][variant][measure]
+                for curve in results.curves
+                for name in names
+                for variant in _VARIANTS
+            ]
+            # From 0 on only where something is close to it.
+            low = max(tick for tick in ticks if tick <= min(values) / 2) * 0.9
+            axes.set_xlim(low or -0.05 * linear, max(1.3 * max(values), 2 * linear))
             axes.grid(axis="x", alpha=0.25, linewidth=0.5)
         panels[0].set_yticks(range(len(names)), labels=[name.replace("_", " ") for name in names])
         panels[0].invert_yaxis()

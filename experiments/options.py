@@ -23,11 +23,11 @@ _PRESET = flags.DEFINE_enum(
     "preset",
     "digits",
     list(PRESETS),
-    "What fills in every flag that is not given: digits (seconds), cpu (minutes "
-    "to an hour), paper (the full recipe, for an accelerator).",
+    "What fills in every flag that is not given: digits (minutes), cpu (minutes to an hour and more), paper "
+    "(the full recipe, for an accelerator).",
 )
 _OUTPUT_DIR = flags.DEFINE_string(
-    "output_dir", None, "Folder for results.json, the CSV and the figures.", required=True
+    "output_dir", None, "Folder for results.json, the CSV and the figures; must be given.", required=True
 )
 _RUNS_DIR = flags.DEFINE_string(
     "runs_dir",

@@ -16,7 +16,7 @@ from experiments.console import Reporter, cell
 from experiments.experiment import Experiment, Measure, Setup
 from experiments.pairs import Pair
 from experiments.rate_figure import draw_rates
-from experiments.results import Claim, Results, claim, count_pairs
+from experiments.results import Claim, Results, claim, describe_mean
 from experiments.statistics import student_interval
 from rebasin.trajectory import Trajectory
 
@@ -137,7 +137,7 @@ def _report(results: Results, reporter: Reporter) -> None:
                 row.append(cell(interval, percent=measure == "error_barrier"))
     short = {"covariance": "cov.", "activations": "act."}
     columns = [f"{what}\n{short.get(name, name)}" for what in ("loss ½", "error") for name in methods]
-    reporter.say(f"\nmean±sd of {count_pairs(results)} at each peak learning rate, test data")
+    reporter.say(f"\n{describe_mean(results)} at each peak learning rate, test data")
     reporter.table(["\nrate", *columns], rows)
     reporter.say("loss ½: half way between the networks; error: error barrier in %; none: as trained")
 

@@ -23,6 +23,7 @@ __all__ = [
     "Results",
     "claim",
     "count_pairs",
+    "describe_mean",
     "describe_environment",
     "open_results",
     "plain",
@@ -133,6 +134,12 @@ def count_pairs(results: Results, what: str = "networks") -> str:
     """For example ``"3 pairs of networks"``."""
     count = results.config["replicates"]
     return f"{count} pair{'s' * (count > 1)} of {what}"
+
+
+def describe_mean(results: Results, what: str = "networks") -> str:
+    """For example ``"mean±sd of 3 pairs of networks"``; a single pair has no spread."""
+    pairs = count_pairs(results, what)
+    return pairs if results.config["replicates"] == 1 else f"mean±sd of {pairs}"
 
 
 def open_results(

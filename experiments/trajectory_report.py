@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from experiments.console import Reporter, cell
-from experiments.results import Results, count_pairs
+from experiments.results import Results, describe_mean
 from experiments.segments import METRICS
 from experiments.statistics import interval_at, summarise
 
@@ -60,7 +60,7 @@ def tidy_rows(results: Results) -> Iterator[dict[str, Any]]:
 
 def report(results: Results, reporter: Reporter) -> None:
     """Prints a table for each method."""
-    reporter.say(f"\nmean±sd of {count_pairs(results)}, test data; errors in %")
+    reporter.say(f"\n{describe_mean(results)}, test data; errors in %")
     for method in results.config["methods"]:
         _table(results, method, reporter)
     reporter.say("\nnone: as trained; P_end: permutation from the last epoch; P_t: from that epoch;")
