@@ -1,7 +1,10 @@
 """The figure of `compare_methods`, drawn from ``results.json`` alone."""
 
+from collections.abc import Sequence
+
 import matplotlib as mpl
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.figures import RC, Target, entitle, share_legend
@@ -51,23 +54,29 @@ def draw_methods(results: Results, target: Target) -> None:
                 for curve in results.curves if len(results.curves) > 1 else ():
                     dots = [scale * curve["methods"][name][variant][measure] for name in names]
                     axes.plot(dots, y, linestyle="none", marker="|", color=colour, markersize=4, alpha=0.6)
-            axes.set(xlabel=label)
-            # Aligned pairs differ by less than a hundredth of what the unaligned one has.
-            axes.set_xscale("symlog", linthresh=linear, linscale=0.6)
-            axes.set_xticks(ticks, labels=[f"{tick:g}" for tick in ticks])
-            axes.minorticks_off()
             values = [
                 scale * curve["methods"][name][variant][measure]
                 for curve in results.curves
                 for name in names
                 for variant in _VARIANTS
             ]
-            # From 0 on only where something is close to it.
-            low = max(tick for tick in ticks if tick <= min(values) / 2) * 0.9
-            axes.set_xlim(low or -0.05 * linear, max(1.3 * max(values), 2 * linear))
-            axes.grid(axis="x", alpha=0.25, linewidth=0.5)
+            _dress(axes, label, min(values), max(values), linear, ticks)
         panels[0].set_yticks(range(len(names)), labels=[name.replace("_", " ") for name in names])
         panels[0].invert_yaxis()
         entitle(figure, results, "networks", ": mean, standard deviation and each pair")
         share_legend(figure, panels[:1], columns=2)
         figure.savefig(target, metadata={"Software": None})
+
+
+def _dress(
+    axes: Axes, label: str, lowest: float, highest: float, linear: float, ticks: Sequence[float]
+) -> None:
+    """A logarithmic axis: aligned pairs have less than a hundredth of the barrier of those that are not."""
+    axes.set(xlabel=label)
+    axes.set_xscale("symlog", linthresh=linear, linscale=0.6)
+    axes.set_xticks(ticks, labels=[f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    # From 0 on only where something is close to it.
+    left = 0.9 * max(tick for tick in ticks if tick <= lowest / 2)
+    axes.set_xlim(left or -0.05 * linear, max(1.3 * highest, 2 * linear))
+    axes.grid(axis="x", alpha=0.25, linewidth=0.5)

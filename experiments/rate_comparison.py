@@ -139,7 +139,7 @@ def _report(results: Results, reporter: Reporter) -> None:
     columns = [f"{what}\n{short.get(name, name)}" for what in ("loss ½", "error") for name in methods]
     reporter.say(f"\n{describe_mean(results)} at each peak learning rate, test data")
     reporter.table(["\nrate", *columns], rows)
-    reporter.say("loss ½: half way between the networks; error: error barrier in %; none: as trained")
+    reporter.say("loss ½: half way between the networks; error: barrier in %; none: as trained")
 
 
 EXPERIMENT = Experiment(
