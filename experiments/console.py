@@ -84,7 +84,8 @@ class Reporter:
     def conclude(self, results: Results, paths: Iterable[pathlib.Path]) -> None:
         """Prints the claims, the computing time and the files of a finished run."""
         if results.claims:
-            self.say("")
+            alone = " (one pair has no 95 % interval: its value decides)"
+            self.say("\nclaims of the paper" + alone * (results.config["replicates"] == 1))
         for claim in results.claims:
             low, high = _number(claim.low), _number(claim.high)
             spread = f" [{low}, {high}]" if (low, high) != ("none", "none") else ""

@@ -77,6 +77,6 @@ def _dress(
     axes.set_xticks(ticks, labels=[f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
     # From 0 on only where something is close to it.
-    left = 0.9 * max(tick for tick in ticks if tick <= lowest / 2)
+    left = 0.9 * max(tick for tick in ticks if tick <= lowest / 1.5)
     axes.set_xlim(left or -0.05 * linear, max(1.3 * highest, 2 * linear))
     axes.grid(axis="x", alpha=0.25, linewidth=0.5)
