@@ -90,14 +90,15 @@ class Reporter:
             low, high = _number(claim.low), _number(claim.high)
             spread = f" [{low}, {high}]" if (low, high) != ("none", "none") else ""
             verdict = "holds" if claim.holds else "does not hold"
-            self._wrap(f"{verdict:>13}  ", claim.statement)
-            self._wrap(" " * 15, f"measured {_number(claim.measured)}{spread}; paper: {claim.paper}")
+            self.wrap(claim.statement, head=f"{verdict:>13}  ")
+            measured = f"measured {_number(claim.measured)}{spread}; paper: {claim.paper}"
+            self.wrap(measured, head=" " * 15)
         spent = ", ".join(f"{phase} {seconds:.0f} s" for phase, seconds in results.seconds.items())
         self.say(f"\ncomputing time: {spent}")
         for path in paths:
             self.say(str(path))
 
-    def _wrap(self, head: str, text: str) -> None:
+    def wrap(self, text: str, *, head: str = "") -> None:
         """Prints text behind a head, its later lines below its first."""
         width = min(self.console.width, 100)
         self.say(textwrap.fill(text, width, initial_indent=head, subsequent_indent=" " * len(head)))

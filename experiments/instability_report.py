@@ -125,14 +125,14 @@ def report(results: Results, reporter: Reporter) -> None:
     """Prints a table of spawn epochs for each two methods, the barriers of the parents, and the onset."""
     methods = results.config["methods"]
     reporter.say("\nBarriers at the end, test data, of children that part at epoch t (errors in %);")
-    reporter.say(f"{describe_mean(results, 'parents')}")
+    reporter.say(describe_mean(results, "parents"))
     for first in range(0, len(methods), _ABREAST):
         _table(results.summary, methods[first : first + _ABREAST], reporter)
     reporter.say("A¹–A²: siblings; A¹–P[B¹]: children of both parents under the parents' P_end;")
     reporter.say("P_t@end: the parents at the end under their permutation from t")
     parents = results.summary["parents"]
     known = [f"{name} {cell(parents[name]['test_error'], percent=True)}" for name in ("unaligned", *methods)]
-    reporter.say(f"parents under P_end, test error: {', '.join(known)}")
+    reporter.wrap(f"parents under P_end, test error: {', '.join(known)}")
     reporter.say(f"onset of linear connectivity: epoch {_onset_text(results.summary['onset'])}")
 
 
