@@ -149,13 +149,14 @@ class Networks:
           epochs: epochs wanted of each parent.
           spawned: epochs at which three children part from each pair.
         """
+        if not pairs:
+            return
         new = [
             sum(not _holds(run_directory(self.runs_dir, p.recipe, seed), epochs) for seed in p.seeds)
             for p in pairs
         ]
         if not any(new) and not spawned:
-            if pairs:
-                self.reporter.say(f"networks: all found in {self.runs_dir}")
+            self.reporter.say(f"networks: all found in {self.runs_dir}")
             return
         recipe = pairs[0].recipe
         model = build_model(recipe.model, width=recipe.width, num_classes=self.dataset.num_classes)

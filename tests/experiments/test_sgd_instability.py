@@ -170,6 +170,15 @@ def test_a_run_killed_between_two_epochs_ends_with_the_same_numbers(finished, tm
         assert Trajectory(run_directory(tmp_path / "runs", RECIPE, 3)).epochs == (0, 1, 2, 3, 4)
 
 
+def test_a_run_killed_before_its_summary_needs_no_network(finished, tmp_path):
+    complete = Results.load(finished[1] / "out/results.json")
+    dataclasses.replace(complete, summary={}, claims=[]).save(tmp_path / "results.json")
+    folders = {"output_dir": tmp_path, "runs_dir": tmp_path / "runs"}
+    EXPERIMENT.run(small_config(), DIGITS, **folders, resume=True, reporter=reporter())
+    assert Results.load(tmp_path / "results.json") == complete
+    assert not (tmp_path / "networks").exists()
+
+
 def made_up(siblings, children, parents):
     return {
         "siblings": {"test_error": siblings},
