@@ -12,21 +12,16 @@ and writes results.json, methods.csv and compare_methods.png.
 A finished run of the same options is only drawn anew.
 """
 
-import pathlib
-import sys
-
 from absl import app, flags
 
-import rebasin
-from experiments import options
-from experiments.method_comparison import Config, run
-from experiments.presets import choose_preset
-from rebasin.data import load_dataset
-from rebasin.errors import RebasinError
+from experiments import method_option, options
+from experiments.method_comparison import EXPERIMENT, METHODS, Config
 
-flags.adopt_module_key_flags(options)  # so that --help lists them
-_METHODS = flags.DEFINE_list("methods", list(rebasin.METHODS), "Names of matching methods.")
-_NUM_REPAIR = flags.DEFINE_integer("num_repair", 1000, "Training examples on which REPAIR takes statistics.")
+for _module in (options, method_option):
+    flags.adopt_module_key_flags(_module)  # so that --help lists them
+_NUM_REPAIR = flags.DEFINE_integer(
+    "num_repair", 1000, "Training examples on which REPAIR takes statistics.", lower_bound=2
+)
 _NUM_STEPS = flags.DEFINE_integer(
     "num_steps", 100, "Gradient steps of the methods that learn a permutation.", lower_bound=1
 )
@@ -34,40 +29,19 @@ _NUM_STEPS = flags.DEFINE_integer(
 
 def build_config() -> Config:
     """The experiment that the flags describe."""
-    preset = choose_preset(options.PRESET.value, options.MODEL.value)
-    recipe = preset.build_recipe(
-        "trajectory", dataset=options.DATASET.value, width=options.WIDTH.value, epochs=options.EPOCHS.value
-    )
+    choice = options.choose()
     return Config(
-        recipe=recipe,
-        replicates=options.REPLICATES.value or preset.replicates,
-        seed=options.SEED.value,
-        methods=tuple(_METHODS.value),
-        num_alphas=options.NUM_ALPHAS.value,
-        num_test=options.NUM_EVAL.value or preset.num_eval,
-        num_match=options.NUM_MATCH.value or preset.num_match,
+        **choice.fields,
+        methods=tuple(method_option.METHODS.value or METHODS),
+        num_test=choice.num_eval,
         num_repair=_NUM_REPAIR.value,
         num_steps=_NUM_STEPS.value,
     )
 
 
-def main(argv: list[str]) -> None:
-    """Runs the experiment; what the user got wrong is one line on stderr."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments {argv[1:]}")
-    options.hush_library_logs()
-    try:
-        config = build_config()
-        dataset = load_dataset(config.recipe.dataset, data_dir=options.DATA_DIR.value)
-        run(
-            config,
-            dataset,
-            output_dir=pathlib.Path(options.OUTPUT_DIR.value),
-            runs_dir=options.runs_directory(),
-            resume=options.RESUME.value,
-        )
-    except RebasinError as error:
-        sys.exit(f"error: {error}")
+def main(arguments: list[str]) -> None:
+    """Runs the experiment."""
+    options.run_binary(arguments, EXPERIMENT, build_config)
 
 
 if __name__ == "__main__":

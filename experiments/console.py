@@ -1,10 +1,11 @@
 """What a person sees while an experiment runs: bars on a terminal, plain lines in a log."""
 
 import contextlib
+import pathlib
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from rich.console import Console
 from rich.progress import (
@@ -17,9 +18,9 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from experiments.results import Claim
+from experiments.results import Results
 
-__all__ = ["Reporter"]
+__all__ = ["Reporter", "cell"]
 
 
 class Reporter:
@@ -38,7 +39,11 @@ class Reporter:
         """Shows the progress of `total` steps; yields the function to call after each.
 
         On a terminal a bar with the time left; elsewhere a line at the end, and one a minute until then.
+        Nothing where nothing is to be done.
         """
+        if total == 0:
+            yield lambda: None
+            return
         if self.console.is_terminal:
             columns = (
                 TextColumn("{task.description}"),
@@ -76,19 +81,51 @@ class Reporter:
             table.add_row(*row)
         self.console.print(table)
 
-    def claims(self, claims: Sequence[Claim]) -> None:
-        """Prints each claim with its verdict, what was measured and what the paper says."""
-        for claim in claims:
+    def conclude(self, results: Results, paths: Iterable[pathlib.Path]) -> None:
+        """Prints the claims, the computing time and the files of a finished run."""
+        if results.claims:
+            alone = " (one pair has no 95 % interval: its value decides)"
+            self.say("\nclaims of the paper" + alone * (results.config["replicates"] == 1))
+        for claim in results.claims:
             low, high = _number(claim.low), _number(claim.high)
             spread = f" [{low}, {high}]" if (low, high) != ("none", "none") else ""
             verdict = "holds" if claim.holds else "does not hold"
-            self._wrap(f"{verdict:>13}  ", claim.statement)
-            self._wrap(" " * 15, f"measured {_number(claim.measured)}{spread}; paper: {claim.paper}")
+            self.wrap(claim.statement, head=f"{verdict:>13}  ")
+            measured = f"measured {_number(claim.measured)}{spread}; paper: {claim.paper}"
+            self.wrap(measured, head=" " * 15)
+        spent = ", ".join(f"{phase} {seconds:.0f} s" for phase, seconds in results.seconds.items())
+        self.say(f"\ncomputing time: {spent}")
+        for path in paths:
+            self.say(str(path))
 
-    def _wrap(self, head: str, text: str) -> None:
+    def wrap(self, text: str, *, head: str = "") -> None:
         """Prints text behind a head, its later lines below its first."""
         width = min(self.console.width, 100)
         self.say(textwrap.fill(text, width, initial_indent=head, subsequent_indent=" " * len(head)))
+
+
+def cell(interval: Mapping[str, float | None], *, percent: bool) -> str:
+    """Mean and standard deviation, in at most eight characters so that a table fits 80 columns.
+
+    Args:
+      interval: with the fields ``mean`` and ``deviation`` of `experiments.statistics.Interval`.
+      percent: a fraction, told in % with one digit; else two digits.
+
+    Examples:
+      >>> cell({"mean": 0.7379, "deviation": 0.0921}, percent=True)
+      '73.8±9.2'
+      >>> cell({"mean": 0.7379, "deviation": None}, percent=False)
+      '0.74'
+    """
+    scale, digits = (100, 1) if percent else (1, 2)
+    mean, spread = interval["mean"], interval["deviation"]
+    text = "none" if mean is None else f"{scale * mean:.{digits}f}"
+    # JSON has no NaN: a single replicate's spread is None when it was read back.
+    if spread is None or spread != spread:
+        return text
+    spread *= scale
+    text += f"±{spread:.{digits if spread < 9.95 else 0}f}"
+    return text if percent else text.replace("±0.", "±.")
 
 
 def _number(value: float | None) -> str:

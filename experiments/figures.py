@@ -7,7 +7,19 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-__all__ = ["GROUND", "METRIC_LABELS", "RC", "Style", "Target", "draw_band", "dress_epochs", "share_legend"]
+from experiments.results import Results, count_pairs
+
+__all__ = [
+    "GROUND",
+    "METRIC_LABELS",
+    "RC",
+    "Style",
+    "Target",
+    "draw_band",
+    "dress_epochs",
+    "entitle",
+    "share_legend",
+]
 
 RC: dict[Any, Any] = {
     "font.size": 8,
@@ -45,14 +57,14 @@ GROUND = Style("no permutation", "#777777", (0, (1, 1)))
 
 
 def draw_band(
-    axes: Axes, epochs: Sequence[float], series: Mapping[str, Any], style: Style, scale: float = 1
+    axes: Axes, x: Sequence[float], series: Mapping[str, Any], style: Style, scale: float = 1
 ) -> None:
     """Draws a mean over replicates with a band of one standard deviation to either side.
 
     Args:
       axes: where to draw.
-      epochs: abscissae.
-      series: the fields ``mean`` and ``deviation`` of a summary, ``[epochs]``.
+      x: abscissae, ``[n]``.
+      series: the fields ``mean`` and ``deviation`` of a summary, ``[n]``.
       style: of the line.
       scale: factor on the values.
     """
@@ -60,7 +72,7 @@ def draw_band(
     # A single replicate has no spread: None, from JSON, becomes NaN.
     spread = scale * np.array(series["deviation"], np.float64)
     axes.plot(
-        epochs,
+        x,
         mean,
         color=style.colour,
         linestyle=style.dashes,
@@ -71,7 +83,7 @@ def draw_band(
     )
     if np.isfinite(spread).all():
         low = np.maximum(mean - spread, 0) if (mean >= 0).all() else mean - spread
-        axes.fill_between(epochs, low, mean + spread, color=style.colour, alpha=0.18, linewidth=0)
+        axes.fill_between(x, low, mean + spread, color=style.colour, alpha=0.18, linewidth=0)
 
 
 def dress_epochs(axes: Axes, epochs: Sequence[int], *, bottom: float | None = 0) -> None:
@@ -86,6 +98,13 @@ def dress_epochs(axes: Axes, epochs: Sequence[int], *, bottom: float | None = 0)
     if bottom is not None:
         axes.set_ylim(bottom=bottom)
     axes.grid(alpha=0.25, linewidth=0.5)
+
+
+def entitle(figure: Figure, results: Results, what: str, note: str) -> None:
+    """Heads a figure with the networks, how many pairs of what there are, and a note."""
+    recipe, pairs = results.config["recipe"], count_pairs(results, what)
+    title = f"{recipe['model']} (width {recipe['width']}) on {recipe['dataset']}, {pairs}{note}"
+    figure.suptitle(title, fontsize=9)
 
 
 def share_legend(figure: Figure, panels: Sequence[Axes], *, columns: int = 4) -> None:

@@ -8,7 +8,16 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.figures import METRIC_LABELS, RC, Style, Target, draw_band, dress_epochs, share_legend
+from experiments.figures import (
+    METRIC_LABELS,
+    RC,
+    Style,
+    Target,
+    draw_band,
+    dress_epochs,
+    entitle,
+    share_legend,
+)
 from experiments.results import Results
 
 __all__ = ["draw_instability"]
@@ -27,7 +36,6 @@ def draw_instability(results: Results, target: Target) -> None:
     thin upright line the onset of the mean. Barriers under P_t of the first epochs run out of the frame.
     """
     summary = results.summary
-    recipe, count = results.config["recipe"], len(results.curves)
     with mpl.rc_context(RC):
         rows = len(summary["children"])
         figure = Figure(figsize=(9.6, 0.9 + 2.2 * rows), layout="constrained")
@@ -38,14 +46,9 @@ def draw_instability(results: Results, target: Target) -> None:
                 dress_epochs(axes, summary["epochs"])
                 axes.set_ylim(0, _top(summary, metric))
             row[0].set_title(f"matching of {method}", loc="left")
-        pairs = f"{count} pair{'s' * (count > 1)} of parents"
-        limit = results.config["onset_at_most"]
-        figure.suptitle(
-            f"{recipe['model']} (width {recipe['width']}) on {recipe['dataset']}, {pairs}, after "
-            f"{recipe['epochs']} epochs; bands: ± standard deviation; upright: onset of test error "
-            f"barriers ≤ {limit:.0%}",
-            fontsize=9,
-        )
+        epochs, limit = results.config["recipe"]["epochs"], results.config["onset_at_most"]
+        note = f"bands: ± standard deviation; upright: onset of test error barriers ≤ {limit:.0%}"
+        entitle(figure, results, "parents", f", after {epochs} epochs; {note}")
         share_legend(figure, list(panels[0]))
         figure.savefig(target, metadata={"Software": None})
 

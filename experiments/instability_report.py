@@ -2,26 +2,26 @@
 
 import dataclasses
 import math
-import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from experiments.console import Reporter
-from experiments.results import Claim, Results
+from experiments.console import Reporter, cell
+from experiments.results import Claim, Results, claim, describe_mean
 from experiments.segments import METRICS
-from experiments.statistics import mean_onset, summarise
-from experiments.trajectory_claims import claim
-from experiments.trajectory_report import cell
+from experiments.statistics import interval_at, mean_onset, summarise
 
 __all__ = ["judge", "report", "summarise_curves", "tidy_rows"]
 
 # By how much the barrier of children may exceed that of their parents and count as equally low.
 _MARGIN = 0.02
 
-# Names of methods above a column of eight characters.
-_SHORT = {"weights": "weights", "activations": "activ."}
+# Names of methods that are longer than the eight characters of a column.
+_SHORT = {"activations": "activ.", "covariance": "covar."}
+
+# Methods whose columns fit side by side.
+_ABREAST = 2
 
 
 def summarise_curves(config: Mapping[str, Any], curves: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -121,49 +121,33 @@ def _row(replicate: int, pair: str, method: str, epoch: Any, metric: str, value:
     }
 
 
-def report(results: Results, reporter: Reporter, paths: Sequence[pathlib.Path]) -> None:
-    """Prints the table of spawn epochs, the onset, the claims, the computing time and the paths."""
-    summary, count = results.summary, len(results.curves)
+def report(results: Results, reporter: Reporter) -> None:
+    """Prints a table of spawn epochs for each two methods, the barriers of the parents, and the onset."""
     methods = results.config["methods"]
-    header, rows = ["\n\nt", "A¹–A²\n\nloss", "A¹–A²\n\nerror"], []
-    for method in methods:
-        header += [f"{_SHORT[method]}\nA¹–P[B¹]\n{name}" for name in ("loss", "error")]
-        header += [f"{_SHORT[method]}\nP_t@end\nerror"]
-    for i, epoch in enumerate(summary["epochs"]):
-        siblings = summary["siblings"]
-        row = [
-            str(epoch),
-            cell(siblings["test_loss"], i, percent=False),
-            cell(siblings["test_error"], i, percent=True),
-        ]
-        for method in methods:
-            children, at_end = summary["children"][method], summary["at_end"][method]
-            row += [
-                cell(children["test_loss"], i, percent=False),
-                cell(children["test_error"], i, percent=True),
-            ]
-            row += [cell(at_end["test_error"], i, percent=True)]
-        rows.append(row)
-    pairs = f"{count} pair{'s' if count > 1 else ''} of parents"
     reporter.say("\nBarriers at the end, test data, of children that part at epoch t (errors in %);")
-    reporter.say(f"mean±sd of {pairs}")
-    reporter.table(header, rows)
+    reporter.say(describe_mean(results, "parents"))
+    for first in range(0, len(methods), _ABREAST):
+        _table(results.summary, methods[first : first + _ABREAST], reporter)
     reporter.say("A¹–A²: siblings; A¹–P[B¹]: children of both parents under the parents' P_end;")
     reporter.say("P_t@end: the parents at the end under their permutation from t")
-    parents = summary["parents"]
-    known = ", ".join(f"{name} {_percent(parents[name])}" for name in ("unaligned", *methods))
-    reporter.say(f"parents under P_end, test error: {known}")
-    reporter.say(f"onset of linear connectivity: epoch {_onset_text(summary['onset'])}\n")
-    reporter.claims(results.claims)
-    spent = ", ".join(f"{phase} {seconds:.0f} s" for phase, seconds in results.seconds.items())
-    reporter.say(f"\ncomputing time: {spent}")
-    for path in paths:
-        reporter.say(str(path))
+    parents = results.summary["parents"]
+    known = [f"{name} {cell(parents[name]['test_error'], percent=True)}" for name in ("unaligned", *methods)]
+    reporter.wrap(f"parents under P_end, test error: {', '.join(known)}")
+    reporter.say(f"onset of linear connectivity: epoch {_onset_text(results.summary['onset'])}")
 
 
-def _percent(values: Mapping[str, Any]) -> str:
-    series = {name: [number] for name, number in values["test_error"].items()}
-    return cell(series, 0, percent=True)
+def _table(summary: Mapping[str, Any], methods: Sequence[str], reporter: Reporter) -> None:
+    columns = {"A¹–A²\n\nloss": summary["siblings"], "A¹–A²\n\nerror": summary["siblings"]}
+    for method in methods:
+        children, short = summary["children"][method], _SHORT.get(method, method.split("_")[0])[:8]
+        columns |= {f"{short}\nA¹–P[B¹]\n{name}": children for name in ("loss", "error")}
+        columns[f"{short}\nP_t@end\nerror"] = summary["at_end"][method]
+    rows = [[str(epoch)] for epoch in summary["epochs"]]
+    for header, series in columns.items():
+        metric = header.rpartition("\n")[2]
+        for i, row in enumerate(rows):
+            row.append(cell(interval_at(series[f"test_{metric}"], i), percent=metric == "error"))
+    reporter.table(["\n\nt", *columns], rows)
 
 
 def _onset_text(found: Mapping[str, Any]) -> str:

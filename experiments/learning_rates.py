@@ -6,59 +6,35 @@ paper's claims with a verdict each, and writes results.json, rates.csv and learn
 
   python -m experiments.learning_rates --preset=digits --output_dir=results/rates_digits
   python -m experiments.learning_rates --preset=cpu --model=mlp --output_dir=results/rates_mnist
-"""
 
-import pathlib
-import sys
+Training dominates: two networks for each replicate and rate. A finished run of the same options is only drawn
+anew.
+"""
 
 from absl import app, flags
 
-from experiments import options
-from experiments.presets import choose_preset
-from experiments.rate_comparison import PAPER_RATES, Config, run
-from rebasin.data import load_dataset
-from rebasin.errors import RebasinError
+from experiments import options, strict_option
+from experiments.rate_comparison import EXPERIMENT, PAPER_RATES, Config
+from rebasin.errors import ConfigError
 
-flags.adopt_module_key_flags(options)  # so that --help lists them
+for _module in (options, strict_option):
+    flags.adopt_module_key_flags(_module)  # so that --help lists them
 _RATES = flags.DEFINE_list("rates", [f"{rate:g}" for rate in PAPER_RATES], "Peak learning rates, ascending.")
 
 
 def build_config() -> Config:
     """The experiment that the flags describe."""
-    preset = choose_preset(options.PRESET.value, options.MODEL.value)
-    recipe = preset.build_recipe(
-        "trajectory", dataset=options.DATASET.value, width=options.WIDTH.value, epochs=options.EPOCHS.value
-    )
-    return Config(
-        recipe=recipe,
-        rates=tuple(float(rate) for rate in _RATES.value),
-        replicates=options.REPLICATES.value or preset.replicates,
-        seed=options.SEED.value,
-        num_alphas=options.NUM_ALPHAS.value,
-        num_test=options.NUM_EVAL.value or preset.num_eval,
-        num_match=options.NUM_MATCH.value or preset.num_match,
-    )
-
-
-def main(argv: list[str]) -> None:
-    """Runs the experiment; what the user got wrong is one line on stderr."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments {argv[1:]}")
-    options.hush_library_logs()
+    choice = options.choose()
     try:
-        config = build_config()
-        dataset = load_dataset(config.recipe.dataset, data_dir=options.DATA_DIR.value)
-        results = run(
-            config,
-            dataset,
-            output_dir=pathlib.Path(options.OUTPUT_DIR.value),
-            runs_dir=options.runs_directory(),
-            resume=options.RESUME.value,
-        )
-    except RebasinError as error:
-        sys.exit(f"error: {error}")
-    if options.STRICT.value and not all(claim.holds for claim in results.claims):
-        sys.exit(1)
+        rates = tuple(float(rate) for rate in _RATES.value)
+    except ValueError:
+        raise ConfigError(f"wanted rates, such as 0.01,0.1, got {','.join(_RATES.value)!r}") from None
+    return Config(**choice.fields, rates=rates, num_test=choice.num_eval)
+
+
+def main(arguments: list[str]) -> None:
+    """Runs the experiment."""
+    options.run_binary(arguments, EXPERIMENT, build_config, strict=strict_option.STRICT)
 
 
 if __name__ == "__main__":

@@ -1,64 +1,72 @@
 """The matching methods that an experiment can name, each as a function of two networks."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
 
 import rebasin
-from rebasin.data import Dataset, normalise
-from rebasin.errors import ConfigError
-from rebasin.spec import PermutationSpec
+from experiments.experiment import Setup
+from rebasin.data import normalise
+from rebasin.training import build_metrics
 
-__all__ = ["METHODS", "Matcher", "build_matcher", "check_methods"]
+__all__ = ["PAPER_METHODS", "Matcher", "build_matchers", "check_methods"]
 
 # (params_a, params_b) -> the match.
-Matcher = Callable[[Any, Any], rebasin.MatchResult]
+Matcher: TypeAlias = Callable[[Any, Any], rebasin.MatchResult]
 
-METHODS = ("weights", "activations")
+# What arXiv 2404.06498 compares.
+PAPER_METHODS = ("weights", "activations")
 
 
-def check_methods(methods: tuple[str, ...]) -> list[str]:
+def check_methods(methods: Sequence[str]) -> list[str]:
     """One line for each problem of a list of methods."""
-    problems = [
-        f"methods: wanted some of {', '.join(METHODS)}, got {m!r}" for m in methods if m not in METHODS
-    ]
+    known = ", ".join(rebasin.METHODS)
+    problems = [f"methods: wanted some of {known}, got {m!r}" for m in methods if m not in rebasin.METHODS]
     if not methods or len(set(methods)) != len(methods):
         problems.append(f"methods: wanted at least one, none twice, got {list(methods)}")
     return problems
 
 
-def build_matcher(
-    method: str, spec: PermutationSpec, model: Any, dataset: Dataset, *, seed: int, num_match: int | None
-) -> Matcher:
-    """The function behind a method's name.
+def build_matchers(
+    setup: Setup[Any], methods: Sequence[str], *, num_steps: int | None = None
+) -> dict[str, Matcher]:
+    """The functions behind the names of methods, with their default options.
 
     Args:
-      method: one of `METHODS`. ``"weights"`` is `rebasin.weight_matching`, ``"activations"`` is
-        `rebasin.activation_matching` with the paper's choices, on training images without augmentation.
-      spec: the symmetries of `model`.
-      model: a Flax module.
-      dataset: gives the training images and their statistics.
-      seed: of the order of groups in weight matching.
-      num_match: training images on which activations are compared, a stratified subset; `None` for all.
+      setup: of the experiment. Methods that need data are given the dataset's first `num_match` training
+        images, a stratified subset without augmentation; methods that draw at random the config's seed.
+      methods: names in `rebasin.METHODS`.
+      num_steps: gradient steps of the methods that learn a permutation; `None` for their default.
 
     Returns:
-      ``match(params_a, params_b) -> MatchResult``.
-
-    Raises:
-      ConfigError: there is no such method.
+      ``match(params_a, params_b) -> MatchResult`` for each name.
     """
-    if method == "weights":
-        return lambda a, b: rebasin.weight_matching(spec, a, b, key=jax.random.key(seed))
-    if method != "activations":
-        raise ConfigError(f"no matching method is called {method!r}; there are {', '.join(METHODS)}")
-    size = min(num_match or len(dataset.train.labels), len(dataset.train.labels))
-    images = jax.device_put(dataset.take(num_train=size).train.images)
+    config, model, dataset = setup.config, setup.model, setup.dataset
+    size = min(config.num_match or len(dataset.train.labels), len(dataset.train.labels))
+    examples = jax.device_put(dataset.take(num_train=size).train)
     mean, std = np.asarray(dataset.mean), np.asarray(dataset.std)
+    metrics = build_metrics(model, mean, std)
 
     # One function for all pairs of networks, so that it is traced once.
     def function(variables: Any, batch: jax.Array) -> jax.Array:
         return model.apply(variables, normalise(batch, mean, std))
 
-    return lambda a, b: rebasin.activation_matching(spec, a, b, function, images)
+    def loss_fn(variables: Any, batch: Any) -> jax.Array:
+        return metrics(variables, batch)["loss"]
+
+    def build(name: str) -> Matcher:
+        method = rebasin.METHODS[name]
+        takes = (*method.needs, *method.options)
+        options: dict[str, Any] = {}
+        if "function" in takes:
+            options = {"function": function, "data": examples.images}
+        elif "loss_fn" in takes:
+            options = {"loss_fn": loss_fn, "data": examples}
+            if num_steps is not None:
+                options["num_steps"] = num_steps
+        key = jax.random.key(config.seed)
+        return lambda a, b: rebasin.match(setup.spec, a, b, name, key=key, **options)
+
+    return {name: build(name) for name in methods}

@@ -1,12 +1,13 @@
 """The figure of `compare_methods`, drawn from ``results.json`` alone."""
 
-import pathlib
+from collections.abc import Sequence
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.figures import RC
+from experiments.figures import RC, Target, entitle, share_legend
 from experiments.results import Results
 
 __all__ = ["draw_methods"]
@@ -24,15 +25,14 @@ _PANELS = (
 )
 
 
-def draw_methods(results: Results, path: pathlib.Path) -> None:
+def draw_methods(results: Results, target: Target) -> None:
     """Error and loss barriers by method: means with the standard deviation, and every pair of networks.
 
     Args:
       results: finished results of ``compare_methods``.
-      path: the PNG to write.
+      target: the PNG to write.
     """
     names = list(results.summary["methods"])
-    recipe, count = results.config["recipe"], len(results.curves)
     with mpl.rc_context(RC):
         figure = Figure(figsize=(7.2, 0.32 * len(names) + 1.5), layout="constrained")
         panels = figure.subplots(1, 2, sharey=True)
@@ -51,24 +51,32 @@ def draw_methods(results: Results, path: pathlib.Path) -> None:
                     linewidth=1,
                     label=title,
                 )
-                for curve in results.curves if count > 1 else ():
+                for curve in results.curves if len(results.curves) > 1 else ():
                     dots = [scale * curve["methods"][name][variant][measure] for name in names]
                     axes.plot(dots, y, linestyle="none", marker="|", color=colour, markersize=4, alpha=0.6)
-            axes.set(xlabel=label)
-            # Aligned pairs differ by less than a hundredth of what the unaligned one has.
-            axes.set_xscale("symlog", linthresh=linear, linscale=0.6)
-            axes.set_xticks(ticks, labels=[f"{tick:g}" for tick in ticks])
-            axes.minorticks_off()
-            top = max(scale * c["methods"][n]["plain"][measure] for c in results.curves for n in names)
-            axes.set_xlim(-0.05 * linear, max(1.3 * top, 2 * linear))
-            axes.grid(axis="x", alpha=0.25, linewidth=0.5)
+            values = [
+                scale * curve["methods"][name][variant][measure]
+                for curve in results.curves
+                for name in names
+                for variant in _VARIANTS
+            ]
+            _dress(axes, label, min(values), max(values), linear, ticks)
         panels[0].set_yticks(range(len(names)), labels=[name.replace("_", " ") for name in names])
         panels[0].invert_yaxis()
-        handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=2)
-        figure.suptitle(
-            f"{recipe['model']} (width {recipe['width']}) on {recipe['dataset']}: "
-            f"{count} pair{'s' * (count > 1)} of networks, mean, standard deviation and each pair",
-            fontsize=9,
-        )
-        figure.savefig(path, metadata={"Software": None})
+        entitle(figure, results, "networks", ": mean, standard deviation and each pair")
+        share_legend(figure, panels[:1], columns=2)
+        figure.savefig(target, metadata={"Software": None})
+
+
+def _dress(
+    axes: Axes, label: str, lowest: float, highest: float, linear: float, ticks: Sequence[float]
+) -> None:
+    """A logarithmic axis: aligned pairs have less than a hundredth of the barrier of those that are not."""
+    axes.set(xlabel=label)
+    axes.set_xscale("symlog", linthresh=linear, linscale=0.6)
+    axes.set_xticks(ticks, labels=[f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    # From 0 on only where something is close to it.
+    left = 0.9 * max(tick for tick in ticks if tick <= lowest / 1.5)
+    axes.set_xlim(left or -0.05 * linear, max(1.3 * highest, 2 * linear))
+    axes.grid(axis="x", alpha=0.25, linewidth=0.5)

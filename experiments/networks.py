@@ -10,8 +10,9 @@ from typing import Any
 import jax
 
 from experiments.console import Reporter
-from experiments.pairs import run_directory, train_networks
+from experiments.pairs import Pair, run_directory, train_networks
 from experiments.results import Results
+from experiments.segments import network_shapes
 from rebasin.data import Dataset
 from rebasin.errors import ConfigError, TrajectoryError
 from rebasin.models import build_model
@@ -40,13 +41,12 @@ def child_seed(parent: int, epoch: int, number: int) -> int:
 
 
 class Networks:
-    """Parents and children of one recipe.
+    """Parents and children, by recipe and seed.
 
     Unless all is kept, networks that are not in `runs_dir` are trained in ``output_dir/networks``, with only
     those epochs stored that are needed; what was found in `runs_dir` is never deleted.
 
     Args:
-      recipe: how to train.
       dataset: the data.
       runs_dir: where networks are found by recipe and seed.
       output_dir: the experiment's folder.
@@ -60,7 +60,6 @@ class Networks:
 
     def __init__(
         self,
-        recipe: Recipe,
         dataset: Dataset,
         *,
         runs_dir: pathlib.Path,
@@ -71,21 +70,21 @@ class Networks:
     ) -> None:
         if keep not in KEEP:
             raise ConfigError(f"keep: wanted one of {', '.join(KEEP)}, got {keep!r}")
-        self.recipe, self.dataset, self.keep = recipe, dataset, keep
+        self.dataset, self.keep = dataset, keep
         self.runs_dir, self.scratch = runs_dir, output_dir / "networks"
         self.reporter, self.results = reporter, results
 
-    def parents(self, seeds: Sequence[int], epochs: Collection[int]) -> list[Trajectory]:
-        """One trajectory for each seed, with at least the epochs wanted.
+    def parents(self, pair: Pair, epochs: Collection[int]) -> list[Trajectory]:
+        """Both trajectories of a pair, with at least the epochs wanted.
 
         Raises:
           ConfigError: a finished run lacks some of them.
         """
         found = []
-        for seed in seeds:
-            ours = not self._found(seed, epochs)
+        for seed in pair.seeds:
+            ours = not self._shared(pair.recipe, seed, epochs)
             (trajectory,) = train_networks(
-                self.recipe,
+                pair.recipe,
                 self.dataset,
                 (seed,),
                 runs_dir=self.scratch if ours else self.runs_dir,
@@ -112,11 +111,11 @@ class Networks:
           number: tells the children of one parent and epoch apart, from 1 on.
         """
         runs = self.runs_dir if self.keep == "all" else self.scratch
-        base = run_directory(runs, self.recipe, parent.seed).parent
+        base = run_directory(runs, parent.recipe, parent.seed).parent
         directory = base / "children" / f"seed_{parent.seed}_epoch_{epoch}_child_{number}"
         began = time.perf_counter()
         trajectory = train(
-            self.recipe,
+            parent.recipe,
             self.dataset,
             seed=child_seed(parent.seed, epoch, number),
             directory=directory,
@@ -130,9 +129,9 @@ class Networks:
             shutil.rmtree(directory)
         return last
 
-    def release(self, seeds: Sequence[int]) -> None:
+    def release(self, pair: Pair) -> None:
         """Drops what need not stay of networks whose measurements are stored."""
-        for directory in (run_directory(self.scratch, self.recipe, seed) for seed in seeds):
+        for directory in (run_directory(self.scratch, pair.recipe, seed) for seed in pair.seeds):
             if self.keep == "none":
                 shutil.rmtree(directory, ignore_errors=True)
             elif self.keep == "ends" and directory.exists():
@@ -142,33 +141,36 @@ class Networks:
             # Empty folders above, and children of a run that was killed while it trained them.
             shutil.rmtree(self.scratch, ignore_errors=True)
 
-    def say_disk_use(
-        self, pairs: Sequence[Sequence[int]], epochs: Sequence[int], spawned: Sequence[int] = ()
-    ) -> None:
+    def say_disk_use(self, pairs: Sequence[Pair], epochs: Sequence[int], spawned: Sequence[int] = ()) -> None:
         """Says how much disk the networks still to be trained take at most.
 
         Args:
-          pairs: seeds of the parents of each replicate.
+          pairs: those not yet measured, of one model and number of epochs.
           epochs: epochs wanted of each parent.
           spawned: epochs at which three children part from each pair.
         """
-        model = build_model(self.recipe.model, width=self.recipe.width, num_classes=self.dataset.num_classes)
-        image = jax.ShapeDtypeStruct((1, *self.dataset.train.images.shape[1:]), jax.numpy.float32)
-        tree = jax.eval_shape(model.init, jax.random.key(0), image)
+        if not pairs:
+            return
+        new = [
+            sum(not _holds(run_directory(self.runs_dir, p.recipe, seed), epochs) for seed in p.seeds)
+            for p in pairs
+        ]
+        if not any(new) and not spawned:
+            self.reporter.say(f"networks: all found in {self.runs_dir}")
+            return
+        recipe = pairs[0].recipe
+        model = build_model(recipe.model, width=recipe.width, num_classes=self.dataset.num_classes)
+        tree, _ = network_shapes(model, self.dataset)
         # A stored epoch has its momentum beside it.
         size = 2 * sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-        last = self.recipe.epochs
-        new = [sum(not self._found(seed, epochs) for seed in seeds) for seeds in pairs]
         if self.keep == "all":
-            new = [
-                sum(not _holds(run_directory(self.runs_dir, self.recipe, s), epochs) for s in p)
-                for p in pairs
-            ]
-            count = sum(new) * (last + 1) + 3 * len(pairs) * sum(last - t + 1 for t in spawned)
+            children = sum(recipe.epochs - t + 1 for t in spawned)
+            count = sum(new) * (recipe.epochs + 1) + 3 * len(pairs) * children
         else:
             # One epoch more while a run goes on: the one to resume at.
-            working = max(new, default=0) * (len(set(epochs)) + 1)
-            staying = 2 * sum(new) + 3 * len(spawned) * len(pairs) if self.keep == "ends" else 0
+            working = max(new) * (len(set(epochs)) + 1)
+            ends = min(2, len(set(epochs)))
+            staying = ends * sum(new) + 3 * len(spawned) * len(pairs) if self.keep == "ends" else 0
             count = working + staying + (2 if spawned else 0)
         where = self.runs_dir if self.keep == "all" else self.scratch
         self.reporter.say(
@@ -176,9 +178,9 @@ class Networks:
             f"(keeping {self.keep})"
         )
 
-    def _found(self, seed: int, epochs: Collection[int]) -> bool:
+    def _shared(self, recipe: Recipe, seed: int, epochs: Collection[int]) -> bool:
         """Whether a network is to be read from, or trained in, the folder that experiments share."""
-        return self.keep == "all" or _holds(run_directory(self.runs_dir, self.recipe, seed), epochs)
+        return self.keep == "all" or _holds(run_directory(self.runs_dir, recipe, seed), epochs)
 
 
 def _holds(directory: pathlib.Path, epochs: Collection[int]) -> bool:

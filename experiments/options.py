@@ -1,80 +1,71 @@
-"""Flags that every experiment binary shares; only a binary's `main` reads them."""
+"""The flags that every experiment binary has, and what each does with them; only binaries import this."""
 
 import os
 import pathlib
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
-from absl import flags, logging
+from absl import app, flags, logging
 
-from experiments.matchers import METHODS
+from experiments.experiment import C, Experiment
 from experiments.networks import KEEP
-from experiments.presets import PRESETS
-from rebasin.errors import ConfigError
+from experiments.presets import PRESETS, Preset, choose_preset
+from rebasin.data import load_dataset
+from rebasin.errors import ConfigError, RebasinError
+from rebasin.recipes import REGIMES
 
-__all__ = [
-    "DATA_DIR",
-    "DATASET",
-    "EPOCHS",
-    "KEEP_CHECKPOINTS",
-    "MATCHING",
-    "MODEL",
-    "NUM_ALPHAS",
-    "NUM_EVAL",
-    "NUM_MATCH",
-    "OUTPUT_DIR",
-    "PRESET",
-    "REPLICATES",
-    "RESUME",
-    "SEED",
-    "STRICT",
-    "WARMUP_EPOCHS",
-    "WIDTH",
-    "choose_epochs",
-    "hush_library_logs",
-    "runs_directory",
-]
+__all__ = ["Choice", "choose", "choose_epochs", "run_binary"]
 
-PRESET = flags.DEFINE_enum(
+_MODELS = {name: ", ".join(models) for name, models in PRESETS.items()}
+
+_PRESET = flags.DEFINE_enum(
     "preset",
     "digits",
     list(PRESETS),
-    "What fills in every flag that is not given: digits (seconds), cpu (minutes "
-    "to an hour), paper (the full recipe, for an accelerator).",
+    "What fills in every flag that is not given: digits (minutes), cpu (minutes to an hour and more), paper "
+    "(the full recipe, for an accelerator).",
 )
-OUTPUT_DIR = flags.DEFINE_string(
-    "output_dir", None, "Folder for results.json, the CSV and the figure.", required=True
+_OUTPUT_DIR = flags.DEFINE_string(
+    "output_dir", None, "Folder for results.json, the CSV and the figures; must be given.", required=True
 )
-RUNS_DIR = flags.DEFINE_string(
+_RUNS_DIR = flags.DEFINE_string(
     "runs_dir",
     None,
     "Folder of trained networks, found again by recipe and seed. By default OUTPUT_DIR/runs for the "
     "preset digits, else $REBASIN_RUNS_DIR or ~/.cache/rebasin/runs.",
 )
-SEED = flags.DEFINE_integer("seed", 0, "Seed of the first network; the others follow.", lower_bound=0)
-REPLICATES = flags.DEFINE_integer("replicates", None, "Independent pairs of networks.", lower_bound=1)
-DATASET = flags.DEFINE_string("dataset", None, "digits, mnist, cifar10, cifar100 or svhn_cropped.")
-DATA_DIR = flags.DEFINE_string(
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the first network; the others follow.", lower_bound=0)
+_REPLICATES = flags.DEFINE_integer("replicates", None, "Independent pairs of networks.", lower_bound=1)
+_DATASET = flags.DEFINE_string("dataset", None, "digits, mnist, cifar10, cifar100 or svhn_cropped.")
+_DATA_DIR = flags.DEFINE_string(
     "data_dir", None, "TFDS folder; by default $TFDS_DATA_DIR, else ~/tensorflow_datasets."
 )
-MODEL = flags.DEFINE_string("model", None, "mlp, vgg16 or resnet20, where the preset has a recipe for it.")
-WIDTH = flags.DEFINE_integer("width", None, "Width of the model.", lower_bound=1)
-EPOCHS = flags.DEFINE_integer("epochs", None, "Epochs of training.", lower_bound=1)
-RESUME = flags.DEFINE_bool("resume", False, "Go on with an unfinished run in OUTPUT_DIR.")
-STRICT = flags.DEFINE_bool("strict", False, "Exit with status 1 if a claim does not hold.")
-MATCHING = flags.DEFINE_list(
-    "matching", ",".join(METHODS), f"Matching methods, in the order of the figures: {', '.join(METHODS)}."
+_MODEL = flags.DEFINE_string(
+    "model",
+    None,
+    f"One that the preset has a recipe for, by default the first: {_MODELS['digits']} (digits); "
+    f"{_MODELS['cpu']} (cpu); {_MODELS['paper']} (paper).",
 )
-WARMUP_EPOCHS = flags.DEFINE_integer("warmup_epochs", None, "Epochs of learning rate warm-up.", lower_bound=0)
-NUM_ALPHAS = flags.DEFINE_integer(
+_WIDTH = flags.DEFINE_integer("width", None, "Width of the model.", lower_bound=1)
+_EPOCHS = flags.DEFINE_integer("epochs", None, "Epochs of training.", lower_bound=1)
+_WARMUP_EPOCHS = flags.DEFINE_integer(
+    "warmup_epochs",
+    None,
+    "Epochs of learning rate warm-up; by default those of the recipe, all EPOCHS if these are fewer.",
+    lower_bound=0,
+)
+_RESUME = flags.DEFINE_bool("resume", False, "Go on with an unfinished run in OUTPUT_DIR.")
+_NUM_ALPHAS = flags.DEFINE_integer(
     "num_alphas", 25, "Points on each segment, both ends included.", lower_bound=2
 )
-NUM_EVAL = flags.DEFINE_integer(
+_NUM_EVAL = flags.DEFINE_integer(
     "num_eval", None, "Examples of each split on which segments are measured.", lower_bound=1
 )
-NUM_MATCH = flags.DEFINE_integer(
-    "num_match", None, "Training examples on which activations are matched.", lower_bound=1
+_NUM_MATCH = flags.DEFINE_integer(
+    "num_match", None, "Training examples for matching methods that need data.", lower_bound=1
 )
-KEEP_CHECKPOINTS = flags.DEFINE_enum(
+_KEEP_CHECKPOINTS = flags.DEFINE_enum(
     "keep_checkpoints",
     None,
     list(KEEP),
@@ -82,6 +73,60 @@ KEEP_CHECKPOINTS = flags.DEFINE_enum(
     + "; ".join(f"{name}: {what}" for name, what in KEEP.items())
     + ".",
 )
+
+
+class Choice(NamedTuple):
+    """What the shared flags say about a config.
+
+    Attributes:
+      preset: what fills in the rest.
+      fields: those of `experiments.experiment.Config`, by name.
+      num_eval: examples on which segments are measured, `None` for all.
+    """
+
+    preset: Preset
+    fields: dict[str, Any]
+    num_eval: int | None
+
+    @property
+    def last(self) -> int:
+        """The last epoch."""
+        return self.fields["recipe"].epochs
+
+
+def choose(regime: str = "trajectory") -> Choice:
+    """Reads the shared flags.
+
+    Args:
+      regime: of the recipe, see `rebasin.recipes.REGIMES`. Presets have the warm-up of trajectories, so that
+        any other regime keeps its own.
+
+    Raises:
+      ConfigError: the preset lacks the model, or the recipe cannot work.
+    """
+    preset = choose_preset(_PRESET.value, _MODEL.value)
+    warmup = _WARMUP_EPOCHS.value
+    if warmup is None:
+        warmup = REGIMES[regime]["warmup_epochs"]
+        if regime == "trajectory":
+            warmup = preset.recipe.get("warmup_epochs", warmup)
+        # A short trial asks for few epochs and does not mean the warm-up.
+        warmup = min(warmup, _EPOCHS.value or warmup)
+    recipe = preset.build_recipe(
+        regime,
+        dataset=_DATASET.value,
+        width=_WIDTH.value,
+        epochs=_EPOCHS.value,
+        warmup_epochs=warmup,
+    )
+    fields = {
+        "recipe": recipe,
+        "replicates": _REPLICATES.value or preset.replicates,
+        "seed": _SEED.value,
+        "num_alphas": _NUM_ALPHAS.value,
+        "num_match": _NUM_MATCH.value or preset.num_match,
+    }
+    return Choice(preset, fields, _NUM_EVAL.value or preset.num_eval)
 
 
 def choose_epochs(given: Sequence[str] | None, preset: Sequence[int] | None, last: int) -> tuple[int, ...]:
@@ -98,16 +143,47 @@ def choose_epochs(given: Sequence[str] | None, preset: Sequence[int] | None, las
         raise ConfigError(f"wanted epochs, such as 0,1,5, got {','.join(given)!r}") from None
 
 
-def hush_library_logs() -> None:
-    """Leaves warnings alone on the terminal unless --verbosity asks for more: JAX reports backends."""
+def run_binary(
+    arguments: Sequence[str],
+    experiment: Experiment[C],
+    build_config: Callable[[], C],
+    *,
+    strict: flags.FlagHolder[bool] | None = None,
+) -> None:
+    """What every binary does once its flags are parsed; what the user got wrong is one message on stderr.
+
+    Args:
+      arguments: the name of the program, and what is not a flag.
+      experiment: what to run.
+      build_config: reads the flags.
+      strict: the flag that turns a claim which does not hold into exit status 1.
+    """
+    if len(arguments) > 1:
+        raise app.UsageError(f"unknown arguments {arguments[1:]}")
     if not flags.FLAGS["verbosity"].present:
+        # JAX reports on its backends.
         logging.set_verbosity(logging.WARNING)
+    try:
+        config = build_config()
+        results = experiment.run(
+            config,
+            load_dataset(config.recipe.dataset, data_dir=_DATA_DIR.value),
+            output_dir=pathlib.Path(_OUTPUT_DIR.value),
+            runs_dir=_runs_directory(),
+            # 151 epochs of a VGG-16 of width 64, with momentum, are 18 GB.
+            keep=_KEEP_CHECKPOINTS.value or ("ends" if _PRESET.value == "paper" else None),
+            resume=_RESUME.value,
+        )
+    except RebasinError as error:
+        sys.exit(f"error: {error}")
+    if strict is not None and strict.value and not all(claim.holds for claim in results.claims):
+        sys.exit(1)
 
 
-def runs_directory() -> pathlib.Path:
+def _runs_directory() -> pathlib.Path:
     """Where trained networks are kept, by flag, environment and preset."""
-    if RUNS_DIR.value:
-        return pathlib.Path(RUNS_DIR.value)
-    if PRESET.value == "digits":
-        return pathlib.Path(OUTPUT_DIR.value) / "runs"
+    if _RUNS_DIR.value:
+        return pathlib.Path(_RUNS_DIR.value)
+    if _PRESET.value == "digits":
+        return pathlib.Path(_OUTPUT_DIR.value) / "runs"
     return pathlib.Path(os.environ.get("REBASIN_RUNS_DIR", "~/.cache/rebasin/runs")).expanduser()

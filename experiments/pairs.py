@@ -5,16 +5,28 @@ import hashlib
 import json
 import pathlib
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
 
 from experiments.console import Reporter
 from experiments.results import Results
 from rebasin.data import Dataset
+from rebasin.errors import TrajectoryError
 from rebasin.recipes import Recipe
 from rebasin.training import train
 from rebasin.trajectory import Trajectory
 
-__all__ = ["run_directory", "train_networks"]
+__all__ = ["Pair", "run_directory", "train_networks"]
+
+
+class Pair(NamedTuple):
+    """Which two networks: how both are trained, and the seed of each."""
+
+    recipe: Recipe
+    seeds: tuple[int, int]
+
+    def __str__(self) -> str:
+        return f"seeds {self.seeds[0]} and {self.seeds[1]}"
 
 
 def run_directory(runs_dir: pathlib.Path, recipe: Recipe, seed: int) -> pathlib.Path:
@@ -31,7 +43,7 @@ def run_directory(runs_dir: pathlib.Path, recipe: Recipe, seed: int) -> pathlib.
 def train_networks(
     recipe: Recipe,
     dataset: Dataset,
-    seeds: tuple[int, ...],
+    seeds: Sequence[int],
     *,
     runs_dir: pathlib.Path,
     reporter: Reporter,
@@ -55,8 +67,10 @@ def train_networks(
     trajectories = []
     for seed in seeds:
         directory = run_directory(runs_dir, recipe, seed)
+        begun = _last_stored(directory)
+        where = f" from epoch {begun}" if begun else ""
         began = time.perf_counter()
-        with reporter.stage(f"train seed {seed}", recipe.epochs) as advance:
+        with reporter.stage(f"train seed {seed}{where}", recipe.epochs - begun) as advance:
             trajectory = train(
                 recipe,
                 dataset,
@@ -69,3 +83,11 @@ def train_networks(
         results.add_seconds("training", time.perf_counter() - began)
         trajectories.append(trajectory)
     return trajectories
+
+
+def _last_stored(directory: pathlib.Path) -> int:
+    """The epoch at which training goes on, 0 where it begins."""
+    try:
+        return max(Trajectory(directory).epochs, default=0)
+    except TrajectoryError:
+        return 0

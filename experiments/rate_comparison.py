@@ -5,26 +5,23 @@ units do: there, weighing them by the covariance of the activations should help 
 """
 
 import dataclasses
-import pathlib
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar
 
-import matplotlib as mpl
 import numpy as np
-from matplotlib.figure import Figure
 
-from experiments.console import Reporter
-from experiments.figures import RC
-from experiments.method_comparison import BASELINE, Bench
-from experiments.pairs import train_networks
-from experiments.results import Claim, Results, open_results, write_csv
+from experiments import experiment
+from experiments.bench import BASELINE, Bench
+from experiments.console import Reporter, cell
+from experiments.experiment import Experiment, Measure, Setup
+from experiments.pairs import Pair
+from experiments.rate_figure import draw_rates
+from experiments.results import Claim, Results, claim, describe_mean
 from experiments.statistics import student_interval
-from rebasin.data import Dataset
-from rebasin.errors import ConfigError, problem_list
-from rebasin.recipes import Recipe
+from rebasin.trajectory import Trajectory
 
-__all__ = ["METHODS", "Config", "run"]
+__all__ = ["EXPERIMENT", "METHODS", "PAPER_RATES", "Config"]
 
-EXPERIMENT = "learning_rates"
 METHODS = ("weights", "covariance", "activations")
 
 # Test loss at the midpoint for an MLP on MNIST, read off the paper's plot at these learning rates.
@@ -35,242 +32,123 @@ _PAPER = {
     "activations": (1.22, 0.47, 0.32, 0.177, 0.126, 0.10),
 }
 
+# Measures in the order of the file.
+_MEASURES = ("midpoint_loss", "midpoint_error", "loss_barrier", "error_barrier")
 
-@dataclasses.dataclass(frozen=True)
-class Config:
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(experiment.Config):
     """Everything that the results depend on; written into ``results.json``.
 
     Attributes:
-      recipe: how networks are trained, but for the peak learning rate.
-      rates: peak learning rates, ascending.
-      replicates: independent pairs of networks at each rate.
-      seed: the first of the seeds, and that of the matching.
-      num_alphas: points on each segment, odd.
+      rates: peak learning rates, ascending, each in place of the recipe's.
       num_test: test examples on which segments are measured, `None` for all.
-      num_match: training examples for the activations, `None` for all.
     """
 
-    recipe: Recipe
-    rates: tuple[float, ...]
-    replicates: int
-    seed: int
-    num_alphas: int
-    num_test: int | None
-    num_match: int | None
+    needs_midpoint: ClassVar[bool] = True
 
-    def __post_init__(self) -> None:
-        problems = []
-        if self.replicates < 1:
-            problems.append(f"replicates: wanted at least 1, got {self.replicates}")
+    rates: tuple[float, ...]
+    num_test: int | None
+
+    def problems(self) -> list[str]:
+        """Those of the base, then of what is added here."""
+        problems = super().problems()
         if not self.rates or list(self.rates) != sorted(set(self.rates)) or self.rates[0] <= 0:
             problems.append(f"rates: wanted ascending positive learning rates, got {list(self.rates)}")
-        if self.num_alphas < 3 or self.num_alphas % 2 == 0:
-            problems.append(f"num_alphas: wanted an odd number from 3 on, got {self.num_alphas}")
-        if problems:
-            raise ConfigError(problem_list("this experiment cannot work:", problems))
+        return problems
 
-    def to_json(self) -> dict[str, Any]:
-        """The config as it stands in ``results.json``."""
-        return dataclasses.asdict(self)
-
-
-def run(
-    config: Config,
-    dataset: Dataset,
-    *,
-    output_dir: pathlib.Path,
-    runs_dir: pathlib.Path,
-    resume: bool = False,
-    reporter: Reporter | None = None,
-) -> Results:
-    """Trains pairs at every rate, matches and measures them, and writes results, table and figure.
-
-    Args:
-      config: what to do.
-      dataset: the data.
-      output_dir: gets ``results.json``, ``rates.csv`` and ``learning_rates.png``.
-      runs_dir: where trained networks are kept, and found again by recipe and seed.
-      resume: go on with an unfinished run; what is finished is kept either way.
-      reporter: shows progress and tables.
-
-    Returns:
-      The finished results; `curves` has one entry for each replicate and rate, replicates outermost.
-
-    Raises:
-      ConfigError: the output folder holds another config, or an unfinished run without `resume`.
-    """
-    reporter = reporter or Reporter()
-    results = open_results(output_dir, EXPERIMENT, config.to_json(), resume=resume)
-    if not results.finished:
-        todo = [(r, rate) for r in range(config.replicates) for rate in config.rates]
-        for replicate, rate in todo[len(results.curves) :]:
-            results.curves.append(_measure(config, dataset, replicate, rate, runs_dir, reporter, results))
-            results.save(output_dir / "results.json")
-        results.summary = _summarise(config, results.curves)
-        results.claims = _judge(config, results.curves)
-        results.save(output_dir / "results.json")
-    write_csv(output_dir / "rates.csv", _rows(results.curves))
-    draw_rates(results, output_dir / "learning_rates.png")
-    _report(results, output_dir, reporter)
-    return results
+    @property
+    def pairs(self) -> list[Pair]:
+        """One for each replicate and rate, replicates outermost."""
+        recipes = [dataclasses.replace(self.recipe, peak_learning_rate=rate) for rate in self.rates]
+        return [pair._replace(recipe=recipe) for pair in super().pairs for recipe in recipes]
 
 
-def _measure(
-    config: Config,
-    dataset: Dataset,
-    replicate: int,
-    rate: float,
-    runs_dir: pathlib.Path,
-    reporter: Reporter,
-    results: Results,
-) -> dict[str, Any]:
-    """One pair at one rate, by every method."""
-    recipe = dataclasses.replace(config.recipe, peak_learning_rate=rate)
-    seeds = (config.seed + 2 * replicate, config.seed + 2 * replicate + 1)
-    trained = train_networks(recipe, dataset, seeds, runs_dir=runs_dir, reporter=reporter, results=results)
-    bench = Bench(
-        recipe,
-        dataset,
-        trained[0].last,
-        trained[1].last,
-        seed=config.seed,
-        num_alphas=config.num_alphas,
-        num_test=config.num_test,
-        num_match=config.num_match,
-    )
-    record: dict[str, Any] = {"rate": rate, "seeds": list(seeds), "methods": {}}
-    with reporter.stage(f"rate {rate:g}, seeds {seeds[0]} and {seeds[1]}", 1 + len(METHODS)) as advance:
-        for name in (BASELINE, *METHODS):
-            record["methods"][name] = bench.try_method(name, results, num_repair=None)
-            advance()
-    return record
+def _build_measure(setup: Setup[Config]) -> Measure:
+    bench = Bench(setup, METHODS, num_test=setup.config.num_test)
+
+    def measure(pair: Pair, trained: list[Trajectory], begun: object) -> Iterator[dict[str, Any]]:
+        rate = pair.recipe.peak_learning_rate
+        yield {"rate": rate, "methods": bench.measure(trained, f"rate {rate:g}, {pair}")}
+
+    return measure
 
 
-def _values(curves: list[dict[str, Any]], rate: float, name: str, measure: str) -> np.ndarray:
+def _values(
+    curves: Sequence[Mapping[str, Any]], rate: float, name: str, measure: str = "midpoint_loss"
+) -> np.ndarray:
     """A measure of every replicate."""
     return np.array([c["methods"][name]["plain"][measure] for c in curves if c["rate"] == rate])
 
 
-def _summarise(config: Config, curves: list[dict[str, Any]]) -> dict[str, Any]:
-    """Mean, interval and deviation over replicates by method and rate."""
+def _summarise(config: Mapping[str, Any], curves: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Mean, 95 % interval and standard deviation over replicates, by method and rate."""
+
+    def by_rate(name: str, measure: str) -> list[dict[str, float]]:
+        return [student_interval(_values(curves, r, name, measure))._asdict() for r in config["rates"]]
+
     return {
-        "rates": list(config.rates),
+        "rates": config["rates"],
         "methods": {
-            name: {
-                measure: [
-                    student_interval(_values(curves, rate, name, measure))._asdict() for rate in config.rates
-                ]
-                for measure in ("midpoint_loss", "midpoint_error", "loss_barrier", "error_barrier")
-            }
-            for name in (BASELINE, *METHODS)
+            name: {measure: by_rate(name, measure) for measure in _MEASURES} for name in (BASELINE, *METHODS)
         },
     }
 
 
-def _judge(config: Config, curves: list[dict[str, Any]]) -> list[Claim]:
+def _judge(config: Mapping[str, Any], curves: Sequence[Mapping[str, Any]]) -> list[Claim]:
     """The order of the methods at the lower half of the rates, by rules set before the runs."""
-    low = config.rates[: (len(config.rates) + 1) // 2]
+    low = config["rates"][: (len(config["rates"]) + 1) // 2]
     claims = []
     for better, worse in (("covariance", "weights"), ("activations", "covariance")):
-        gaps = [
-            _values(curves, rate, worse, "midpoint_loss") - _values(curves, rate, better, "midpoint_loss")
-            for rate in low
-        ]
-        interval = student_interval(np.mean(gaps, axis=0))
-        holds = interval.low > 0 if config.replicates > 1 else interval.mean > 0
+        gaps = [_values(curves, rate, worse) - _values(curves, rate, better) for rate in low]
         paper = float(np.mean(_PAPER[worse][:3]) - np.mean(_PAPER[better][:3]))
         claims.append(
-            Claim(
+            claim(
                 f"{better}_better_than_{worse}",
                 f"at learning rates up to {low[-1]:g}, the midpoint's test loss is lower after {better} than "
                 f"after {worse} matching: the mean difference is above 0, and so is its 95 % interval",
                 f"{paper:.2f} (mean of 1e-4, 4e-4 and 1.6e-3, read off the plot of section 6)",
-                interval.mean,
-                interval.low,
-                interval.high,
-                bool(holds),
+                np.mean(gaps, axis=0),
             )
         )
     return claims
 
 
-def _rows(curves: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Tidy rows: one for each rate, pair and method."""
-    measures = ("midpoint_loss", "midpoint_error", "loss_barrier", "error_barrier")
-    return [
-        {
-            "rate": f"{curve['rate']:g}",
-            "seed": curve["seeds"][0],
-            "method": name,
-            "seconds": f"{record['seconds']:.4g}",
-            **{measure: f"{record['plain'][measure]:.6g}" for measure in measures},
-        }
-        for curve in curves
-        for name, record in curve["methods"].items()
-    ]
+def _tidy_rows(results: Results) -> Iterator[dict[str, Any]]:
+    """One row for each rate, pair and method."""
+    for curve in results.curves:
+        for name, record in curve["methods"].items():
+            yield {
+                "rate": f"{curve['rate']:g}",
+                "seed": curve["seeds"][0],
+                "method": name,
+                "seconds": f"{record['seconds']:.4g}",
+                **{measure: f"{record['plain'][measure]:.6g}" for measure in _MEASURES},
+            }
 
 
-_STYLES = {
-    BASELINE: ("no permutation", "#777777", (0, (1, 1)), "."),
-    "weights": ("weights", "#0072B2", "solid", "o"),
-    "covariance": ("covariance", "#D55E00", (0, (5, 2)), "s"),
-    "activations": ("activations", "#009E73", (0, (5, 1, 1, 1)), "^"),
-}
+def _report(results: Results, reporter: Reporter) -> None:
+    """Prints the table of rates."""
+    methods = results.summary["methods"]
+    rows = [[f"{rate:g}"] for rate in results.summary["rates"]]
+    for measure in ("midpoint_loss", "error_barrier"):
+        for own in methods.values():
+            for row, interval in zip(rows, own[measure], strict=True):
+                row.append(cell(interval, percent=measure == "error_barrier"))
+    short = {"covariance": "cov.", "activations": "act."}
+    columns = [f"{what}\n{short.get(name, name)}" for what in ("loss ½", "error") for name in methods]
+    reporter.say(f"\n{describe_mean(results)} at each peak learning rate, test data")
+    reporter.table(["\nrate", *columns], rows)
+    reporter.say("loss ½: half way between the networks; error: barrier in %; none: as trained")
 
 
-def draw_rates(results: Results, path: pathlib.Path) -> None:
-    """Loss at the midpoint and error barrier against the learning rate; bands are standard deviations.
-
-    Args:
-      results: finished results of ``learning_rates``.
-      path: the PNG to write.
-    """
-    recipe, count = results.config["recipe"], results.config["replicates"]
-    rates = np.array(results.summary["rates"])
-    with mpl.rc_context(RC):
-        figure = Figure(figsize=(7.2, 3.0), layout="constrained")
-        panels = figure.subplots(1, 2)
-        for axes, (measure, scale, label) in zip(
-            panels,
-            (("midpoint_loss", 1, "test loss at α = ½ (nats)"), ("error_barrier", 100, "error barrier (%)")),
-            strict=True,
-        ):
-            for name, (title, colour, dashes, marker) in _STYLES.items():
-                series = results.summary["methods"][name][measure]
-                mean = scale * np.array([s["mean"] for s in series])
-                spread = scale * np.array([s["deviation"] or 0 for s in series])
-                axes.plot(
-                    rates, mean, color=colour, linestyle=dashes, marker=marker, markersize=4, label=title
-                )
-                axes.fill_between(rates, mean - spread, mean + spread, color=colour, alpha=0.15, linewidth=0)
-            axes.set(xscale="log", xlabel="peak learning rate", ylabel=label)
-            axes.set_ylim(bottom=0)
-            axes.grid(alpha=0.25, linewidth=0.5)
-        handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=4)
-        figure.suptitle(
-            f"{recipe['model']} (width {recipe['width']}) on {recipe['dataset']}, {recipe['epochs']} epochs: "
-            f"{count} pair{'s' * (count > 1)} of networks at each rate, test data",
-            fontsize=9,
-        )
-        figure.savefig(path, metadata={"Software": None})
-
-
-def _report(results: Results, output_dir: pathlib.Path, reporter: Reporter) -> None:
-    """Prints the table of rates, the claims and the paths."""
-    names = (BASELINE, *METHODS)
-    rows = []
-    for i, rate in enumerate(results.summary["rates"]):
-        row = [f"{rate:g}"]
-        for measure, scale, digits in (("midpoint_loss", 1, 2), ("error_barrier", 100, 1)):
-            for name in names:
-                interval = results.summary["methods"][name][measure][i]
-                row.append(f"{scale * interval['mean']:.{digits}f}")
-        rows.append(row)
-    short = {BASELINE: "none", "weights": "weights", "covariance": "cov.", "activations": "act."}
-    header = ["\nrate", *(f"loss at ½\n{short[n]}" for n in names), *(f"error\n{short[n]}" for n in names)]
-    reporter.say("\nTest loss at the midpoint, and error barrier (%): means over pairs of networks")
-    reporter.table(header, rows)
-    reporter.claims(results.claims)
-    for name in ("results.json", "rates.csv", "learning_rates.png"):
-        reporter.say(str(output_dir / name))
+EXPERIMENT = Experiment(
+    name="learning_rates",
+    build_measure=_build_measure,
+    summarise=_summarise,
+    judge=_judge,
+    csv="rates.csv",
+    rows=_tidy_rows,
+    figures={"learning_rates.png": draw_rates},
+    report=_report,
+)

@@ -12,11 +12,23 @@ from importlib import metadata
 from typing import Any
 
 import jax
+import numpy as np
 
 import rebasin
+from experiments.statistics import student_interval
 from rebasin.errors import ConfigError, problem_list
 
-__all__ = ["Claim", "Results", "describe_environment", "open_results", "plain", "write_csv"]
+__all__ = [
+    "Claim",
+    "Results",
+    "claim",
+    "count_pairs",
+    "describe_mean",
+    "describe_environment",
+    "open_results",
+    "plain",
+    "write_csv",
+]
 
 SCHEMA_VERSION = 1
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "scipy", "orbax-checkpoint")
@@ -43,6 +55,27 @@ class Claim:
     low: float
     high: float
     holds: bool
+
+
+def claim(
+    id: str, statement: str, paper: str, values: np.ndarray, holds: bool | None = None, *, below: bool = False
+) -> Claim:
+    """A claim about the mean of one number for each replicate.
+
+    Args:
+      id: short name.
+      statement: what should hold, with the rule.
+      paper: what the paper reports.
+      values: ``[replicates]``.
+      holds: the verdict; by default whether the 95 % interval lies above 0.
+      below: the interval should lie below 0 instead.
+    """
+    interval = student_interval(values)
+    if holds is None:
+        # One replicate has no interval; its sign alone decides then.
+        low, high = interval[1:3] if len(values) > 1 else (interval.mean, interval.mean)
+        holds = high < 0 if below else low > 0
+    return Claim(id, statement, paper, interval.mean, interval.low, interval.high, bool(holds))
 
 
 @dataclasses.dataclass
@@ -95,6 +128,18 @@ class Results:
             return cls(**content, claims=claims)
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"{path} is not a results.json of this program: {error!r}") from error
+
+
+def count_pairs(results: Results, what: str = "networks") -> str:
+    """For example ``"3 pairs of networks"``."""
+    count = results.config["replicates"]
+    return f"{count} pair{'s' * (count > 1)} of {what}"
+
+
+def describe_mean(results: Results, what: str = "networks") -> str:
+    """For example ``"mean±sd of 3 pairs of networks"``; a single pair has no spread."""
+    pairs = count_pairs(results, what)
+    return pairs if results.config["replicates"] == 1 else f"mean±sd of {pairs}"
 
 
 def open_results(

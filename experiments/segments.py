@@ -15,15 +15,29 @@ from rebasin.spec import PermutationSpec
 from rebasin.training import build_metrics
 from rebasin.trees import is_weight, leaf_table
 
-__all__ = ["METRICS", "Meter", "Segments", "barriers", "endpoints", "infer_model_spec", "means"]
+__all__ = [
+    "METRICS",
+    "Meter",
+    "Segments",
+    "barriers",
+    "endpoints",
+    "infer_model_spec",
+    "means",
+    "network_shapes",
+]
 
 METRICS = ("train_loss", "train_error", "test_loss", "test_error")
 
 
-def infer_model_spec(model: Any, variables: Any, dataset: Dataset) -> PermutationSpec:
-    """The symmetries of a model on the images of a dataset."""
+def network_shapes(model: Any, dataset: Dataset) -> tuple[Any, jax.ShapeDtypeStruct]:
+    """The variables of a model as shapes, and an image of a dataset as one."""
     image = jax.ShapeDtypeStruct((1, *dataset.train.images.shape[1:]), np.float32)
-    return rebasin.infer_spec(model.apply, variables, image)
+    return jax.eval_shape(model.init, jax.random.key(0), image), image
+
+
+def infer_model_spec(model: Any, dataset: Dataset) -> PermutationSpec:
+    """The symmetries of a model on the images of a dataset."""
+    return rebasin.infer_spec(model.apply, *network_shapes(model, dataset))
 
 
 class Meter:

@@ -15,19 +15,14 @@ Training dominates: three networks for each replicate and epoch of --spawn_epoch
 and hardware. A finished run of the same options is only drawn anew.
 """
 
-import pathlib
-import sys
-
 from absl import app, flags
 
-from experiments import options
-from experiments.instability_analysis import Config, run
-from experiments.presets import choose_preset
-from rebasin.data import load_dataset
-from rebasin.errors import RebasinError
-from rebasin.recipes import REGIMES
+from experiments import method_option, options, strict_option
+from experiments.instability_analysis import EXPERIMENT, Config
+from experiments.matchers import PAPER_METHODS
 
-flags.adopt_module_key_flags(options)  # so that --help lists them
+for _module in (options, method_option, strict_option):
+    flags.adopt_module_key_flags(_module)  # so that --help lists them
 _SPAWN = flags.DEFINE_list(
     "spawn_epochs", None, "Epochs at which children part, for example 0,1,2,5; by default the preset's."
 )
@@ -41,49 +36,19 @@ _ONSET = flags.DEFINE_float(
 
 def build_config() -> Config:
     """The experiment that the flags describe."""
-    preset = choose_preset(options.PRESET.value, options.MODEL.value)
-    warmup = options.WARMUP_EPOCHS.value
-    recipe = preset.build_recipe(
-        "instability",
-        dataset=options.DATASET.value,
-        width=options.WIDTH.value,
-        epochs=options.EPOCHS.value,
-        # Presets have the warm-up of trajectories; a long one would make networks stable from the start.
-        warmup_epochs=REGIMES["instability"]["warmup_epochs"] if warmup is None else warmup,
-    )
+    choice = options.choose("instability")
     return Config(
-        recipe=recipe,
-        replicates=options.REPLICATES.value or preset.replicates,
-        seed=options.SEED.value,
-        methods=tuple(options.MATCHING.value),
-        epochs=options.choose_epochs(_SPAWN.value, preset.spawn_epochs, recipe.epochs),
+        **choice.fields,
+        methods=tuple(method_option.METHODS.value or PAPER_METHODS),
+        epochs=options.choose_epochs(_SPAWN.value, choice.preset.spawn_epochs, choice.last),
         onset_at_most=_ONSET.value,
-        num_alphas=options.NUM_ALPHAS.value,
-        num_eval=options.NUM_EVAL.value or preset.num_eval,
-        num_match=options.NUM_MATCH.value or preset.num_match,
+        num_eval=choice.num_eval,
     )
 
 
-def main(argv: list[str]) -> None:
-    """Runs the experiment; what the user got wrong is one line on stderr."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments {argv[1:]}")
-    options.hush_library_logs()
-    try:
-        config = build_config()
-        dataset = load_dataset(config.recipe.dataset, data_dir=options.DATA_DIR.value)
-        results = run(
-            config,
-            dataset,
-            output_dir=pathlib.Path(options.OUTPUT_DIR.value),
-            runs_dir=options.runs_directory(),
-            keep=options.KEEP_CHECKPOINTS.value or "ends",
-            resume=options.RESUME.value,
-        )
-    except RebasinError as error:
-        sys.exit(f"error: {error}")
-    if options.STRICT.value and not all(claim.holds for claim in results.claims):
-        sys.exit(1)
+def main(arguments: list[str]) -> None:
+    """Runs the experiment."""
+    options.run_binary(arguments, EXPERIMENT, build_config, strict=strict_option.STRICT)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import stats
 
-__all__ = ["Interval", "Onset", "mean_onset", "onset", "student_interval", "summarise"]
+__all__ = ["Interval", "Onset", "interval_at", "mean_onset", "onset", "student_interval", "summarise"]
 
 
 class Interval(NamedTuple):
@@ -65,6 +65,11 @@ def summarise(records: Sequence[Any]) -> Any:
         intervals = [student_interval(column) for column in zip(*records, strict=True)]
         return {name: [getattr(interval, name) for interval in intervals] for name in Interval._fields}
     return student_interval(records)._asdict()
+
+
+def interval_at(series: Mapping[str, Sequence[float]], i: int) -> dict[str, float]:
+    """One interval of a list of numbers that `summarise` summed up."""
+    return {name: values[i] for name, values in series.items()}
 
 
 class Onset(NamedTuple):

@@ -16,18 +16,14 @@ The time goes into sweeps, at most one for each method, epoch s of --match_epoch
 the same options is only drawn anew.
 """
 
-import pathlib
-import sys
-
 from absl import app, flags
 
-from experiments import options
-from experiments.presets import choose_preset
-from experiments.trajectory_alignment import Config, run
-from rebasin.data import load_dataset
-from rebasin.errors import RebasinError
+from experiments import method_option, options, strict_option
+from experiments.matchers import PAPER_METHODS
+from experiments.trajectory_alignment import EXPERIMENT, Config
 
-flags.adopt_module_key_flags(options)  # so that --help lists them
+for _module in (options, method_option, strict_option):
+    flags.adopt_module_key_flags(_module)  # so that --help lists them
 _RECORD = flags.DEFINE_list(
     "record_epochs", None, "Epochs t to compare, for example 0,1,2,5,10; by default the preset's."
 )
@@ -41,56 +37,26 @@ _MATCH = flags.DEFINE_list(
 
 def build_config() -> Config:
     """The experiment that the flags describe."""
-    preset = choose_preset(options.PRESET.value, options.MODEL.value)
-    recipe = preset.build_recipe(
-        "trajectory",
-        dataset=options.DATASET.value,
-        width=options.WIDTH.value,
-        epochs=options.EPOCHS.value,
-        warmup_epochs=options.WARMUP_EPOCHS.value,
-    )
-    last = recipe.epochs
-    epochs = options.choose_epochs(_RECORD.value, preset.epochs, last)
+    choice = options.choose()
+    epochs = options.choose_epochs(_RECORD.value, choice.preset.epochs, choice.last)
     if _RECORD.value is None:
-        epochs = (*epochs, last)
-    matched = set(options.choose_epochs(_MATCH.value, preset.match_epochs, last))
+        epochs = (*epochs, choice.last)
+    matched = set(options.choose_epochs(_MATCH.value, choice.preset.match_epochs, choice.last))
     if _MATCH.value is None:
         matched &= set(epochs)
     return Config(
-        recipe=recipe,
-        replicates=options.REPLICATES.value or preset.replicates,
-        seed=options.SEED.value,
-        methods=tuple(options.MATCHING.value),
+        **choice.fields,
+        methods=tuple(method_option.METHODS.value or PAPER_METHODS),
         epochs=epochs,
-        match_epochs=tuple(sorted(matched | {last})),
-        num_alphas=options.NUM_ALPHAS.value,
-        num_eval=options.NUM_EVAL.value or preset.num_eval,
-        num_match=options.NUM_MATCH.value or preset.num_match,
-        thresholds=preset.thresholds,
+        match_epochs=tuple(sorted(matched | {choice.last})),
+        num_eval=choice.num_eval,
+        thresholds=choice.preset.thresholds,
     )
 
 
-def main(argv: list[str]) -> None:
-    """Runs the experiment; what the user got wrong is one line on stderr."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments {argv[1:]}")
-    options.hush_library_logs()
-    try:
-        config = build_config()
-        dataset = load_dataset(config.recipe.dataset, data_dir=options.DATA_DIR.value)
-        results = run(
-            config,
-            dataset,
-            output_dir=pathlib.Path(options.OUTPUT_DIR.value),
-            runs_dir=options.runs_directory(),
-            # 151 epochs of a VGG-16 of width 64, with momentum, are 18 GB.
-            keep=options.KEEP_CHECKPOINTS.value or ("ends" if options.PRESET.value == "paper" else "all"),
-            resume=options.RESUME.value,
-        )
-    except RebasinError as error:
-        sys.exit(f"error: {error}")
-    if options.STRICT.value and not all(claim.holds for claim in results.claims):
-        sys.exit(1)
+def main(arguments: list[str]) -> None:
+    """Runs the experiment."""
+    options.run_binary(arguments, EXPERIMENT, build_config, strict=strict_option.STRICT)
 
 
 if __name__ == "__main__":

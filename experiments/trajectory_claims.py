@@ -5,8 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.results import Claim
-from experiments.statistics import student_interval
+from experiments.results import Claim, claim
 
 __all__ = ["early_epochs", "judge"]
 
@@ -138,24 +137,3 @@ def _activations_earlier(config: Mapping[str, Any], curves: Sequence[Mapping[str
         "activation matching finds such a permutation earlier in training (appendix E, figures 7 and 8)",
         (left["weights"] - left["activations"])[:, early].mean(axis=1),
     )
-
-
-def claim(
-    id: str, statement: str, paper: str, values: np.ndarray, holds: bool | None = None, *, below: bool = False
-) -> Claim:
-    """A claim about the mean of one number for each replicate.
-
-    Args:
-      id: short name.
-      statement: what should hold, with the rule.
-      paper: what the paper reports.
-      values: ``[replicates]``.
-      holds: the verdict; by default whether the 95 % interval lies above 0.
-      below: the interval should lie below 0 instead.
-    """
-    interval = student_interval(values)
-    if holds is None:
-        # One replicate has no interval; its sign alone decides then.
-        low, high = interval[1:3] if len(values) > 1 else (interval.mean, interval.mean)
-        holds = high < 0 if below else low > 0
-    return Claim(id, statement, paper, interval.mean, interval.low, interval.high, bool(holds))

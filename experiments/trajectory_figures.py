@@ -15,6 +15,7 @@ from experiments.figures import (
     Target,
     draw_band,
     dress_epochs,
+    entitle,
     share_legend,
 )
 from experiments.results import Results
@@ -137,10 +138,7 @@ def _canvas(results: Results, *, columns: int, note: str) -> tuple[Figure, Any]:
     figure = Figure(figsize=(3.2 * columns if columns < 4 else 11.2, 0.9 + 2.2 * rows), layout="constrained")
     # Methods are compared down a column.
     panels = figure.subplots(rows, columns, squeeze=False, sharey="col")
-    recipe, count = results.config["recipe"], len(results.curves)
-    pairs = f"{count} pair{'s' * (count > 1)} of networks"
-    title = f"{recipe['model']} (width {recipe['width']}) on {recipe['dataset']}, {pairs}; {note}"
-    figure.suptitle(title, fontsize=9)
+    entitle(figure, results, "networks", f"; {note}")
     return figure, panels
 
 

@@ -1,15 +1,14 @@
 """The summary, the tidy rows and the printed tables of a run of ``training_trajectories``."""
 
-import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from experiments.console import Reporter
-from experiments.results import Results
+from experiments.console import Reporter, cell
+from experiments.results import Results, describe_mean
 from experiments.segments import METRICS
-from experiments.statistics import summarise
+from experiments.statistics import interval_at, summarise
 
-__all__ = ["cell", "report", "summarise_curves", "tidy_rows"]
+__all__ = ["report", "summarise_curves", "tidy_rows"]
 
 
 def summarise_curves(config: Mapping[str, Any], curves: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -59,33 +58,14 @@ def tidy_rows(results: Results) -> Iterator[dict[str, Any]]:
                             yield row(replicate, method, t, at, metric, value)
 
 
-def cell(series: Mapping[str, Sequence[float]], i: int, *, percent: bool) -> str:
-    """Mean and standard deviation, in at most eight characters so that a table fits 80 columns."""
-    scale, digits = (100, 1) if percent else (1, 2)
-    spread = series["deviation"][i]
-    text = f"{scale * series['mean'][i]:.{digits}f}"
-    # JSON has no NaN: a single replicate's spread is None when it was read back.
-    if spread is None or spread != spread:
-        return text
-    spread *= scale
-    text += f"±{spread:.{digits if spread < 9.95 else 0}f}"
-    return text if percent else text.replace("±0.", "±.")
-
-
-def report(results: Results, reporter: Reporter, paths: Sequence[pathlib.Path]) -> None:
-    """Prints a table for each method, the claims, the computing time and the paths."""
-    count = len(results.curves)
-    reporter.say(f"\nmean±sd of {count} pair{'s' if count > 1 else ''} of networks, test data; errors in %")
+def report(results: Results, reporter: Reporter) -> None:
+    """Prints a table for each method."""
+    reporter.say(f"\n{describe_mean(results)}, test data; errors in %")
     for method in results.config["methods"]:
         _table(results, method, reporter)
     reporter.say("\nnone: as trained; P_end: permutation from the last epoch; P_t: from that epoch;")
     reporter.say("P_t@end: P_t applied at the last epoch; L2: distance of A_t to P_t[B_t] in % of")
-    reporter.say("that to P_end[B_t]; same: units that P_t and P_end place alike, in %\n")
-    reporter.claims(results.claims)
-    spent = ", ".join(f"{phase} {seconds:.0f} s" for phase, seconds in results.seconds.items())
-    reporter.say(f"\ncomputing time: {spent}")
-    for path in paths:
-        reporter.say(str(path))
+    reporter.say("that to P_end[B_t]; same: units that P_t and P_end place alike, in %")
 
 
 def _table(results: Results, method: str, reporter: Reporter) -> None:
@@ -100,9 +80,12 @@ def _table(results: Results, method: str, reporter: Reporter) -> None:
             [
                 str(epoch),
                 "{:.1f}/{:.1f}".format(*ends),
-                *(cell(barriers[n]["test_loss"], i, percent=False) for n in ("end", "same_epoch")),
                 *(
-                    cell(barriers[n]["test_error"], i, percent=True)
+                    cell(interval_at(barriers[n]["test_loss"], i), percent=False)
+                    for n in ("end", "same_epoch")
+                ),
+                *(
+                    cell(interval_at(barriers[n]["test_error"], i), percent=True)
                     for n in ("none", "end", "same_epoch", "at_end")
                 ),
                 f"{100 * distances[0] / distances[1]:.0f}",

@@ -1,6 +1,7 @@
 """Comparisons of matching methods in small: their numbers, their files, and what is refused."""
 
 import csv
+import dataclasses
 import io
 import json
 
@@ -10,8 +11,10 @@ from rich.console import Console
 
 import rebasin
 from experiments import method_comparison, rate_comparison
+from experiments.bench import Bench
 from experiments.console import Reporter
 from experiments.pairs import run_directory
+from experiments.results import Results
 from rebasin.data import load_dataset
 from rebasin.errors import ConfigError
 from rebasin.models import build_model
@@ -38,7 +41,7 @@ def methods_config(**changes):
 def methods(tmp_path_factory):
     folder = tmp_path_factory.mktemp("methods")
     text = io.StringIO()
-    results = method_comparison.run(
+    results = method_comparison.EXPERIMENT.run(
         methods_config(),
         load_dataset("digits"),
         output_dir=folder / "out",
@@ -98,67 +101,126 @@ def test_files_and_table(methods):
     summary = json.loads((out / "results.json").read_text())["summary"]
     assert list(summary["methods"]) == ["none", "weights", "activations"]
     assert (out / "compare_methods.png").stat().st_size > 10_000
-    assert all(len(line) <= 80 for line in text.splitlines() if str(out) not in line)
+    assert all(len(line) <= 80 for line in text.splitlines() if str(folder) not in line)
     assert "activations" in text
 
 
-def test_a_finished_run_is_only_drawn_anew(methods, monkeypatch):
+def test_a_finished_run_is_only_drawn_anew(methods, tmp_path):
     _, folder, _ = methods
-    monkeypatch.setattr(method_comparison, "train_networks", None)
     before = (folder / "out" / "results.json").read_text()
     (folder / "out" / "compare_methods.png").unlink()
-    method_comparison.run(
+    method_comparison.EXPERIMENT.run(
         methods_config(),
         load_dataset("digits"),
         output_dir=folder / "out",
-        runs_dir=folder / "none",
+        runs_dir=tmp_path / "none",
         reporter=reporter(),
     )
     assert (folder / "out" / "results.json").read_text() == before
     assert (folder / "out" / "compare_methods.png").exists()
+    assert not (tmp_path / "none").exists()
 
 
 def test_what_cannot_work_is_refused():
     with pytest.raises(ConfigError) as info:
-        methods_config(methods=("weights", "telepathy"), num_alphas=4, replicates=0)
+        methods_config(methods=("weights", "telepathy"), num_alphas=4, replicates=0, num_repair=1)
     assert str(info.value).splitlines() == [
         "this experiment cannot work:",
         "  replicates: wanted at least 1, got 0",
         "  num_alphas: wanted an odd number from 3 on, got 4",
-        f"  methods: wanted names among {', '.join(rebasin.METHODS)}, got ['weights', 'telepathy']",
+        f"  methods: wanted some of {', '.join(rebasin.METHODS)}, got 'telepathy'",
+        "  num_repair: wanted at least 2 examples, got 1",
     ]
+    with pytest.raises(ConfigError, match=r"rates: wanted ascending positive learning rates, got \[0\.1, 0"):
+        rates_config(rates=(0.1, 0.01))
 
 
-def test_rates(tmp_path, monkeypatch):
-    """Two rates and one pair each; an interrupted run goes on where it stopped."""
-    config = rate_comparison.Config(RECIPE, (0.01, 0.1), 1, 0, **SIZES)
-    folders = {"output_dir": tmp_path / "out", "runs_dir": tmp_path / "runs"}
-    measure = rate_comparison._measure
-    calls = []
+def without_seconds(value):
+    if isinstance(value, dict):
+        return {key: without_seconds(inner) for key, inner in value.items() if key != "seconds"}
+    return [without_seconds(inner) for inner in value] if isinstance(value, list) else value
 
-    def interrupted(*args):
-        calls.append(args[3])
+
+def test_a_killed_comparison_ends_with_the_same_numbers(methods, tmp_path, monkeypatch):
+    """Killed at the second pair; of the networks trained here, the last epochs alone are left."""
+    complete, _, _ = methods
+    experiment, dataset = method_comparison.EXPERIMENT, load_dataset("digits")
+    config = methods_config(methods=("weights",))
+    folders = {"output_dir": tmp_path / "out", "runs_dir": tmp_path / "runs", "reporter": reporter()}
+    measure, calls = Bench.measure, []
+
+    def killed(*arguments):
+        calls.append(None)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return measure(*args)
+        return measure(*arguments)
 
-    monkeypatch.setattr(rate_comparison, "_measure", interrupted)
-    dataset = load_dataset("digits")
+    monkeypatch.setattr(Bench, "measure", killed)
     with pytest.raises(KeyboardInterrupt):
-        rate_comparison.run(config, dataset, **folders, reporter=reporter())
-    with pytest.raises(ConfigError, match="unfinished run"):
-        rate_comparison.run(config, dataset, **folders, reporter=reporter())
-    results = rate_comparison.run(config, dataset, **folders, resume=True, reporter=reporter())
-    assert calls == [0.01, 0.1, 0.1]
+        experiment.run(config, dataset, **folders, keep="ends")
+    assert len(Results.load(tmp_path / "out/results.json").curves) == 1
+    with pytest.raises(ConfigError, match="pass --resume to go on with it"):
+        experiment.run(config, dataset, **folders, keep="ends")
+    experiment.run(config, dataset, **folders, keep="ends", resume=True)
+    assert len(calls) == 3
+    resumed = Results.load(tmp_path / "out/results.json")
+    for ours, theirs in zip(resumed.curves, complete.curves, strict=True):
+        for name, record in ours["methods"].items():
+            assert without_seconds(record) == without_seconds(theirs["methods"][name])
+    for name, summary in resumed.summary["methods"].items():
+        assert without_seconds(summary) == without_seconds(complete.summary["methods"][name])
+    assert not (tmp_path / "runs").exists()
+    stored = [Trajectory(run_directory(tmp_path / "out/networks", RECIPE, seed)) for seed in range(4)]
+    assert [trajectory.epochs for trajectory in stored] == [(3,)] * 4
+
+
+@pytest.mark.slow
+def test_every_method_in_a_comparison(tmp_path):
+    results = method_comparison.EXPERIMENT.run(
+        methods_config(methods=method_comparison.METHODS, replicates=1, num_steps=2),
+        load_dataset("digits"),
+        output_dir=tmp_path / "out",
+        runs_dir=tmp_path / "runs",
+        reporter=reporter(),
+    )
+    assert list(results.curves[0]["methods"]) == ["none", *rebasin.METHODS]
+    for name, record in results.curves[0]["methods"].items():
+        assert name == "none" or record["objective"][1] >= record["objective"][0]
+
+
+def rates_config(**changes):
+    fields = {"recipe": RECIPE, "rates": (0.01, 0.1), "replicates": 1, "seed": 0, **SIZES}
+    return rate_comparison.Config(**{**fields, **changes})
+
+
+def test_rates(tmp_path):
+    """Two rates and one pair each; then from the first rate on again, with networks that are dropped."""
+    experiment, dataset = rate_comparison.EXPERIMENT, load_dataset("digits")
+    text = io.StringIO()
+    folders = {"output_dir": tmp_path / "out", "runs_dir": tmp_path / "runs"}
+    experiment.run(rates_config(), dataset, **folders, reporter=reporter(text))
+    results = Results.load(tmp_path / "out/results.json")
+    partial = dataclasses.replace(results, curves=results.curves[:1], summary={}, claims=[])
+    (tmp_path / "again").mkdir()
+    partial.save(tmp_path / "again/results.json")
+    folders = {"output_dir": tmp_path / "again", "runs_dir": tmp_path / "none"}
+    experiment.run(rates_config(), dataset, **folders, keep="none", resume=True, reporter=reporter())
+    resumed = Results.load(tmp_path / "again/results.json")
+    assert resumed.curves[0] == results.curves[0]
+    assert without_seconds(resumed.curves) == without_seconds(results.curves)
+    assert (resumed.summary, resumed.claims) == (results.summary, results.claims)
+    assert not (tmp_path / "none").exists()
+    assert not (tmp_path / "again/networks").exists()
+
     assert [curve["rate"] for curve in results.curves] == [0.01, 0.1]
+    for rate, curve in zip((0.01, 0.1), results.curves, strict=True):
+        recipe = dataclasses.replace(RECIPE, peak_learning_rate=rate)
+        assert Trajectory(run_directory(tmp_path / "runs", recipe, curve["seeds"][1])).complete
     weights, covariance = (
         results.curves[0]["methods"][name]["plain"]["midpoint_loss"] for name in ("weights", "covariance")
     )
     assert results.claims[0].measured == pytest.approx(weights - covariance, rel=1e-5)
     assert results.claims[0].holds == (weights > covariance)
     assert (tmp_path / "out" / "learning_rates.png").stat().st_size > 10_000
-
-
-def test_rates_that_cannot_work_are_refused():
-    with pytest.raises(ConfigError, match=r"rates: wanted ascending positive learning rates, got \[0\.1, 0"):
-        rate_comparison.Config(RECIPE, (0.1, 0.01), 1, 0, **SIZES)
+    lines = [line for line in text.getvalue().splitlines() if not line.startswith(("/", "disk:"))]
+    assert max(map(len, lines)) <= 80

@@ -4,9 +4,6 @@ import csv
 import dataclasses
 import io
 import json
-import os
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -15,7 +12,7 @@ from rich.console import Console
 
 import rebasin
 from experiments.console import Reporter
-from experiments.instability_analysis import Config, run
+from experiments.instability_analysis import EXPERIMENT, Config
 from experiments.instability_report import judge
 from experiments.networks import child_seed
 from experiments.pairs import run_directory
@@ -55,7 +52,7 @@ def reporter(text=None):
 def finished(tmp_path_factory):
     """One finished run, its folder, and what it printed."""
     folder, text = tmp_path_factory.mktemp("instability"), io.StringIO()
-    results = run(
+    results = EXPERIMENT.run(
         small_config(),
         DIGITS,
         output_dir=folder / "out",
@@ -156,12 +153,12 @@ def test_a_run_killed_between_two_epochs_ends_with_the_same_numbers(finished, tm
     monkeypatch.setattr("experiments.networks.train", killed)
     arguments = {"output_dir": tmp_path / "out", "runs_dir": tmp_path / "runs", "keep": keep}
     with pytest.raises(KeyboardInterrupt):
-        run(small_config(), DIGITS, **arguments, reporter=reporter())
+        EXPERIMENT.run(small_config(), DIGITS, **arguments, reporter=reporter())
     stored = Results.load(tmp_path / "out/results.json")
     assert [curve["epochs"] for curve in stored.curves] == [[0, 1]]
     with pytest.raises(ConfigError, match="pass --resume to go on with it"):
-        run(small_config(), DIGITS, **arguments, reporter=reporter())
-    run(small_config(), DIGITS, **arguments, resume=True, reporter=reporter())
+        EXPERIMENT.run(small_config(), DIGITS, **arguments, reporter=reporter())
+    EXPERIMENT.run(small_config(), DIGITS, **arguments, resume=True, reporter=reporter())
     resumed = Results.load(tmp_path / "out/results.json")
     assert resumed.curves == complete.curves
     assert resumed.summary == complete.summary
@@ -171,6 +168,15 @@ def test_a_run_killed_between_two_epochs_ends_with_the_same_numbers(finished, tm
     assert (tmp_path / "out/networks").exists() is False
     if keep == "all":
         assert Trajectory(run_directory(tmp_path / "runs", RECIPE, 3)).epochs == (0, 1, 2, 3, 4)
+
+
+def test_a_run_killed_before_its_summary_needs_no_network(finished, tmp_path):
+    complete = Results.load(finished[1] / "out/results.json")
+    dataclasses.replace(complete, summary={}, claims=[]).save(tmp_path / "results.json")
+    folders = {"output_dir": tmp_path, "runs_dir": tmp_path / "runs"}
+    EXPERIMENT.run(small_config(), DIGITS, **folders, resume=True, reporter=reporter())
+    assert Results.load(tmp_path / "results.json") == complete
+    assert not (tmp_path / "networks").exists()
 
 
 def made_up(siblings, children, parents):
@@ -216,27 +222,3 @@ def test_every_problem_of_a_config_is_listed():
         "  onset_at_most: wanted a fraction, got 2.0",
         "  epochs: wanted ascending epochs from 0 to 3, got [0, 4]",
     ]
-
-
-def test_the_binary_from_end_to_end(tmp_path):
-    flags = [
-        "--width=16",
-        "--epochs=3",
-        "--replicates=1",
-        "--spawn_epochs=0,2",
-        "--num_alphas=3",
-        "--matching=weights",
-    ]
-    command = [sys.executable, "-m", "experiments.sgd_instability", f"--output_dir={tmp_path}", *flags]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=120, check=False, env={**os.environ}
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    content = json.loads((tmp_path / "results.json").read_text())
-    assert content["config"]["epochs"] == [0, 2]
-    assert (content["config"]["recipe"]["warmup_epochs"], content["config"]["recipe"]["weight_decay"]) == (
-        1,
-        0,
-    )
-    wrong = subprocess.run([*command, "--spawn_epochs=one"], capture_output=True, text=True, timeout=120)
-    assert wrong.stderr == "error: wanted epochs, such as 0,1,5, got 'one'\n"

@@ -1,0 +1,181 @@
+"""The binaries: every flag that one lists acts, and what the user gets wrong is one message."""
+
+import pathlib
+
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+
+from experiments import compare_methods, learning_rates, sgd_instability, training_trajectories
+from experiments.experiment import Experiment
+from experiments.networks import KEEP
+from experiments.results import Claim, Results
+
+BINARIES = (training_trajectories, sgd_instability, compare_methods, learning_rates)
+
+# A value of each flag that is nobody's default. A flag that is missing here fails the test.
+SAMPLES = {
+    "preset": "cpu",
+    "output_dir": "elsewhere",
+    "runs_dir": "networks",
+    "seed": "7",
+    "replicates": "4",
+    "dataset": "mnist",
+    "data_dir": "data",
+    "model": "vit",
+    "width": "19",
+    "epochs": "25",
+    "warmup_epochs": "2",
+    "resume": "true",
+    "strict": "true",
+    "methods": "covariance",
+    "num_alphas": "9",
+    "num_eval": "123",
+    "num_match": "123",
+    "keep_checkpoints": "none",
+    "record_epochs": "0,1,30",
+    "match_epochs": "4",
+    "spawn_epochs": "1,2",
+    "onset_at_most": "0.1",
+    "num_repair": "77",
+    "num_steps": "8",
+    "rates": "0.01,0.02",
+}
+
+
+def call(binary, *arguments):
+    """Parses flags in this process and runs the binary; returns its exit status or message."""
+    with flagsaver.flagsaver():
+        flags.FLAGS([binary.__name__, "--output_dir=out", *arguments])
+        try:
+            binary.main([binary.__name__])
+        except SystemExit as stopped:
+            return stopped.code
+    return 0
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """What the experiment is asked to do, in place of doing it."""
+    calls = []
+
+    def run(experiment, config, dataset, **options):
+        calls.append((experiment, config, dataset, options))
+        return Results(experiment.name, {}, claims=[Claim("x", "", "", 0.0, 0.0, 0.0, holds=False)])
+
+    monkeypatch.setattr("experiments.options.load_dataset", lambda *names, **where: (names, where))
+    monkeypatch.setattr(Experiment, "run", run)
+    return calls
+
+
+def listed(binary):
+    """Names of the flags in the binary's help."""
+    return {flag.name for flag in flags.FLAGS.get_key_flags_for_module(binary)}
+
+
+@pytest.mark.parametrize("binary", BINARIES, ids=lambda binary: binary.__name__)
+def test_every_flag_that_a_binary_lists_acts(binary, seen):
+    before = (call(binary), seen.pop())
+    for name in sorted(listed(binary)):
+        after = (call(binary, f"--{name}={SAMPLES[name]}"), seen.pop())
+        assert after != before, f"--{name} changes nothing"
+    assert call(binary) == 0
+
+
+def test_flags_that_some_binaries_lack():
+    every = set.intersection(*map(listed, BINARIES))
+    assert {
+        name: [b.__name__.split(".")[1] for b in BINARIES if name in listed(b)]
+        for name in SAMPLES
+        if name not in every
+    } == {
+        "strict": ["training_trajectories", "sgd_instability", "learning_rates"],
+        "methods": ["training_trajectories", "sgd_instability", "compare_methods"],
+        "record_epochs": ["training_trajectories"],
+        "match_epochs": ["training_trajectories"],
+        "spawn_epochs": ["sgd_instability"],
+        "onset_at_most": ["sgd_instability"],
+        "num_repair": ["compare_methods"],
+        "num_steps": ["compare_methods"],
+        "rates": ["learning_rates"],
+    }
+    # Whoever does not list it does not know it either.
+    assert not hasattr(compare_methods, "strict_option")
+    assert not hasattr(learning_rates, "method_option")
+
+
+def test_what_stays_on_disk(seen, monkeypatch):
+    monkeypatch.setenv("REBASIN_RUNS_DIR", "/shared")
+    for arguments, keep, runs in (
+        ([], None, "out/runs"),
+        (["--preset=cpu"], None, "/shared"),
+        (["--preset=paper"], "ends", "/shared"),
+        (["--preset=paper", "--keep_checkpoints=all", "--runs_dir=here"], "all", "here"),
+    ):
+        call(training_trajectories, *arguments)
+        options = seen.pop()[-1]
+        assert (options["keep"], options["runs_dir"]) == (keep, pathlib.Path(runs))
+    assert {binary.EXPERIMENT.keep for binary in BINARIES} <= set(KEEP)
+
+
+def test_warm_up_follows_recipe_and_epochs(seen):
+    for binary, arguments, warmup in (
+        (training_trajectories, [], 5),
+        (training_trajectories, ["--epochs=3"], 3),
+        (compare_methods, ["--preset=cpu", "--model=vgg16"], 2),
+        (learning_rates, ["--preset=cpu", "--model=mlp"], 5),
+        (sgd_instability, ["--preset=cpu", "--model=vgg16"], 1),
+        (sgd_instability, ["--warmup_epochs=0"], 0),
+    ):
+        assert call(binary, *arguments) == 0
+        recipe = seen.pop()[1].recipe
+        assert recipe.warmup_epochs == warmup
+        assert recipe.weight_decay == (0 if binary is sgd_instability else 1e-4)
+
+
+def test_epochs_by_flag_and_preset(seen):
+    call(training_trajectories, "--epochs=12")
+    config = seen.pop()[1]
+    assert config.epochs == (0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 12)
+    assert config.match_epochs == (0, 1, 2, 3, 5, 10, 12)
+    call(training_trajectories, "--record_epochs=0,2,30")
+    assert seen.pop()[1].match_epochs == (0, 2, 30)
+    call(sgd_instability, "--epochs=7")
+    assert seen.pop()[1].epochs == (0, 1, 2, 3, 4, 5, 6)
+
+
+def test_what_the_user_gets_wrong_is_one_message(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for binary, arguments, message in (
+        (training_trajectories, ["--dataset=imagenet"], "error: unknown dataset 'imagenet'"),
+        (
+            compare_methods,
+            ["--preset=cpu", f"--data_dir={tmp_path}"],
+            f"error: dataset 'mnist' is not prepared: no {tmp_path}/mnist/",
+        ),
+        (compare_methods, ["--model=vgg16"], "error: preset 'digits' has no recipe for the model 'vgg16'"),
+        (
+            compare_methods,
+            ["--num_alphas=4"],
+            "error: this experiment cannot work:\n  num_alphas: wanted an odd",
+        ),
+        (learning_rates, ["--rates=fast"], "error: wanted rates, such as 0.01,0.1, got 'fast'"),
+        (sgd_instability, ["--spawn_epochs=one"], "error: wanted epochs, such as 0,1,5, got 'one'"),
+        (
+            sgd_instability,
+            ["--epochs=3", "--warmup_epochs=4"],
+            "error: this recipe cannot work:\n  warmup_epochs: wanted between 0 and epochs (3), got 4",
+        ),
+    ):
+        found = call(binary, *arguments)
+        assert isinstance(found, str)
+        assert found.startswith(message)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("binary", BINARIES, ids=lambda binary: binary.__name__)
+def test_help_teaches(binary):
+    text = flags.FLAGS.module_help(binary)
+    assert all(f"--{name}:" in text or f"--[no]{name}:" in text for name in listed(binary))
+    assert f"python -m {binary.__name__} --preset=digits" in binary.__doc__
+    assert "results.json" in binary.__doc__
