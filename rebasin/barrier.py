@@ -1,5 +1,6 @@
 """Loss and error along the segment between two networks, and its barrier."""
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rebasin.batches import check_batch_size, check_data, num_examples, to_batches
+from rebasin.compilation import compiler_options
 from rebasin.errors import ConfigError
 from rebasin.trees import LeafPredicate, check_finite, check_same_shapes, interpolate, is_weight, leaf_table
 
@@ -176,7 +178,7 @@ def build_sweep(
     # In float64 on the host and exact at both ends and at the middle.
     alphas = np.linspace(0.0, 1.0, num_alphas)
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=compiler_options())
     def evaluate(params_a: Any, params_b: Any, data: Any, alphas: Any) -> Mapping[str, jax.Array]:
         n, batches = num_examples(data), to_batches(data, batch_size)
 

@@ -15,6 +15,7 @@ import numpy as np
 import optax
 
 from rebasin.augmentation import random_crop_and_flip
+from rebasin.compilation import compiler_options
 from rebasin.data import Dataset, Split, normalise
 from rebasin.errors import ConfigError, NonFiniteError, problem_list
 from rebasin.models import build_model
@@ -181,7 +182,7 @@ def build_epoch(recipe: Recipe, num_classes: int) -> Callable[..., tuple[TrainSt
         values = classification_metrics(model.apply(variables, images), labels)
         return jnp.mean(values["loss"]), jnp.mean(values["error"])
 
-    @functools.partial(jax.jit, donate_argnames="state")
+    @functools.partial(jax.jit, donate_argnames="state", compiler_options=compiler_options())
     def run_epoch(
         state: TrainState, epoch: jax.Array, key: jax.Array, data: TrainingData
     ) -> tuple[TrainState, EpochMetrics]:

@@ -23,7 +23,7 @@ ROOMS = [
     ["rebasin.soft"],
     ["rebasin.tracing"],
     ["rebasin.permutation", "rebasin.assignment", "rebasin.inference"],
-    ["rebasin.blocks", "rebasin.batches"],
+    ["rebasin.blocks", "rebasin.batches", "rebasin.compilation"],
     ["rebasin.spec"],
     ["rebasin.axis"],
     ["rebasin.trees"],
