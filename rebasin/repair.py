@@ -7,13 +7,15 @@ and the deviation that lie between those of the endpoints,
     E[Y] ← α E[Y_A] + (1−α) E[Y_B],    std[Y] ← α std[Y_A] + (1−α) std[Y_B].
 
 *Where.* Y is the output of each layer that leads to units that can be permuted: of a matrix product or
-convolution of the data with a weight, before the bias is added. (After the bias it would come to the same,
-as biases interpolate linearly.) A channel is one output of that weight; its statistics are over examples and
-positions, for each step of a scan by itself. Layers whose outputs are pinned, such as the logits, and layers
-in ``while`` loops are left as they are.
+convolution of the data with a weight, and of whatever follows that only scales and shifts its channels, such
+as a bias. A channel is one output of that weight; its statistics are over examples and positions, for each
+step of a scan by itself. Layers whose outputs are pinned, such as the logits, and layers in ``while`` loops
+are left as they are.
 
-*BatchNorm.* A network that holds running statistics needs new ones instead, and nothing else: see
-`rebasin.norms`.
+*BatchNorm* in evaluation only scales and shifts channels, so that Y is what it puts out, as in the authors'
+code: mean and deviation, β and |γ| at the ends, are brought between those of the ends, and the running
+statistics that an interpolated network happens to have cancel. New ones in place of REPAIR are much the same
+and cost less, but leave layers without BatchNorm alone, and move the ends: see `rebasin.norms`.
 """
 
 from collections.abc import Callable, Sequence
@@ -112,13 +114,13 @@ class Repair:
             raise InferenceError(
                 f"the correction is for {len(correction)} layers, but with this batch there are {len(layers)}"
             )
-        by_address = {layer.address: layer for layer in layers}
+        by_end = {layer.end: layer for layer in layers}
 
         def correct(address: Address, eqn: Any, operands: Sequence[Any], extra: Any) -> tuple[Any, None]:
             (y,) = bind(eqn, operands)
-            return [_affine(by_address[address], y, *extra)], None
+            return [_affine(by_end[address], y, *extra)], None
 
-        extras = dict(zip(by_address, correction, strict=True))
+        extras = dict(zip(by_end, correction, strict=True))
         outputs, _ = evaluate(program.closed, _inputs(params, batch), correct, extras)
         return jax.tree.unflatten(program.outputs, outputs)
 
@@ -134,19 +136,19 @@ class Repair:
 
         def of_batch(batch: Any, targets: list[_Moments] | None) -> list[_Moments]:
             program, layers = self._trace(params, batch)
-            by_address = {layer.address: layer for layer in layers}
+            by_end = {layer.end: layer for layer in layers}
 
             def note(
                 address: Address, eqn: Any, operands: Sequence[Any], target: Any
             ) -> tuple[Any, _Moments]:
                 (y,) = bind(eqn, operands)
-                layer = by_address[address]
+                layer = by_end[address]
                 own = _moments(layer, y)
                 return [y if target is None else _affine(layer, y, *_correction(own, target))], own
 
-            extras = dict(zip(by_address, targets or [None] * len(layers), strict=True))
+            extras = dict(zip(by_end, targets or [None] * len(layers), strict=True))
             _, found = evaluate(program.closed, _inputs(params, batch), note, extras)
-            return [found[layer.address] for layer in layers]
+            return [found[layer.end] for layer in layers]
 
         return map_batches(of_batch, data, self._batches, extras=targets)
 

@@ -39,11 +39,11 @@ def preactivations(tree, x, correction=None):
     """What each hidden layer puts out, by hand in float64, with a correction of it if there is one."""
     x, outputs = np.asarray(x, np.float64), []
     for i, (w, b) in enumerate(tree[:-1]):
-        y = x @ np.asarray(w, np.float64)
+        y = x @ np.asarray(w, np.float64) + np.asarray(b, np.float64)
         if correction is not None:
             y = y * np.asarray(correction[i][0], np.float64) + np.asarray(correction[i][1], np.float64)
         outputs.append(y)
-        x = np.tanh(y + np.asarray(b, np.float64))
+        x = np.tanh(y)
     return outputs
 
 
@@ -58,7 +58,7 @@ def test_every_layer_gets_the_statistics_between_the_endpoints(alpha):
         np.testing.assert_allclose(y.std(0), alpha * a.std(0) + (1 - alpha) * b.std(0), rtol=1e-4)
     # The function applies it as by hand.
     outputs = repair.apply(mixed, X[:5], correction)
-    y = preactivations(mixed, X[:5], correction)[-1] + np.asarray(mixed[-2][1])
+    y = preactivations(mixed, X[:5], correction)[-1]
     expected = np.tanh(y) @ np.asarray(mixed[-1][0]) + np.asarray(mixed[-1][1])
     np.testing.assert_allclose(outputs, expected, rtol=1e-4, atol=1e-4)
 
@@ -105,6 +105,7 @@ def test_constant_channels_are_shifted_only():
     mixed[0] = (mixed[0][0].at[:, 2].set(0.0), mixed[0][1])  # silent in the middle, alive at the ends
     scale, shift = build_repair(SPEC, a, b, network, X).prepare(mixed, 0.5)[0]
     assert scale[2] == 1
+    # Its output is the bias alone, which lies between the ends' by itself.
     target = 0.5 * (np.asarray(X @ a[0][0]) + np.asarray(X @ b[0][0])).mean(0)[2]
     np.testing.assert_allclose(shift[2], target, rtol=1e-4)
 
