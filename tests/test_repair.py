@@ -167,6 +167,33 @@ def update(tree, batch):
     return tree | Normed().apply(tree, batch, train=True, mutable=["batch_stats"])[1]
 
 
+def test_repair_of_batch_norm_holds_whatever_the_running_statistics_are():
+    a, b = (
+        jax.tree.map(lambda x, seed=seed: jnp.abs(normal(*x.shape, seed=seed)) + 0.5, tree)
+        for seed, tree in enumerate([Normed().init(jax.random.key(0), X)] * 2)
+    )
+    spec = rebasin.infer_spec(Normed().apply, a, X)
+    repair = build_repair(spec, a, b, Normed().apply, X)
+    prepare, apply = jax.jit(repair.prepare), jax.jit(repair.apply)
+    for tree, alpha in ((a, 1.0), (b, 0.0)):
+        repaired = apply(tree, X, prepare(tree, alpha))
+        np.testing.assert_allclose(repaired, Normed().apply(tree, X), rtol=1e-4, atol=1e-4)
+
+    mixed = rebasin.interpolate(a, b, 0.5)
+    other = mixed | {"batch_stats": b["batch_stats"]}
+    outputs = [apply(tree, X, prepare(tree, 0.5)) for tree in (mixed, other)]
+    np.testing.assert_allclose(*outputs, rtol=1e-3, atol=1e-3)
+
+    def first_norm(tree):
+        _, state = Normed().apply(tree, X, capture_intermediates=True, mutable=["intermediates"])
+        return np.asarray(state["intermediates"]["BatchNorm_0"]["__call__"][0], np.float64)
+
+    scale, shift = (np.asarray(x) for x in prepare(mixed, 0.5)[0])
+    y, ends = first_norm(mixed) * scale + shift, [first_norm(tree) for tree in (a, b)]
+    np.testing.assert_allclose(y.mean(0), np.mean([z.mean(0) for z in ends], 0), rtol=1e-4)
+    np.testing.assert_allclose(y.std(0), np.mean([z.std(0) for z in ends], 0), rtol=1e-4)
+
+
 def test_norm_statistics_are_those_of_the_data():
     tree = Normed().init(jax.random.key(0), X)
     for batch_size in (8, 40):
