@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rebasin import models
 from rebasin.data import Split, load_dataset, normalise
 from rebasin.errors import ConfigError, DataError, NonFiniteError, TreeMismatchError
-from rebasin import models
 from rebasin.models import BatchNorm, build_model
 from rebasin.recipes import Recipe
 from rebasin.training import (

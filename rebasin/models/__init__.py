@@ -1,8 +1,8 @@
 """Networks of the experiments, in Flax linen: float images [n, h, w, c] to logits [n, num_classes].
 
-``model.apply(variables, images)`` evaluates: a pure function of all `variables`, running statistics among them
-where the norm is BatchNorm. With ``mutable=["batch_stats"]`` it trains: it also returns the statistics that
-the batch leaves behind, none in a model without. No model has dropout. They know nothing of alignment:
+``model.apply(variables, images)`` evaluates: a pure function of all `variables`, running statistics among
+them where the norm is BatchNorm. With ``mutable=["batch_stats"]`` it trains: it also returns the statistics
+that the batch leaves behind, none in a model without. No model has dropout. They know nothing of alignment:
 `rebasin` meets them through the names of their leaves.
 """
 

@@ -73,8 +73,8 @@ class _BlockGroup(nn.Module):
 class ResNet20(nn.Module):
     """A convolution, three groups of three residual blocks, a mean over positions and a dense layer.
 
-    Leaves are named as in git-re-basin: ``blockgroups_1/blocks_0/shortcut/layers_0/kernel`` is the convolution
-    of a shortcut.
+    Leaves are named as in git-re-basin: ``blockgroups_1/blocks_0/shortcut/layers_0/kernel`` is the
+    convolution of a shortcut.
 
     Attributes:
       width: channels of the first group, 16 in the original; the others have 2 and 4 times as many.

@@ -20,8 +20,8 @@ class VGG16(nn.Module):
     """Thirteen convolutions, each with a norm behind it, and three dense layers.
 
     Images smaller than 32×32 are padded to it with zeros on all sides. Leaves are ``Conv_0`` to ``Conv_12``,
-    ``LayerNorm_0`` to ``LayerNorm_12`` (or ``BatchNorm_…``) and ``Dense_0`` to ``Dense_2``, as in git-re-basin,
-    whose table of permutations therefore fits.
+    ``LayerNorm_0`` to ``LayerNorm_12`` (``BatchNorm_0`` …) and ``Dense_0`` to ``Dense_2``, as in
+    git-re-basin, whose table of permutations therefore fits.
 
     Attributes:
       width: channels of the first convolution; later ones have up to 8 times as many.

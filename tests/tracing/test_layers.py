@@ -44,7 +44,7 @@ def test_tail_ends(form):
 
 @pytest.mark.parametrize(("name", "length"), [("resnet20", 0), ("resnet20_batchnorm", 3)])
 def test_norms_of_models(name, length):
-    """LayerNorm reads its input twice; BatchNorm subtracts, multiplies and adds, whatever it computes between."""
+    """LayerNorm reads its input twice; BatchNorm subtracts, multiplies and adds."""
     model, image = build_model(name, width=2, num_classes=3), jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
     shapes = jax.eval_shape(model.init, jax.random.key(0), image)
     program = trace_program(rebasin.infer_spec(model.apply, shapes, image), model.apply, shapes, image)
