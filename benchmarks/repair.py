@@ -8,7 +8,8 @@ pairs of the default), are aligned by each method. Each segment is then measured
 it is, with the running statistics of the nearer network; with new statistics at every α
 (`rebasin.build_norm_reset`); with REPAIR at every α (`rebasin.build_repair`). What either changes at the ends
 is told as the largest difference of a logit, over 1,000 test examples and both ends, and the largest one of
-error and loss. --output gets repair.json, with every curve, and the table as repair.txt.
+error and loss. --output gets repair.json, with every curve, and the table as repair.txt; pairs that it holds
+already, measured with the same flags, are not measured again.
 """
 
 import functools
@@ -23,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
+from jax.tree_util import Partial
 from rich.console import Console
 
 import rebasin
@@ -39,6 +41,8 @@ from rebasin.training import classification_metrics, train
 UNALIGNED = "none"
 METHODS = ("weights", "activations")
 VARIANTS = ("as is", "reset", "REPAIR")
+# Flags that say nothing of a pair.
+_ELSEWHERE = frozenset({"replicates", "runs_dir", "data_dir", "output"})
 _NUM_LOGITS = 1000  # in one batch
 _WIDTH = 100
 
@@ -106,12 +110,12 @@ class Bench:
         variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), jnp.float32(x)), image)
         self.spec = rebasin.infer_spec(function, variables, image)
         reset = rebasin.build_norm_reset(update, self.images)
-        self._as_is = self._build_measure(plain_logits, lambda tree, alpha: None)
+        self._as_is = self._build_measure(plain_logits, Partial(lambda tree, alpha: None))
         self._reset = self._build_measure(with_statistics, reset)
 
     def _build_measure(
         self, apply: Callable[..., Any], prepare: Callable[[Any, Any], Any]
-    ) -> Callable[..., _Measured]:
+    ) -> Callable[[Any, Any], _Measured]:
         """A function that measures a segment with ``apply(tree, images, prepare(tree, alpha))``."""
 
         def metrics(tree: Any, batch: Split, extra: Any) -> Mapping[str, jax.Array]:
@@ -120,13 +124,12 @@ class Bench:
         sweep = rebasin.build_sweep(metrics, num_alphas=self.num_alphas, prepare=prepare)
 
         @jax.jit
-        def logits(tree: Any, alpha: Any, images: Any) -> Any:
-            extra = prepare(tree, alpha)
-            return apply(tree, images, extra)
+        def logits(prepare: Any, tree: Any, alpha: Any, images: Any) -> Any:
+            return apply(tree, images, prepare(tree, alpha))
 
         def measure(a: Any, b: Any) -> _Measured:
             images = self.test.images[:_NUM_LOGITS]
-            ends = [np.asarray(logits(tree, alpha, images)) for tree, alpha in ((b, 0.0), (a, 1.0))]
+            ends = [np.asarray(logits(prepare, tree, alpha, images)) for tree, alpha in ((b, 0.0), (a, 1.0))]
             return _Measured(sweep(a, b, self.test), np.stack(ends))
 
         return measure
@@ -202,6 +205,14 @@ def _spread(values: Sequence[float], scale: float, digits: int) -> str:
     return text if len(values) < 2 else f"{text}±{scale * np.std(values, ddof=1):.{digits}f}"
 
 
+def _stored(directory: pathlib.Path, about: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The pairs of an earlier run with the same flags and recipe."""
+    path = directory / "repair.json"
+    content = json.loads(path.read_text()) if path.exists() else {}
+    same = all(content.get(key) == json.loads(json.dumps(about[key])) for key in ("config", "recipe"))
+    return content["pairs"] if same else []
+
+
 def _save(directory: pathlib.Path, about: Mapping[str, Any], pairs: Sequence[Mapping[str, Any]]) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "repair.json").write_text(json.dumps({**about, "pairs": pairs}, indent=1) + "\n")
@@ -218,14 +229,15 @@ def main(argv: list[str]) -> None:
     default = os.environ.get("REBASIN_RUNS_DIR", "~/.cache/rebasin/runs")
     runs_dir = pathlib.Path(_RUNS_DIR.value or default).expanduser()
     given = flags.FLAGS.get_key_flags_for_module(sys.modules[__name__])
-    pairs: list[dict[str, Any]] = []
     try:
         recipe = choose_preset("cpu", _MODEL.value).build_recipe("trajectory")
         about = {
-            "config": {flag.name: flag.value for flag in given if not flag.name.endswith(("dir", "output"))},
+            "config": {flag.name: flag.value for flag in given if flag.name not in _ELSEWHERE},
             "recipe": vars(recipe),
             "environment": describe_environment(),
         }
+        output = pathlib.Path(_OUTPUT.value) if _OUTPUT.value else None
+        pairs = _stored(output, about)[: _REPLICATES.value] if output else []
         dataset = load_dataset(recipe.dataset, data_dir=_DATA_DIR.value)
         bench = Bench(
             recipe,
@@ -235,7 +247,7 @@ def main(argv: list[str]) -> None:
             num_train=_NUM_TRAIN.value,
         )
         trained = functools.partial(train, recipe, dataset, keep=(), resume=True)
-        for seeds in [(2 * i, 2 * i + 1) for i in range(_REPLICATES.value)]:
+        for seeds in [[2 * i, 2 * i + 1] for i in range(len(pairs), _REPLICATES.value)]:
             with reporter.stage(f"seeds {seeds[0]} and {seeds[1]}", 3 + len(METHODS)) as advance:
                 trees = []
                 for seed in seeds:
@@ -247,8 +259,8 @@ def main(argv: list[str]) -> None:
                     found[method] = bench.measure(a, bench.align(method, a, b))
                     advance()
             pairs.append({"seeds": seeds, "methods": found})
-            if _OUTPUT.value:
-                _save(pathlib.Path(_OUTPUT.value), about, pairs)
+            if output:
+                _save(output, about, pairs)
     except RebasinError as error:
         sys.exit(f"error: {error}")
     report(pairs, reporter)

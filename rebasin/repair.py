@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import Partial
 
 from rebasin.errors import InferenceError
 from rebasin.spec import PermutationSpec
@@ -74,23 +75,23 @@ class Repair:
         measure = jax.jit(self._measure)
         self._ends = tuple(measure(tree, None, self._data) for tree in (params_a, params_b))
 
-    def prepare(self, params: Any, alpha: Any) -> Correction:
-        """The correction of the network at `alpha` between the endpoints; runs under ``jit``.
+    @property
+    def prepare(self) -> Callable[[Any, Any], Correction]:
+        """``prepare(params, alpha) -> correction``, of the network at `alpha` between the endpoints.
 
-        Fits `build_sweep`'s ``prepare``.
-
-        Args:
-          params: the interpolated tree.
-          alpha: the weight of A.
-
-        Returns:
-          Scale and shift of each layer's channels.
+        It takes the interpolated tree and the weight of A, and returns scale and shift of each layer's
+        channels. It fits `build_sweep`'s ``prepare`` and runs under ``jit``; as a `jax.tree_util.Partial`
+        that holds the data it can be an argument of a function under ``jit``, while one that closes over it
+        is compiled with a copy of the data inside.
         """
+        return Partial(self._prepare, self._data, self._ends)
+
+    def _prepare(self, data: Any, ends: Any, params: Any, alpha: Any) -> Correction:
         # On the way a batch is brought to targets of its own, so that nothing moves at the ends.
-        targets = [_between(a, b, alpha) for a, b in zip(*self._ends, strict=True)]
-        measured = self._measure(params, targets, self._data)
+        targets = [_between(a, b, alpha) for a, b in zip(*ends, strict=True)]
+        measured = self._measure(params, targets, data)
         corrections = []
-        for here, a, b in zip(measured, *self._ends, strict=True):
+        for here, a, b in zip(measured, *ends, strict=True):
             target = _between(self._pool(a), self._pool(b), alpha)
             corrections.append(_correction(self._pool(here), target))
         return tuple(corrections)
