@@ -99,6 +99,25 @@ def test_sweep_with_repair_traces_once_and_keeps_its_ends():
     assert repair.layers == ("0/0", "1/0")
 
 
+def test_data_are_arguments_of_compiled_programs():
+    """Closed over, they would be copied into each, and what XLA knows of them computed when it compiles."""
+    repair = build_repair(SPEC, A, B, network, X)
+    reset = build_norm_reset(update, X)
+    tree = Normed().init(jax.random.key(0), X)
+    for prepare, params in ((repair.prepare, A), (reset, tree)):
+        assert any(np.array_equal(leaf, X) for leaf in jax.tree.leaves(prepare))
+        program = jax.make_jaxpr(lambda prepare, params: prepare(params, 0.5))(prepare, params)
+        assert sum(np.size(const) for const in program.consts) < 10
+
+    def traced(offset, params, alpha):
+        assert isinstance(offset, jax.core.Tracer)
+        return offset
+
+    prepare = jax.tree_util.Partial(traced, jnp.ones(3))
+    measure = build_sweep(lambda tree, x, extra: {"loss": x[:, 0] + extra[0]}, num_alphas=3, prepare=prepare)
+    np.testing.assert_array_equal(measure(A, B, X).examples["loss"], np.tile(X[:, 0] + 1, (3, 1)))
+
+
 def test_constant_channels_are_shifted_only():
     a, b = ([(w, b) for w, b in tree] for tree in (A, B))
     mixed = rebasin.interpolate(a, b, 0.5)
