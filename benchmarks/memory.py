@@ -185,7 +185,7 @@ def _report_passes(reporter: Reporter) -> None:
         "\nPeak of resident memory, in MiB, above its level with networks and split in place, by the number\n"
         f"of examples of the split, which itself takes {', '.join(_mib(data[n]) for n in sizes)} MiB"
     )
-    header = ["pass", *(f"first {n:,}" for n in sizes), *(f"warm {n:,}" for n in sizes)]
+    header = ["\npass", *(f"first\n{n:,}" for n in sizes), *(f"warm\n{n:,}" for n in sizes)]
     rows = [
         [name, *(_mib(of[n][call]) for call in ("first", "warm") for n in sizes)]
         for name, of in found.items()
