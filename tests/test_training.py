@@ -322,7 +322,7 @@ def test_running_statistics_are_stored_resumed_and_inherited(normed, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet20_batchnorm", "vgg16_batchnorm"])
 def test_convolutional_networks_with_batch_norm_learn(name, tmp_path):
-    recipe = Recipe("digits", name, width=4, epochs=4, warmup_epochs=1)
+    recipe = Recipe("digits", name, width=4, epochs=4, warmup_epochs=1, batch_size=32)
     trajectory = train(recipe, DIGITS, seed=0, directory=tmp_path)
     metrics_fn = build_metrics(build_model(name, width=4, num_classes=10), DIGITS.mean, DIGITS.std)
     assert metrics_fn(trajectory.last, DIGITS.test)["error"].mean() < 0.3
