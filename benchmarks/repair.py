@@ -31,7 +31,7 @@ import rebasin
 from experiments.console import Reporter
 from experiments.pairs import run_directory
 from experiments.presets import choose_preset
-from experiments.results import describe_environment
+from experiments.results import describe_environment, plain
 from rebasin.data import Dataset, Split, load_dataset, normalise
 from rebasin.errors import RebasinError
 from rebasin.models import build_model
@@ -151,7 +151,7 @@ class Bench:
         return {variant: _describe(measured, found["as is"]) for variant, measured in found.items()}
 
 
-def _describe(measured: _Measured, plain: _Measured) -> dict[str, Any]:
+def _describe(measured: _Measured, as_is: _Measured) -> dict[str, Any]:
     curve, middle = measured.curve, len(measured.curve.alphas) // 2
 
     def at_ends(values: np.ndarray, others: np.ndarray) -> float:
@@ -162,9 +162,9 @@ def _describe(measured: _Measured, plain: _Measured) -> dict[str, Any]:
         "error_barrier": curve.error_barrier.value,
         "loss_barrier": curve.loss_barrier.value,
         "end_accuracy": 1 - float(np.mean(curve.error[[0, -1]])),
-        "end_logit_difference": float(np.max(np.abs(measured.ends - plain.ends))),
-        "end_error_difference": at_ends(curve.error, plain.curve.error),
-        "end_loss_difference": at_ends(curve.loss, plain.curve.loss),
+        "end_logit_difference": float(np.max(np.abs(measured.ends - as_is.ends))),
+        "end_error_difference": at_ends(curve.error, as_is.curve.error),
+        "end_loss_difference": at_ends(curve.loss, as_is.curve.loss),
         "error": curve.error.tolist(),
         "loss": curve.loss.tolist(),
     }
@@ -209,13 +209,13 @@ def _stored(directory: pathlib.Path, about: Mapping[str, Any]) -> list[dict[str,
     """The pairs of an earlier run with the same flags and recipe."""
     path = directory / "repair.json"
     content = json.loads(path.read_text()) if path.exists() else {}
-    same = all(content.get(key) == json.loads(json.dumps(about[key])) for key in ("config", "recipe"))
+    same = all(content.get(key) == plain(about[key]) for key in ("config", "recipe"))
     return content["pairs"] if same else []
 
 
 def _save(directory: pathlib.Path, about: Mapping[str, Any], pairs: Sequence[Mapping[str, Any]]) -> None:
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "repair.json").write_text(json.dumps({**about, "pairs": pairs}, indent=1) + "\n")
+    (directory / "repair.json").write_text(json.dumps(plain({**about, "pairs": pairs}), indent=1) + "\n")
     with (directory / "repair.txt").open("w") as file:
         report(pairs, Reporter(Console(file=file, width=_WIDTH)))
 
