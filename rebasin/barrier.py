@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial
 
 from rebasin.batches import check_batch_size, check_data, num_examples, to_batches
 from rebasin.compilation import compiler_options
@@ -150,8 +151,9 @@ def build_sweep(
       batch_size: examples evaluated at once. The last batch is filled up with copies of the first example,
         whose values are dropped.
       prepare: ``(params, alpha) -> extra`` is called once per point, and its result passed to `metrics_fn` as
-        third
-        argument: for REPAIR, or for statistics of BatchNorm.
+        third argument: for REPAIR, or for statistics of BatchNorm. Arrays that it needs are best bound to it
+        by `jax.tree_util.Partial`, as `build_repair` and `build_norm_reset` do: they are then arguments of
+        the compiled program, where those of a closure are copied into it.
       predicate: the leaves that are averaged; `trees.interpolate` tells what happens to the others.
 
     Returns:
@@ -178,8 +180,13 @@ def build_sweep(
     # In float64 on the host and exact at both ends and at the middle.
     alphas = np.linspace(0.0, 1.0, num_alphas)
 
+    if prepare is not None and not isinstance(prepare, Partial):
+        prepare = Partial(prepare)
+
     @functools.partial(jax.jit, compiler_options=compiler_options())
-    def evaluate(params_a: Any, params_b: Any, data: Any, alphas: Any) -> Mapping[str, jax.Array]:
+    def evaluate(
+        params_a: Any, params_b: Any, data: Any, alphas: Any, prepare: Partial | None
+    ) -> Mapping[str, jax.Array]:
         n, batches = num_examples(data), to_batches(data, batch_size)
 
         def at(alpha: jax.Array) -> Mapping[str, jax.Array]:
@@ -198,9 +205,9 @@ def build_sweep(
             check_finite({p: leaf for p, leaf in leaf_table(tree).items() if predicate(p, leaf)}, name)
         check_data(data, user="a barrier")
         if ends is None or num_alphas == 2:
-            between = evaluate(params_a, params_b, data, jnp.asarray(alphas))
+            between = evaluate(params_a, params_b, data, jnp.asarray(alphas), prepare)
             return BarrierCurve(alphas, dict(jax.device_get(between)))
-        between = jax.device_get(evaluate(params_a, params_b, data, jnp.asarray(alphas[1:-1])))
+        between = jax.device_get(evaluate(params_a, params_b, data, jnp.asarray(alphas[1:-1]), prepare))
         return BarrierCurve(alphas, _join_ends(between, ends))
 
     return measure

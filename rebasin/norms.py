@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import Partial
 
 from rebasin.tracing.streaming import Batches, check_examples, map_batches
 from rebasin.trees import LeafPredicate, check_finite, check_same_shapes, is_weight, leaf_table, map_leaves
@@ -36,7 +37,9 @@ def build_norm_reset(
 
     Returns:
       ``reset(tree, alpha=None) -> tree``, for use by itself or as `build_sweep`'s ``prepare``, under ``jit``
-      too. It raises TreeMismatchError if `update` returns another tree than it got.
+      too. It raises TreeMismatchError if `update` returns another tree than it got. It is a
+      `jax.tree_util.Partial` that holds the data: a function under ``jit`` that takes it as an argument takes
+      them as arguments, while one that closes over it is compiled with a copy of them inside.
 
     Raises:
       ConfigError: an empty batch.
@@ -56,7 +59,7 @@ def build_norm_reset(
     check_finite(data, "data")
     batches = Batches.of(data, batch_size)._replace(rest=0)
 
-    def reset(tree: Any, alpha: Any = None) -> Any:
+    def reset(data: Any, tree: Any, alpha: Any = None) -> Any:
         """The tree with new statistics; see `rebasin.build_norm_reset`."""
         del alpha
         names = [
@@ -76,7 +79,7 @@ def build_norm_reset(
 
         return _with_statistics(tree, map_batches(measure, data, batches))
 
-    return reset
+    return Partial(reset, data)
 
 
 def _measured(zero: jax.Array, one: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -7,13 +7,15 @@ and the deviation that lie between those of the endpoints,
     E[Y] ← α E[Y_A] + (1−α) E[Y_B],    std[Y] ← α std[Y_A] + (1−α) std[Y_B].
 
 *Where.* Y is the output of each layer that leads to units that can be permuted: of a matrix product or
-convolution of the data with a weight, before the bias is added. (After the bias it would come to the same,
-as biases interpolate linearly.) A channel is one output of that weight; its statistics are over examples and
-positions, for each step of a scan by itself. Layers whose outputs are pinned, such as the logits, and layers
-in ``while`` loops are left as they are.
+convolution of the data with a weight, and of whatever follows that only scales and shifts its channels, such
+as a bias. A channel is one output of that weight; its statistics are over examples and positions, for each
+step of a scan by itself. Layers whose outputs are pinned, such as the logits, and layers in ``while`` loops
+are left as they are.
 
-*BatchNorm.* A network that holds running statistics needs new ones instead, and nothing else: see
-`rebasin.norms`.
+*BatchNorm* in evaluation only scales and shifts channels, so that Y is what it puts out, as in the authors'
+code: mean and deviation, β and |γ| at the ends, are brought between those of the ends, and the running
+statistics that an interpolated network happens to have cancel. New ones in place of REPAIR are much the same
+and cost less, but leave layers without BatchNorm alone, and move the ends: see `rebasin.norms`.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,6 +23,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import Partial
 
 from rebasin.errors import InferenceError
 from rebasin.spec import PermutationSpec
@@ -72,23 +75,23 @@ class Repair:
         measure = jax.jit(self._measure)
         self._ends = tuple(measure(tree, None, self._data) for tree in (params_a, params_b))
 
-    def prepare(self, params: Any, alpha: Any) -> Correction:
-        """The correction of the network at `alpha` between the endpoints; runs under ``jit``.
+    @property
+    def prepare(self) -> Callable[[Any, Any], Correction]:
+        """``prepare(params, alpha) -> correction``, of the network at `alpha` between the endpoints.
 
-        Fits `build_sweep`'s ``prepare``.
-
-        Args:
-          params: the interpolated tree.
-          alpha: the weight of A.
-
-        Returns:
-          Scale and shift of each layer's channels.
+        It takes the interpolated tree and the weight of A, and returns scale and shift of each layer's
+        channels. It fits `build_sweep`'s ``prepare`` and runs under ``jit``; as a `jax.tree_util.Partial`
+        that holds the data it can be an argument of a function under ``jit``, while one that closes over it
+        is compiled with a copy of the data inside.
         """
+        return Partial(self._prepare, self._data, self._ends)
+
+    def _prepare(self, data: Any, ends: Any, params: Any, alpha: Any) -> Correction:
         # On the way a batch is brought to targets of its own, so that nothing moves at the ends.
-        targets = [_between(a, b, alpha) for a, b in zip(*self._ends, strict=True)]
-        measured = self._measure(params, targets, self._data)
+        targets = [_between(a, b, alpha) for a, b in zip(*ends, strict=True)]
+        measured = self._measure(params, targets, data)
         corrections = []
-        for here, a, b in zip(measured, *self._ends, strict=True):
+        for here, a, b in zip(measured, *ends, strict=True):
             target = _between(self._pool(a), self._pool(b), alpha)
             corrections.append(_correction(self._pool(here), target))
         return tuple(corrections)
@@ -112,13 +115,13 @@ class Repair:
             raise InferenceError(
                 f"the correction is for {len(correction)} layers, but with this batch there are {len(layers)}"
             )
-        by_address = {layer.address: layer for layer in layers}
+        by_end = {layer.end: layer for layer in layers}
 
         def correct(address: Address, eqn: Any, operands: Sequence[Any], extra: Any) -> tuple[Any, None]:
             (y,) = bind(eqn, operands)
-            return [_affine(by_address[address], y, *extra)], None
+            return [_affine(by_end[address], y, *extra)], None
 
-        extras = dict(zip(by_address, correction, strict=True))
+        extras = dict(zip(by_end, correction, strict=True))
         outputs, _ = evaluate(program.closed, _inputs(params, batch), correct, extras)
         return jax.tree.unflatten(program.outputs, outputs)
 
@@ -134,19 +137,19 @@ class Repair:
 
         def of_batch(batch: Any, targets: list[_Moments] | None) -> list[_Moments]:
             program, layers = self._trace(params, batch)
-            by_address = {layer.address: layer for layer in layers}
+            by_end = {layer.end: layer for layer in layers}
 
             def note(
                 address: Address, eqn: Any, operands: Sequence[Any], target: Any
             ) -> tuple[Any, _Moments]:
                 (y,) = bind(eqn, operands)
-                layer = by_address[address]
+                layer = by_end[address]
                 own = _moments(layer, y)
                 return [y if target is None else _affine(layer, y, *_correction(own, target))], own
 
-            extras = dict(zip(by_address, targets or [None] * len(layers), strict=True))
+            extras = dict(zip(by_end, targets or [None] * len(layers), strict=True))
             _, found = evaluate(program.closed, _inputs(params, batch), note, extras)
-            return [found[layer.address] for layer in layers]
+            return [found[layer.end] for layer in layers]
 
         return map_batches(of_batch, data, self._batches, extras=targets)
 

@@ -48,7 +48,12 @@ _RESUME_SECONDS = 60.0
 
 
 class TrainState(NamedTuple):
-    """What one epoch hands to the next; the learning rate follows from the epoch alone."""
+    """What one epoch hands to the next; the learning rate follows from the epoch alone.
+
+    Attributes:
+      variables: all collections of the model.
+      optimizer: momentum of ``params``.
+    """
 
     variables: Any
     optimizer: optax.OptState
@@ -173,14 +178,20 @@ def build_epoch(recipe: Recipe, num_classes: int) -> Callable[..., tuple[TrainSt
     """Returns a jitted ``run_epoch(state, epoch, key, data) -> (state, metrics)``; cached, as `build_init`.
 
     It trains epoch number `epoch`, from 1 on, and consumes the state it is given. Each step is SGD with
-    momentum μ and coupled weight decay λ on every leaf: m ← μm + ∇L(w) + λw, then w ← w − ηm.
+    momentum μ and coupled weight decay λ on every leaf of ``params``: m ← μm + ∇L(w) + λw, then w ← w − ηm.
+    Any other collection of the model, such as BatchNorm's running statistics, is what the model made of it
+    while it was applied to the batch; the metrics are those of that application.
     """
     model = build_model(recipe.model, width=recipe.width, num_classes=num_classes)
     optimizer = _optimizer(recipe)
 
-    def loss_and_error(variables: Any, images: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
-        values = classification_metrics(model.apply(variables, images), labels)
-        return jnp.mean(values["loss"]), jnp.mean(values["error"])
+    def loss_and_aux(
+        weights: Any, statistics: Any, images: jax.Array, labels: jax.Array
+    ) -> tuple[jax.Array, tuple[jax.Array, Any]]:
+        # What is mutable is what the model has beside its parameters: in most models nothing.
+        logits, updated = model.apply(statistics | weights, images, mutable=list(statistics))
+        values = classification_metrics(logits, labels)
+        return jnp.mean(values["loss"]), (jnp.mean(values["error"]), updated)
 
     @functools.partial(jax.jit, donate_argnames="state", compiler_options=compiler_options())
     def run_epoch(
@@ -197,13 +208,14 @@ def build_epoch(recipe: Recipe, num_classes: int) -> Callable[..., tuple[TrainSt
             if recipe.augment:
                 images = random_crop_and_flip(images, jax.random.fold_in(augment_key, index))
             images = normalise(images, data.mean, data.std)
-            (loss, error), gradient = jax.value_and_grad(loss_and_error, has_aux=True)(
-                state.variables, images, data.labels[batch]
+            weights, statistics = _split(state.variables)
+            (loss, (error, statistics)), gradient = jax.value_and_grad(loss_and_aux, has_aux=True)(
+                weights, statistics, images, data.labels[batch]
             )
-            direction, momentum = optimizer.update(gradient, state.optimizer, state.variables)
+            direction, momentum = optimizer.update(gradient, state.optimizer, weights)
             rate = schedule((epoch - 1) * num_steps + index)
-            variables = jax.tree.map(lambda w, m: w - rate * m, state.variables, direction)
-            return TrainState(variables, momentum), EpochMetrics(loss, error)
+            weights = jax.tree.map(lambda w, m: w - rate * m, weights, direction)
+            return TrainState(statistics | weights, momentum), EpochMetrics(loss, error)
 
         # One scan per epoch on every backend: steps called from Python take twice as long for a small MLP.
         state, metrics = jax.lax.scan(step, state, (jnp.arange(num_steps), batches))
@@ -283,7 +295,13 @@ def classification_metrics(logits: Any, labels: jax.typing.ArrayLike) -> dict[st
 
 def _fresh_state(recipe: Recipe, variables: Any) -> TrainState:
     """State with zero momentum, in buffers of its own: an epoch consumes those it is given."""
-    return _to_device(TrainState(variables, _optimizer(recipe).init(variables)))
+    return _to_device(TrainState(variables, _optimizer(recipe).init(_split(variables)[0])))
+
+
+def _split(variables: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The collection that is trained, and those that the model updates itself, such as running statistics."""
+    rest = dict(variables)
+    return {"params": rest.pop("params")}, rest
 
 
 def _to_device(tree: Any) -> Any:

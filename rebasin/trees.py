@@ -183,7 +183,9 @@ def is_below(path: str, prefix: str) -> bool:
 
 @jax.jit
 def _finite_flags(leaves: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    return {path: jnp.all(jnp.isfinite(leaf)) for path, leaf in leaves.items()}
+    # 0·x is 0 where x is finite, and NaN elsewhere. XLA's CPU backend sums that in one loop, while for
+    # `jnp.all(jnp.isfinite(x))` it first writes an array of flags, a quarter of the size of x.
+    return {path: jnp.isfinite(jnp.sum(0 * leaf)) for path, leaf in leaves.items()}
 
 
 def check_finite(tree: Any, name: str) -> None:

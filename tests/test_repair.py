@@ -39,11 +39,11 @@ def preactivations(tree, x, correction=None):
     """What each hidden layer puts out, by hand in float64, with a correction of it if there is one."""
     x, outputs = np.asarray(x, np.float64), []
     for i, (w, b) in enumerate(tree[:-1]):
-        y = x @ np.asarray(w, np.float64)
+        y = x @ np.asarray(w, np.float64) + np.asarray(b, np.float64)
         if correction is not None:
             y = y * np.asarray(correction[i][0], np.float64) + np.asarray(correction[i][1], np.float64)
         outputs.append(y)
-        x = np.tanh(y + np.asarray(b, np.float64))
+        x = np.tanh(y)
     return outputs
 
 
@@ -58,7 +58,7 @@ def test_every_layer_gets_the_statistics_between_the_endpoints(alpha):
         np.testing.assert_allclose(y.std(0), alpha * a.std(0) + (1 - alpha) * b.std(0), rtol=1e-4)
     # The function applies it as by hand.
     outputs = repair.apply(mixed, X[:5], correction)
-    y = preactivations(mixed, X[:5], correction)[-1] + np.asarray(mixed[-2][1])
+    y = preactivations(mixed, X[:5], correction)[-1]
     expected = np.tanh(y) @ np.asarray(mixed[-1][0]) + np.asarray(mixed[-1][1])
     np.testing.assert_allclose(outputs, expected, rtol=1e-4, atol=1e-4)
 
@@ -99,12 +99,32 @@ def test_sweep_with_repair_traces_once_and_keeps_its_ends():
     assert repair.layers == ("0/0", "1/0")
 
 
+def test_data_are_arguments_of_compiled_programs():
+    """Closed over, they would be copied into each, and what XLA knows of them computed when it compiles."""
+    repair = build_repair(SPEC, A, B, network, X)
+    reset = build_norm_reset(update, X)
+    tree = Normed().init(jax.random.key(0), X)
+    for prepare, params in ((repair.prepare, A), (reset, tree)):
+        assert any(np.array_equal(leaf, X) for leaf in jax.tree.leaves(prepare))
+        program = jax.make_jaxpr(lambda prepare, params: prepare(params, 0.5))(prepare, params)
+        assert sum(np.size(const) for const in program.consts) < 10
+
+    def traced(offset, params, alpha):
+        assert isinstance(offset, jax.core.Tracer)
+        return offset
+
+    prepare = jax.tree_util.Partial(traced, jnp.ones(3))
+    measure = build_sweep(lambda tree, x, extra: {"loss": x[:, 0] + extra[0]}, num_alphas=3, prepare=prepare)
+    np.testing.assert_array_equal(measure(A, B, X).examples["loss"], np.tile(X[:, 0] + 1, (3, 1)))
+
+
 def test_constant_channels_are_shifted_only():
     a, b = ([(w, b) for w, b in tree] for tree in (A, B))
     mixed = rebasin.interpolate(a, b, 0.5)
     mixed[0] = (mixed[0][0].at[:, 2].set(0.0), mixed[0][1])  # silent in the middle, alive at the ends
     scale, shift = build_repair(SPEC, a, b, network, X).prepare(mixed, 0.5)[0]
     assert scale[2] == 1
+    # Its output is the bias alone, which lies between the ends' by itself.
     target = 0.5 * (np.asarray(X @ a[0][0]) + np.asarray(X @ b[0][0])).mean(0)[2]
     np.testing.assert_allclose(shift[2], target, rtol=1e-4)
 
@@ -164,6 +184,33 @@ class Normed(nn.Module):
 
 def update(tree, batch):
     return tree | Normed().apply(tree, batch, train=True, mutable=["batch_stats"])[1]
+
+
+def test_repair_of_batch_norm_holds_whatever_the_running_statistics_are():
+    a, b = (
+        jax.tree.map(lambda x, seed=seed: jnp.abs(normal(*x.shape, seed=seed)) + 0.5, tree)
+        for seed, tree in enumerate([Normed().init(jax.random.key(0), X)] * 2)
+    )
+    spec = rebasin.infer_spec(Normed().apply, a, X)
+    repair = build_repair(spec, a, b, Normed().apply, X)
+    prepare, apply = jax.jit(repair.prepare), jax.jit(repair.apply)
+    for tree, alpha in ((a, 1.0), (b, 0.0)):
+        repaired = apply(tree, X, prepare(tree, alpha))
+        np.testing.assert_allclose(repaired, Normed().apply(tree, X), rtol=1e-4, atol=1e-4)
+
+    mixed = rebasin.interpolate(a, b, 0.5)
+    other = mixed | {"batch_stats": b["batch_stats"]}
+    outputs = [apply(tree, X, prepare(tree, 0.5)) for tree in (mixed, other)]
+    np.testing.assert_allclose(*outputs, rtol=1e-3, atol=1e-3)
+
+    def first_norm(tree):
+        _, state = Normed().apply(tree, X, capture_intermediates=True, mutable=["intermediates"])
+        return np.asarray(state["intermediates"]["BatchNorm_0"]["__call__"][0], np.float64)
+
+    scale, shift = (np.asarray(x) for x in prepare(mixed, 0.5)[0])
+    y, ends = first_norm(mixed) * scale + shift, [first_norm(tree) for tree in (a, b)]
+    np.testing.assert_allclose(y.mean(0), np.mean([z.mean(0) for z in ends], 0), rtol=1e-4)
+    np.testing.assert_allclose(y.std(0), np.mean([z.std(0) for z in ends], 0), rtol=1e-4)
 
 
 def test_norm_statistics_are_those_of_the_data():

@@ -2,14 +2,16 @@ import dataclasses
 import math
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rebasin.data import Split, load_dataset
+from rebasin import models
+from rebasin.data import Split, load_dataset, normalise
 from rebasin.errors import ConfigError, DataError, NonFiniteError, TreeMismatchError
-from rebasin.models import build_model
+from rebasin.models import BatchNorm, build_model
 from rebasin.recipes import Recipe
 from rebasin.training import (
     Start,
@@ -233,3 +235,94 @@ def test_start_must_fit(trajectory, tmp_path):
     broken = jax.tree.map(lambda leaf: leaf * np.float32("nan"), trajectory[1])
     with pytest.raises(NonFiniteError, match="start.variables is not finite"):
         train(RECIPE, DIGITS, seed=0, directory=tmp_path, start=Start(broken, 1))
+
+
+class Normed(nn.Module):
+    """A hidden layer with BatchNorm: as little as has running statistics."""
+
+    @nn.compact
+    def __call__(self, images):
+        x = nn.Dense(8)(images.reshape(len(images), -1))
+        return nn.Dense(10)(nn.relu(BatchNorm()(x)))
+
+
+NORMED = dataclasses.replace(RECIPE, model="normed")
+
+
+@pytest.fixture
+def normed(monkeypatch):
+    """The model above, found by its name."""
+    monkeypatch.setitem(models._MODELS, "normed", lambda width, num_classes: Normed())
+    return Normed()
+
+
+def test_running_statistics_are_carried_and_nothing_else_touches_them(normed):
+    data, key, epoch = training_data(NORMED), jax.random.key(7), 2
+    state = build_init(NORMED, 10)(jax.random.key(1), data)
+    assert jax.tree.structure(state.optimizer[1].trace) == jax.tree.structure(
+        {"params": state.variables["params"]}
+    )
+    variables = jax.device_get(state.variables)
+    np.testing.assert_array_equal(variables["batch_stats"]["BatchNorm_0"]["var"], 1)
+
+    @jax.jit
+    def loss_and_statistics(weights, statistics, batch):
+        images = normalise(data.images[batch], data.mean, data.std)
+        trained = {"params": weights, "batch_stats": statistics}
+        logits, updated = normed.apply(trained, images, mutable=["batch_stats"])
+        likelihood = jax.nn.log_softmax(logits)[jnp.arange(len(batch)), data.labels[batch]]
+        return -jnp.mean(likelihood), updated["batch_stats"]
+
+    weights, statistics = variables["params"], variables["batch_stats"]
+    momentum = jax.tree.map(np.zeros_like, weights)
+    shuffle_key, _ = jax.random.split(jax.random.fold_in(key, epoch))
+    for index, batch in enumerate(shuffled_batches(shuffle_key, 200, 64)):
+        gradient, statistics = jax.grad(loss_and_statistics, has_aux=True)(weights, statistics, batch)
+        rate = rate_by_hand(NORMED, 3, 3 + index)
+        momentum = jax.tree.map(lambda m, g, w: 0.9 * m + g + 0.1 * w, momentum, gradient, weights)
+        weights = jax.tree.map(lambda w, m, rate=rate: w - rate * m, weights, momentum)
+
+    state, _ = build_epoch(NORMED, 10)(state, epoch, key, data)
+    assert not np.allclose(statistics["BatchNorm_0"]["mean"], 0, atol=1e-3)
+    expected = {"params": weights, "batch_stats": statistics}
+    # The same float32 terms, summed in another order over three steps.
+    chex.assert_trees_all_close(state.variables, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_running_statistics_are_stored_resumed_and_inherited(normed, tmp_path):
+    recipe = dataclasses.replace(NORMED, momentum=0.0)  # a child of the same seed is then its parent
+    whole = train(recipe, DIGITS, seed=0, directory=tmp_path / "whole")
+
+    def kill(epoch, *_):
+        if epoch == 1:
+            raise KeyboardInterrupt
+
+    for progress in (kill, None):
+        try:
+            train(recipe, DIGITS, seed=0, directory=tmp_path / "killed", progress=progress, resume=True)
+        except KeyboardInterrupt:
+            assert Trajectory(tmp_path / "killed").epochs == (0, 1)
+    child = train(recipe, DIGITS, seed=0, directory=tmp_path / "child", start=Start(whole[1], 1))
+    statistics = [whole[epoch]["batch_stats"]["BatchNorm_0"]["mean"] for epoch in whole]
+    assert all(not np.array_equal(*pair) for pair in zip(statistics, statistics[1:], strict=False))
+    for other in (Trajectory(tmp_path / "killed"), child):
+        chex.assert_trees_all_equal(other.last, whole.last)
+
+    # Evaluation sees each example by itself, where training mode would normalise by the batch.
+    metrics_fn = build_metrics(normed, DIGITS.mean, DIGITS.std)
+    together = metrics_fn(whole.last, DIGITS.test)["loss"][:3]
+    alone = [metrics_fn(whole.last, Split(*(x[i : i + 1] for x in DIGITS.test)))["loss"][0] for i in range(3)]
+    np.testing.assert_allclose(together, alone, rtol=1e-5)
+
+    lacking = {"params": whole[1]["params"]}
+    with pytest.raises(TreeMismatchError, match="batch_stats/BatchNorm_0/mean: only in the recipe's model"):
+        train(recipe, DIGITS, seed=0, directory=tmp_path / "other", start=Start(lacking, 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["resnet20_batchnorm", "vgg16_batchnorm"])
+def test_convolutional_networks_with_batch_norm_learn(name, tmp_path):
+    recipe = Recipe("digits", name, width=4, epochs=4, warmup_epochs=1, batch_size=32)
+    trajectory = train(recipe, DIGITS, seed=0, directory=tmp_path)
+    metrics_fn = build_metrics(build_model(name, width=4, num_classes=10), DIGITS.mean, DIGITS.std)
+    assert metrics_fn(trajectory.last, DIGITS.test)["error"].mean() < 0.3

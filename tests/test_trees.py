@@ -86,3 +86,14 @@ def test_every_leaf_that_is_not_finite_is_listed():
         "  c: 0 NaN and 1 infinite of 1 values",
     ]
     check_finite({"b": jnp.ones(2)}, "params_a")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_one_value_that_is_not_finite_is_found_anywhere_and_large_ones_are_not(value):
+    largest = np.full((50, 33), np.finfo(np.float32).max, np.float32)  # their sum would overflow
+    check_finite({"w": jnp.asarray(largest)}, "data")
+    for at in ((0, 0), (7, 31), (49, 32)):
+        leaf = largest.copy()
+        leaf[at] = value
+        with pytest.raises(NonFiniteError, match=r"w: . NaN and . infinite of 1650 values"):
+            check_finite({"w": jnp.asarray(leaf)}, "data")

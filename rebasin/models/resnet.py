@@ -1,4 +1,4 @@
-"""ResNet-20 with LayerNorm, as git-re-basin has it (arXiv 2209.04836)."""
+"""ResNet-20, by default with LayerNorm as git-re-basin has it (arXiv 2209.04836)."""
 
 from functools import partial
 
@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from rebasin.models.convolution import conv_general_dilated
+from rebasin.models.norms import NormFactory
 
 __all__ = ["ResNet20"]
 
@@ -23,19 +24,21 @@ class _Block(nn.Module):
     Attributes:
       channels: of the output.
       stride: of the first convolution and the shortcut.
+      norm: makes each norm.
     """
 
     channels: int
     stride: int
+    norm: NormFactory
 
     def setup(self) -> None:
         strides = (self.stride, self.stride)
         self.conv1 = _Conv(self.channels, (3, 3), strides=strides)
-        self.norm1 = nn.LayerNorm()
+        self.norm1 = self.norm()
         self.conv2 = _Conv(self.channels, (3, 3))
-        self.norm2 = nn.LayerNorm()
+        self.norm2 = self.norm()
         if self.stride != 1:
-            self.shortcut = nn.Sequential([_Conv(self.channels, (1, 1), strides=strides), nn.LayerNorm()])
+            self.shortcut = nn.Sequential([_Conv(self.channels, (1, 1), strides=strides), self.norm()])
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = nn.relu(self.norm1(self.conv1(x)))
@@ -49,13 +52,17 @@ class _BlockGroup(nn.Module):
     Attributes:
       channels: of the output.
       stride: of the first block.
+      norm: makes each norm.
     """
 
     channels: int
     stride: int
+    norm: NormFactory
 
     def setup(self) -> None:
-        self.blocks = [_Block(self.channels, self.stride if index == 0 else 1) for index in range(_BLOCKS)]
+        self.blocks = [
+            _Block(self.channels, self.stride if index == 0 else 1, self.norm) for index in range(_BLOCKS)
+        ]
 
     def __call__(self, x: jax.Array) -> jax.Array:
         for block in self.blocks:
@@ -66,22 +73,26 @@ class _BlockGroup(nn.Module):
 class ResNet20(nn.Module):
     """A convolution, three groups of three residual blocks, a mean over positions and a dense layer.
 
-    LayerNorm over channels stands in for BatchNorm. Leaves are named as in git-re-basin:
-    ``blockgroups_1/blocks_0/shortcut/layers_0/kernel`` is the convolution of a shortcut.
+    Leaves are named as in git-re-basin: ``blockgroups_1/blocks_0/shortcut/layers_0/kernel`` is the
+    convolution of a shortcut.
 
     Attributes:
       width: channels of the first group, 16 in the original; the others have 2 and 4 times as many.
       num_classes: number of logits.
+      norm: makes each norm; LayerNorm over channels, or `rebasin.models.BatchNorm` as in the original.
     """
 
     width: int = 64
     num_classes: int = 10
+    norm: NormFactory = nn.LayerNorm
 
     def setup(self) -> None:
         """Makes the layers; the attributes give the leaves their names."""
         self.conv1 = _Conv(self.width, (3, 3))
-        self.norm1 = nn.LayerNorm()
-        self.blockgroups = [_BlockGroup(self.width * 2**g, 1 if g == 0 else 2) for g in range(_GROUPS)]
+        self.norm1 = self.norm()
+        self.blockgroups = [
+            _BlockGroup(self.width * 2**g, 1 if g == 0 else 2, self.norm) for g in range(_GROUPS)
+        ]
         self.dense = nn.Dense(self.num_classes)
 
     def __call__(self, images: jax.Array) -> jax.Array:

@@ -1,10 +1,11 @@
-"""VGG-16 with LayerNorm, as git-re-basin has it (arXiv 2209.04836)."""
+"""VGG-16, by default with LayerNorm as git-re-basin has it (arXiv 2209.04836)."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from rebasin.models.convolution import conv_general_dilated
+from rebasin.models.norms import NormFactory
 
 __all__ = ["VGG16"]
 
@@ -16,19 +17,21 @@ _MIN_EXTENT = 32
 
 
 class VGG16(nn.Module):
-    """Thirteen convolutions and three dense layers, LayerNorm over channels after each convolution.
+    """Thirteen convolutions, each with a norm behind it, and three dense layers.
 
     Images smaller than 32×32 are padded to it with zeros on all sides. Leaves are ``Conv_0`` to ``Conv_12``,
-    ``LayerNorm_0`` to ``LayerNorm_12`` and ``Dense_0`` to ``Dense_2``, as in git-re-basin, whose table of
-    permutations therefore fits.
+    ``LayerNorm_0`` to ``LayerNorm_12`` (``BatchNorm_0`` …) and ``Dense_0`` to ``Dense_2``, as in
+    git-re-basin, whose table of permutations therefore fits.
 
     Attributes:
       width: channels of the first convolution; later ones have up to 8 times as many.
       num_classes: number of logits.
+      norm: makes each norm: LayerNorm over channels, or `rebasin.models.BatchNorm`.
     """
 
     width: int = 64
     num_classes: int = 10
+    norm: NormFactory = nn.LayerNorm
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
@@ -39,7 +42,7 @@ class VGG16(nn.Module):
                 x = nn.max_pool(x, (2, 2), strides=(2, 2))
             else:
                 x = nn.Conv(step * self.width, (3, 3), conv_general_dilated=conv_general_dilated)(x)
-                x = nn.relu(nn.LayerNorm()(x))
+                x = nn.relu(self.norm()(x))
         x = x.reshape(len(x), -1)
         for _ in range(2):
             x = nn.relu(nn.Dense(8 * self.width)(x))

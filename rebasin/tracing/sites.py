@@ -23,8 +23,9 @@ A contraction behind a choice of platform, or with a derivative of its own, is o
 
 from collections.abc import Sequence
 
+from rebasin.tracing.layers import Layer
 from rebasin.tracing.program import Program
-from rebasin.tracing.walk import Carrier, Layer, walk
+from rebasin.tracing.walk import Carrier, walk
 
 __all__ = ["Carrier", "Layer", "find_carriers", "find_layers"]
 

@@ -11,10 +11,11 @@ from jax.extend import core
 from rebasin.axis import Axis
 from rebasin.blocks import iter_blocks
 from rebasin.tracing.evaluation import inner_program
+from rebasin.tracing.layers import Layer, Tails
 from rebasin.tracing.primitives import MOVES, REDUCTIONS, WINDOWS, is_contraction
 from rebasin.tracing.program import Address, Axes, Program
 
-__all__ = ["Carrier", "Layer", "Walk", "walk"]
+__all__ = ["Carrier", "Walk", "walk"]
 
 
 class Carrier(NamedTuple):
@@ -34,32 +35,6 @@ class Carrier(NamedTuple):
     def shape(self) -> tuple[int, ...]:
         """Shape of the value."""
         return _shape(self.axes)
-
-
-class Layer(NamedTuple):
-    """A contraction of data with a weight.
-
-    Attributes:
-      address: its equation.
-      data: which operand is the data.
-      weight: which operand is the weight.
-      leaf: path name of the leaf that the weight is, moved or not; `None` for a weight that is computed.
-      axes: axes of the result, without those that scans stack it along.
-      channels: which of them come from the weight and carry a group.
-      contracted: groups of the weight that the contraction sums over.
-      repeats: how often the same weight is used, by the scans around.
-      in_while: whether it lies in a ``while`` loop, through which there is no gradient.
-    """
-
-    address: Address
-    data: int
-    weight: int
-    leaf: str | None
-    axes: Axes
-    channels: tuple[int, ...]
-    contracted: frozenset[str]
-    repeats: int
-    in_while: bool
 
 
 def walk(program: Program) -> "Walk":
@@ -140,9 +115,13 @@ class Walk:
         def read(atom: Any) -> _Info:
             return _Info() if isinstance(atom, core.Literal) else env[atom]
 
+        tails = Tails(jaxpr)
         for i, eqn in enumerate(jaxpr.eqns):
-            results = self._equation(eqn, [read(atom) for atom in eqn.invars], (*address, i), loops)
-            env.update(zip(eqn.outvars, results, strict=True))
+            here, operands = (*address, i), [read(atom) for atom in eqn.invars]
+            env.update(zip(eqn.outvars, self._equation(eqn, operands, here, loops), strict=True))
+            layer = tails.follow(eqn, here, [info.data for info in operands], self.layers.get(here))
+            if layer is not None:
+                self.layers[layer.address] = layer
         return [read(atom) for atom in jaxpr.outvars]
 
     def _equation(
@@ -305,7 +284,7 @@ class Walk:
         in_while = any(loop.axis is None for loop in loops)
         contracted = own - self._groups(axes)
         self.layers[here] = Layer(
-            here, data[0], weights[0], info.leaf, axes, channels, contracted, repeats, in_while
+            here, here, data[0], weights[0], info.leaf, axes, channels, contracted, repeats, in_while
         )
 
 

@@ -67,7 +67,21 @@ def mlp_table():
     }
 
 
+# Each table with its number of groups and the width of the tests.
 TABLES = {"mlp": (mlp_table, 3, 32), "vgg16": (vgg16_table, 15, 4), "resnet20": (resnet20_table, 12, 4)}
+
+
+def axes_of(name):
+    """A model's table by the paths of `variables`."""
+    table = TABLES[name.removesuffix("_batchnorm")][0]()
+    axes = {f"params/{path}": row for path, row in table.items()}
+    if name.endswith("_batchnorm"):
+        axes = {path.replace("LayerNorm", "BatchNorm"): row for path, row in axes.items()}
+        scales = {path: row for path, row in axes.items() if path.endswith("/scale")}
+        for path, row in scales.items():  # statistics move with the channels that they are of
+            norm = path.removeprefix("params/").removesuffix("/scale")
+            axes |= {f"batch_stats/{norm}/{leaf}": row for leaf in ("mean", "var")}
+    return axes
 
 
 @functools.cache
@@ -76,7 +90,7 @@ def setup(name, *, width=None):
 
     The variables are constant: `verify_spec` draws them anew, and initialising them compiles for seconds.
     """
-    model = build_model(name, width=width or TABLES[name][2], num_classes=10)
+    model = build_model(name, width=width or TABLES[name.removesuffix("_batchnorm")][2], num_classes=10)
     images = jax.random.normal(jax.random.key(1), (2, 32, 32, 3))
     shapes = jax.eval_shape(model.init, jax.random.key(0), images)
     return model, jax.tree.map(lambda leaf: jnp.full(leaf.shape, 0.1, leaf.dtype), shapes), images
@@ -84,24 +98,23 @@ def setup(name, *, width=None):
 
 @pytest.mark.parametrize("name", TABLES)
 def test_spec_is_git_re_basins_table(name):
-    table, num_groups, _ = TABLES[name]
+    _, num_groups, _ = TABLES[name]
     model, variables, images = setup(name)
     spec = rebasin.infer_spec(model.apply, variables, images)
-    expected = PermutationSpec.from_axes({f"params/{path}": axes for path, axes in table().items()})
-    assert spec.equivalent(expected)
+    assert spec.equivalent(PermutationSpec.from_axes(axes_of(name)))
     assert len(spec.groups) == num_groups
     spec.group_sizes(variables)
 
 
-@pytest.mark.parametrize("name", ["vgg16", "resnet20"])
+@pytest.mark.parametrize("name", ["vgg16", "resnet20", "vgg16_batchnorm", "resnet20_batchnorm"])
 def test_spec_at_full_width_from_shapes_alone_in_a_second(name):
-    table, num_groups, _ = TABLES[name]
     model = build_model(name, width=64, num_classes=10)
     image = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
     shapes = jax.eval_shape(model.init, jax.random.key(0), image)
     spec = rebasin.infer_spec(model.apply, shapes, image)
-    assert spec.equivalent(PermutationSpec.from_axes({f"params/{p}": axes for p, axes in table().items()}))
-    assert sorted(spec.group_sizes(shapes).values())[-1] == {"vgg16": 512, "resnet20": 256}[name]
+    assert spec.equivalent(PermutationSpec.from_axes(axes_of(name)))
+    largest = {"vgg16": 512, "resnet20": 256}[name.removesuffix("_batchnorm")]
+    assert max(spec.group_sizes(shapes).values()) == largest
 
 
 def test_vgg_on_larger_images_flattens_positions():
@@ -112,7 +125,13 @@ def test_vgg_on_larger_images_flattens_positions():
     assert str(spec.table["params/Dense_0/kernel"][0]) == "4*params/Conv_12/kernel:32"
 
 
-@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        *TABLES,
+        *(pytest.param(f"{name}_batchnorm", marks=pytest.mark.slow) for name in ("vgg16", "resnet20")),
+    ],
+)
 def test_permuting_keeps_the_outputs_to_float64_rounding(name):
     model, variables, images = setup(name)
     spec = rebasin.infer_spec(model.apply, variables, images)
@@ -127,11 +146,12 @@ def test_permuting_keeps_the_outputs_to_float64_rounding(name):
         ("vgg16", "params/Conv_3/bias", "P_Conv_3"),
         ("resnet20", "params/blockgroups_1/blocks_0/shortcut/layers_1/bias", "P_bg1"),
         ("resnet20", "params/blockgroups_2/blocks_1/norm1/scale", "P_2_1_inner"),
+        pytest.param("vgg16_batchnorm", "batch_stats/BatchNorm_7/mean", "P_Conv_7", marks=pytest.mark.slow),
     ],
 )
 def test_a_table_with_one_axis_left_out_is_caught_and_names_the_group(name, path, group):
     model, variables, images = setup(name)
-    table = {f"params/{p}": axes for p, axes in TABLES[name][0]().items()} | {path: (None,)}
+    table = axes_of(name) | {path: (None,)}
     with pytest.raises(VerificationError, match=rf"\n  {group}: outputs change by") as info:
         rebasin.verify_spec(PermutationSpec.from_axes(table), model.apply, variables, images, trials=1)
     assert len(re.findall("outputs change", str(info.value))) == 1

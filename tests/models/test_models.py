@@ -12,7 +12,7 @@ import pytest
 from jax import lax
 
 from rebasin.errors import ConfigError
-from rebasin.models import MLP, VGG16, ResNet20, build_model, resnet, vgg
+from rebasin.models import MLP, VGG16, BatchNorm, ResNet20, build_model, resnet, vgg
 
 MLP_LEAVES = {
     "Dense_0/kernel": (192, 5),
@@ -157,10 +157,20 @@ RESNET_LEAVES = {
 
 def leaf_shapes(model, image):
     """Shapes of all parameters by name; nothing is computed."""
+    shapes = collection_shapes(model, image)
+    assert list(shapes) == ["params"]
+    return shapes["params"]
+
+
+def collection_shapes(model, image):
     variables = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, *image), jnp.float32))
-    assert list(variables) == ["params"]
-    leaves = jax.tree_util.tree_leaves_with_path(variables["params"])
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in leaves}
+    return {
+        collection: {
+            jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        }
+        for collection, tree in variables.items()
+    }
 
 
 @pytest.mark.parametrize(
@@ -174,6 +184,37 @@ def leaf_shapes(model, image):
 )
 def test_names_and_shapes_of_leaves(model, image, expected):
     assert leaf_shapes(model, image) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "layer_norm"), [("vgg16_batchnorm", VGG_LEAVES), ("resnet20_batchnorm", RESNET_LEAVES)]
+)
+def test_batch_norm_stands_where_layer_norm_stood_and_adds_its_statistics(name, layer_norm):
+    shapes = collection_shapes(build_model(name, width=2, num_classes=10), (32, 32, 3))
+    expected = {path.replace("LayerNorm", "BatchNorm"): shape for path, shape in layer_norm.items()}
+    scales = {path: shape for path, shape in expected.items() if path.endswith("/scale")}
+    statistics = {path.replace("scale", leaf): n for path, n in scales.items() for leaf in ("mean", "var")}
+    assert shapes == {"params": expected, "batch_stats": statistics}
+
+
+def test_batch_norm_trains_where_its_statistics_may_change():
+    norm, images = BatchNorm(), 3 + 2 * jax.random.normal(jax.random.key(0), (4, 2, 2, 3))
+    statistics = {"mean": jnp.array([1.0, 2.0, 3.0]), "var": jnp.array([4.0, 9.0, 16.0])}
+    variables = {"params": {"scale": jnp.array([1.0, 2.0, -1.0]), "bias": jnp.arange(3.0)}}
+    variables["batch_stats"] = statistics
+    x = np.asarray(images, np.float64)
+    mean, var = x.mean((0, 1, 2)), x.var((0, 1, 2))
+
+    evaluated = norm.apply(variables, images)  # by the running statistics, and nothing else comes back
+    expected = (x - [1, 2, 3]) / np.sqrt(np.array([4, 9, 16]) + 1e-5) * [1, 2, -1] + np.arange(3)
+    np.testing.assert_allclose(evaluated, expected, rtol=1e-4, atol=1e-5)
+
+    trained, updated = norm.apply(variables, images, mutable=["batch_stats"])
+    expected = (x - mean) / np.sqrt(var + 1e-5) * [1, 2, -1] + np.arange(3)
+    np.testing.assert_allclose(trained, expected, rtol=1e-4, atol=1e-4)
+    new = updated["batch_stats"]
+    np.testing.assert_allclose(new["mean"], 0.9 * np.array([1, 2, 3]) + 0.1 * mean, rtol=1e-5)
+    np.testing.assert_allclose(new["var"], 0.9 * np.array([4, 9, 16]) + 0.1 * var, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -251,6 +292,8 @@ def test_vgg_flattens_what_five_pools_leave(extent, flat):
         ("mlp", MLP((6, 6, 6), num_classes=4)),
         ("vgg16", VGG16(width=6, num_classes=4)),
         ("resnet20", ResNet20(width=6, num_classes=4)),
+        ("vgg16_batchnorm", VGG16(width=6, num_classes=4, norm=BatchNorm)),
+        ("resnet20_batchnorm", ResNet20(width=6, num_classes=4, norm=BatchNorm)),
     ],
 )
 def test_build_model(name, expected):
@@ -260,4 +303,7 @@ def test_build_model(name, expected):
 def test_an_unknown_model_is_an_error():
     with pytest.raises(ConfigError) as info:
         build_model("vgg11", width=6, num_classes=4)
-    assert str(info.value) == "no model is called 'vgg11'; the models are mlp, resnet20, vgg16, vit"
+    assert str(info.value) == (
+        "no model is called 'vgg11'; "
+        "the models are mlp, resnet20, resnet20_batchnorm, vgg16, vgg16_batchnorm, vit"
+    )
