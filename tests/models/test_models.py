@@ -307,3 +307,18 @@ def test_an_unknown_model_is_an_error():
         "no model is called 'vgg11'; "
         "the models are mlp, resnet20, resnet20_batchnorm, vgg16, vgg16_batchnorm, vit"
     )
+
+
+@pytest.mark.parametrize("extent", [(4, 6), (5, 7)])
+def test_max_pool_of_vgg_equals_that_of_flax(extent):
+    x = jax.random.normal(jax.random.key(0), (2, *extent, 3))  # no two pixels are equal
+
+    def weighted(pool):
+        return lambda x: jnp.sum(jnp.sin(pool(x)))
+
+    def flax_pool(x):
+        return nn.max_pool(x, (2, 2), strides=(2, 2))
+
+    np.testing.assert_array_equal(vgg._max_pool(x), flax_pool(x))
+    ours, plain = (jax.grad(weighted(pool))(x) for pool in (vgg._max_pool, flax_pool))
+    np.testing.assert_array_equal(ours, plain)
