@@ -12,7 +12,7 @@ STAMP := $(VENV)/installed
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-demo: $(STAMP)  ## train six small networks on digits, align them, print the table, draw the figure
+demo: $(STAMP)  ## train ten small networks on digits, align them, print the table, draw the figure
 	$(BIN)/python -m experiments.training_trajectories --preset=digits --output_dir=results/demo
 
 bench: $(STAMP)  ## time, objective and barrier of weight matching against git-re-basin's loop, half an hour
