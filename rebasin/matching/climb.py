@@ -46,9 +46,9 @@ def checked_leaves(
       NonFiniteError: a weight is NaN or infinite.
     """
     check_same_shapes(params_a, params_b, names=names)
+    spec.group_sizes(params_a, name=names[0])  # and so it fits B
     tables = []
     for tree, name in zip((params_a, params_b), names, strict=True):
-        spec.group_sizes(tree, name=name)
         table = {p: leaf for p, leaf in leaf_table(tree).items() if predicate(p, leaf)}
         # On the host, where nothing is compiled; the check on the device then says where and how many.
         if not all(np.isfinite(np.asarray(leaf)).all() for leaf in table.values()):
