@@ -86,7 +86,7 @@ def climb(
     if chosen == "depth" and ascent.objective < (floor := ascent.value(ascent.identity)):
         ascent.start(ascent.identity, floor)
         chosen, history = "identity", _sweep(ascent, words, max_sweeps)
-    for number in range(restarts):
+    for number in range(restarts if ascent.couples else 0):
         if ascent.objective >= ascent.bound - 2 * ascent.rounding:
             break  # B is A in another order, and has been put back
         history += _perturb(ascent, [*words, number], max_sweeps)
@@ -115,17 +115,22 @@ def _sweep(ascent: Ascent, words: list[int], max_sweeps: int) -> list[float]:
 
 
 def _perturb(ascent: Ascent, words: list[int], max_sweeps: int) -> list[float]:
-    """Forgets some groups, assigns them in random order from what is left, and sweeps again.
+    """Forgets two coupled groups, assigns the one without the other and then the other, and sweeps again.
+
+    One group alone would be assigned as it was.
 
     Returns:
       The better objective, once for each sweep made; the ascent stands at the better permutation.
     """
-    kept = ascent.permutation, ascent.objective, set(ascent.stale)
+    kept = ascent.permutation, ascent.objective, ascent.stale
     random = np.random.default_rng([*words, 0])
-    share = random.uniform(0.1, 1.0)
-    order = [ascent.groups[i] for i in random.permutation(len(ascent.groups)) if random.random() < share]
+    order = ascent.couples[random.integers(len(ascent.couples))]
     forgotten = {g for group in order for g in (group, *ascent.inner[group])}
-    ascent.start(ascent.reassign(order, {g: r for g, r in kept[0].items() if g not in forgotten}))
+    found = ascent.reassign(order, {g: r for g, r in kept[0].items() if g not in forgotten})
+    changed = {g for g in forgotten if not np.array_equal(found[g], kept[0][g])}
+    if not changed:
+        return []
+    ascent.start(found, stale=kept[2].union(changed, *(ascent.neighbours[g] for g in changed)))
     sweeps = len(_sweep(ascent, words, max_sweeps)) - 1
     if ascent.objective <= kept[1] + ascent.rounding:
         ascent.permutation, ascent.objective, ascent.stale = kept
