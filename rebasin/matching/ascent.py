@@ -31,7 +31,8 @@ class Ascent:
       bound: what no permutation's objective can exceed, by Cauchy and Schwarz.
       rounding: of the objective as a whole.
       resolution: that of the similarities of each group.
-      couples: groups that share a leaf, in either order.
+      neighbours: of each group those that share a leaf with it, itself included.
+      inner: of each group those that it indexes.
       stale: groups whose neighbours have changed since they were last solved.
       stats: counts and seconds.
     """
@@ -58,7 +59,6 @@ class Ascent:
             group: {label for piece in carrying for label in piece.labels if label in moving}
             for group, carrying in self.of_group.items()
         }
-        self.couples = [(g, h) for g in self.groups for h in sorted(self.neighbours[g]) if g != h]
         self.inner = {
             group: sorted(g for g in self.groups if group in outer.get(g, ()) and self.of_group[g])
             for group in self.groups

@@ -86,7 +86,7 @@ def climb(
     if chosen == "depth" and ascent.objective < (floor := ascent.value(ascent.identity)):
         ascent.start(ascent.identity, floor)
         chosen, history = "identity", _sweep(ascent, words, max_sweeps)
-    for number in range(restarts if ascent.couples else 0):
+    for number in range(restarts):
         if ascent.objective >= ascent.bound - 2 * ascent.rounding:
             break  # B is A in another order, and has been put back
         history += _perturb(ascent, [*words, number], max_sweeps)
@@ -115,16 +115,16 @@ def _sweep(ascent: Ascent, words: list[int], max_sweeps: int) -> list[float]:
 
 
 def _perturb(ascent: Ascent, words: list[int], max_sweeps: int) -> list[float]:
-    """Forgets two coupled groups, assigns the one without the other and then the other, and sweeps again.
+    """Forgets two or three coupled groups, assigns them in random order, and sweeps again.
 
-    One group alone would be assigned as it was.
+    The first is assigned without the others. One alone would be assigned as it was.
 
     Returns:
       The better objective, once for each sweep made; the ascent stands at the better permutation.
     """
     kept = ascent.permutation, ascent.objective, ascent.stale
     random = np.random.default_rng([*words, 0])
-    order = ascent.couples[random.integers(len(ascent.couples))]
+    order = _draw_coupled(ascent, random)
     forgotten = {g for group in order for g in (group, *ascent.inner[group])}
     found = ascent.reassign(order, {g: r for g, r in kept[0].items() if g not in forgotten})
     changed = {g for g in forgotten if not np.array_equal(found[g], kept[0][g])}
@@ -135,6 +135,17 @@ def _perturb(ascent: Ascent, words: list[int], max_sweeps: int) -> list[float]:
     if ascent.objective <= kept[1] + ascent.rounding:
         ascent.permutation, ascent.objective, ascent.stale = kept
     return [ascent.objective] * sweeps
+
+
+def _draw_coupled(ascent: Ascent, random: np.random.Generator) -> list[str]:
+    """Two or three groups that leaves connect, or fewer where there are no more; in random order."""
+    chosen, size = [ascent.groups[random.integers(len(ascent.groups))]], random.integers(2, 4)
+    while len(chosen) < size:
+        near = sorted(set().union(*(ascent.neighbours[g] for g in chosen)).difference(chosen))
+        if not near:
+            break
+        chosen.append(near[random.integers(len(near))])
+    return [chosen[i] for i in random.permutation(len(chosen))]
 
 
 def _finish_exactly(ascent: Ascent) -> list[float]:

@@ -75,7 +75,7 @@ def iter_pieces(spec: PermutationSpec, leaves: Leaves) -> Iterator[Piece]:
 
 
 def _host(leaf: Any) -> np.ndarray:
-    if getattr(leaf, "dtype", None) == np.float32:  # the everyday case; JAX takes long to say what it promotes to
+    if getattr(leaf, "dtype", None) == np.float32:  # the everyday case; to ask JAX for the dtype takes longer
         return np.asarray(leaf)
     dtype = jnp.promote_types(jnp.result_type(leaf), jnp.float32)
     return np.asarray(jax.device_get(leaf)).astype(dtype, copy=False)
@@ -117,19 +117,14 @@ class Term:
             np.ascontiguousarray(np.transpose(block, self._order)).reshape(-1, shape[dim])
             for block in (piece.a, piece.b)
         )
-        self._rows: Sequence[np.ndarray | None] = ()
+        self._rows: Sequence[Any] = ()
         self._sources: np.ndarray | None = None
-
-    @property
-    def rows_per_batch(self) -> int:
-        """Rows for each position of the index."""
-        return len(self.a) // math.prod(self.batch)
 
     def sources(self, permutation: Permutation) -> np.ndarray:
         """The row of B that stands in each row after permuting; a group without rows stays.
 
         Returns:
-          int32 array ``[batch · k]``, the same one as long as the rows of the other groups are the same arrays.
+          int32 array ``[batch · k]``; the same one while the rows of the other groups are the same arrays.
         """
         labels = self.piece.labels
         rows = [None if (label := labels[d]) is None else permutation.get(label) for d in self._order[:-1]]
@@ -137,7 +132,7 @@ class Term:
             self._rows, self._sources = rows, self._choose(rows)
         return self._sources
 
-    def _choose(self, rows: Sequence[np.ndarray | None]) -> np.ndarray:
+    def _choose(self, rows: Sequence[Any]) -> np.ndarray:
         """`sources` of the rows of each dimension but the last, in the order of the layout."""
         shape = self.piece.a.shape
         dims = self._order[:-1]
