@@ -138,8 +138,9 @@ def _perturb(ascent: Ascent, words: list[int], max_sweeps: int) -> list[float]:
 
 
 def _draw_coupled(ascent: Ascent, random: np.random.Generator) -> list[str]:
-    """Two or three groups that leaves connect, or fewer where there are no more; in random order."""
-    chosen, size = [ascent.groups[random.integers(len(ascent.groups))]], random.integers(2, 4)
+    """Two or three groups that leaves connect, in random order; never three of three."""
+    chosen = [ascent.groups[random.integers(len(ascent.groups))]]
+    size = 2 if len(ascent.groups) < 4 else random.integers(2, 4)
     while len(chosen) < size:
         near = sorted(set().union(*(ascent.neighbours[g] for g in chosen)).difference(chosen))
         if not near:
