@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from scipy.optimize import linear_sum_assignment
 
 from rebasin import maximise_assignment
 from rebasin.errors import NonFiniteError, RebasinError
@@ -17,6 +18,23 @@ def test_brute_force_agrees(similarity):
     row = maximise_assignment(similarity)
     assert sorted(row) == list(range(n))
     np.testing.assert_allclose(similarity[range(n), row].sum(), best, rtol=1e-12, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["products", "ties", "heavy tail", "rows of zeros"])
+def test_large_matrices_are_reduced_without_changing_the_optimum(kind):
+    n = 150  # above the size from which they are
+    rng = np.random.default_rng(0)
+    draws = rng.normal(size=(n, n))
+    similarity = {
+        "products": draws @ rng.normal(size=(n, n)),
+        "ties": np.round(draws),
+        "heavy tail": -np.exp(5 * draws),
+        "rows of zeros": draws * (np.arange(n) < 100)[:, None],
+    }[kind]
+    rows, columns = linear_sum_assignment(similarity, maximize=True)
+    row = maximise_assignment(similarity)
+    assert sorted(row) == list(range(n))
+    np.testing.assert_allclose(similarity[range(n), row].sum(), similarity[rows, columns].sum(), rtol=1e-12)
 
 
 def test_planted_permutation_in_the_gather_convention():

@@ -31,6 +31,8 @@ class Ascent:
       bound: what no permutation's objective can exceed, by Cauchy and Schwarz.
       rounding: of the objective as a whole.
       resolution: that of the similarities of each group.
+      neighbours: of each group those that share a leaf with it, itself included.
+      inner: of each group those that it indexes.
       stale: groups whose neighbours have changed since they were last solved.
       stats: counts and seconds.
     """
@@ -86,10 +88,15 @@ class Ascent:
                     self.spec, group, name, self.similarities[name].terms, siblings
                 )
 
-    def start(self, permutation: Mapping[str, np.ndarray], objective: float | None = None) -> None:
-        """Starts from a permutation, with every group to be solved."""
+    def start(
+        self,
+        permutation: Mapping[str, np.ndarray],
+        objective: float | None = None,
+        stale: set[str] | None = None,
+    ) -> None:
+        """Starts from a permutation, by default with every group to be solved."""
         self.permutation = {group: np.asarray(row, np.int32) for group, row in permutation.items()}
-        self.stale = {group for group, pieces in self.of_group.items() if pieces}
+        self.stale = {group for group, pieces in self.of_group.items() if pieces} if stale is None else stale
         self.objective = self.value(self.permutation) if objective is None else objective
 
     def value(self, permutation: Permutation) -> float:

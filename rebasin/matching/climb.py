@@ -46,9 +46,9 @@ def checked_leaves(
       NonFiniteError: a weight is NaN or infinite.
     """
     check_same_shapes(params_a, params_b, names=names)
+    spec.group_sizes(params_a, name=names[0])  # and so it fits B
     tables = []
     for tree, name in zip((params_a, params_b), names, strict=True):
-        spec.group_sizes(tree, name=name)
         table = {p: leaf for p, leaf in leaf_table(tree).items() if predicate(p, leaf)}
         # On the host, where nothing is compiled; the check on the device then says where and how many.
         if not all(np.isfinite(np.asarray(leaf)).all() for leaf in table.values()):
@@ -115,21 +115,38 @@ def _sweep(ascent: Ascent, words: list[int], max_sweeps: int) -> list[float]:
 
 
 def _perturb(ascent: Ascent, words: list[int], max_sweeps: int) -> list[float]:
-    """Forgets some groups, assigns them in random order from what is left, and sweeps again.
+    """Forgets two or three coupled groups, assigns them in random order, and sweeps again.
+
+    The first is assigned without the others. One alone would be assigned as it was.
 
     Returns:
       The better objective, once for each sweep made; the ascent stands at the better permutation.
     """
-    kept = ascent.permutation, ascent.objective, set(ascent.stale)
+    kept = ascent.permutation, ascent.objective, ascent.stale
     random = np.random.default_rng([*words, 0])
-    share = random.uniform(0.1, 1.0)
-    order = [ascent.groups[i] for i in random.permutation(len(ascent.groups)) if random.random() < share]
+    order = _draw_coupled(ascent, random)
     forgotten = {g for group in order for g in (group, *ascent.inner[group])}
-    ascent.start(ascent.reassign(order, {g: r for g, r in kept[0].items() if g not in forgotten}))
+    found = ascent.reassign(order, {g: r for g, r in kept[0].items() if g not in forgotten})
+    changed = {g for g in forgotten if not np.array_equal(found[g], kept[0][g])}
+    if not changed:
+        return []
+    ascent.start(found, stale=kept[2].union(changed, *(ascent.neighbours[g] for g in changed)))
     sweeps = len(_sweep(ascent, words, max_sweeps)) - 1
     if ascent.objective <= kept[1] + ascent.rounding:
         ascent.permutation, ascent.objective, ascent.stale = kept
     return [ascent.objective] * sweeps
+
+
+def _draw_coupled(ascent: Ascent, random: np.random.Generator) -> list[str]:
+    """Two or three groups that leaves connect, in random order; never three of three."""
+    chosen = [ascent.groups[random.integers(len(ascent.groups))]]
+    size = 2 if len(ascent.groups) < 4 else random.integers(2, 4)
+    while len(chosen) < size:
+        near = sorted(set().union(*(ascent.neighbours[g] for g in chosen)).difference(chosen))
+        if not near:
+            break
+        chosen.append(near[random.integers(len(near))])
+    return [chosen[i] for i in random.permutation(len(chosen))]
 
 
 def _finish_exactly(ascent: Ascent) -> list[float]:

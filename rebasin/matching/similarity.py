@@ -136,7 +136,7 @@ class Similarity:
         pending: collections.deque[jax.Array] = collections.deque()
         for a, b in self._panels(chosen):
             pending.append(_products(a, b))
-            if len(pending) > 2:
+            if len(pending) > 1:
                 self.matrix += np.asarray(pending.popleft())
         for product in pending:
             self.matrix += np.asarray(product)

@@ -1,7 +1,7 @@
 """The weights of two networks as matrices whose columns are the units of one group."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -75,6 +75,8 @@ def iter_pieces(spec: PermutationSpec, leaves: Leaves) -> Iterator[Piece]:
 
 
 def _host(leaf: Any) -> np.ndarray:
+    if getattr(leaf, "dtype", None) == np.float32:  # the everyday case; to ask JAX for the dtype takes longer
+        return np.asarray(leaf)
     dtype = jnp.promote_types(jnp.result_type(leaf), jnp.float32)
     return np.asarray(jax.device_get(leaf)).astype(dtype, copy=False)
 
@@ -115,29 +117,36 @@ class Term:
             np.ascontiguousarray(np.transpose(block, self._order)).reshape(-1, shape[dim])
             for block in (piece.a, piece.b)
         )
-
-    @property
-    def rows_per_batch(self) -> int:
-        """Rows for each position of the index."""
-        return len(self.a) // math.prod(self.batch)
+        self._rows: Sequence[Any] = ()
+        self._sources: np.ndarray | None = None
 
     def sources(self, permutation: Permutation) -> np.ndarray:
         """The row of B that stands in each row after permuting; a group without rows stays.
 
         Returns:
-          int32 array ``[batch · k]``.
+          int32 array ``[batch · k]``; the same one while the rows of the other groups are the same arrays.
         """
-        shape, labels = self.piece.a.shape, self.piece.labels
+        labels = self.piece.labels
+        rows = [None if (label := labels[d]) is None else permutation.get(label) for d in self._order[:-1]]
+        if self._sources is None or any(new is not old for new, old in zip(rows, self._rows, strict=True)):
+            self._rows, self._sources = rows, self._choose(rows)
+        return self._sources
+
+    def _choose(self, rows: Sequence[Any]) -> np.ndarray:
+        """`sources` of the rows of each dimension but the last, in the order of the layout."""
+        shape = self.piece.a.shape
+        dims = self._order[:-1]
+        if all(np.ndim(row) < 2 for row in rows):
+            source = np.zeros((), np.int32)
+            for d, row in zip(dims, rows, strict=True):
+                row = np.arange(shape[d], dtype=np.int32) if row is None else np.asarray(row, np.int32)
+                source = np.add.outer(source * np.int32(shape[d]), row)
+            return source.reshape(-1)
         source = np.zeros((1,) * len(shape), np.int32)
-        stride = 1
-        for d in reversed(self._order[:-1]):
-            label = labels[d]
-            rows = None if label is None else permutation.get(label)
-            if rows is None:
-                rows = np.arange(shape[d], dtype=np.int32)
-            index = self.piece.index[d] if np.ndim(rows) > 1 else ()
-            source = source + np.int32(stride) * aligned(np.asarray(rows, np.int32), index, d, shape)
-            stride *= shape[d]
+        for d, row in zip(dims, rows, strict=True):
+            row = np.arange(shape[d], dtype=np.int32) if row is None else np.asarray(row, np.int32)
+            index = self.piece.index[d] if row.ndim > 1 else ()
+            source = source * np.int32(shape[d]) + aligned(row, index, d, shape)
         return np.broadcast_to(
             np.transpose(source, self._order),
             [1 if d == self.dim else shape[d] for d in self._order],

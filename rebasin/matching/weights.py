@@ -63,9 +63,9 @@ def weight_matching(
         the identity in the objective, it is made from the identity after all. ``"identity"`` is the paper's
         start. A permutation is taken as it is.
       max_sweeps: limit on the sweeps of each ascent, at least 1.
-      restarts: how often some groups, drawn at random, are forgotten, assigned again in random order from
-        what is left, and all swept again; the best is kept. Matrices, similarities and compiled programs are
-        shared. More find more: BUILD_NOTES.md has objectives and times for up to five.
+      restarts: how often two or three coupled groups, drawn at random, are forgotten, assigned again one
+        after the other, and all swept again; the better result is kept. Matrices, similarities and
+        compiled programs are shared. More find more: BUILD_NOTES.md has objectives and times.
       kernel: ``"inner"``, or ``"cosine"``: both networks are first rescaled, ŵ = w · Π (scale of each unit
         that w belongs to), so that all weights of every unit together have norm one; then each similarity is
         a cosine, and the objective is ⟨Â, P[B̂]⟩. Units that index others, such as heads, have no scale

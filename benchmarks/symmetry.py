@@ -1,0 +1,102 @@
+"""How far weight matching depends on which network moves, and on the order of B's units.
+
+python -m benchmarks.symmetry --runs_dir=…
+
+Trained pairs, from the depth-order start. Swapped: the objective of matching A to B against
+that of B to A, with one restart and without. Reordered: the objective, without restarts, after B's units were
+put into random order, against before; `identity` counts the pairs in which the identity stood in for the
+start, whose objective does depend on that order. Differences are relative, in percent.
+"""
+
+import os
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from absl import app, flags, logging
+
+import rebasin
+from benchmarks.problems import MODELS, Pair, find_trained
+from experiments.console import Reporter
+
+__all__ = ["Differences", "compare_orders"]
+
+HEADER = ("networks", "pairs", "swapped, %", "without restart, %", "reordered, %", "identity")
+
+_RUNS_DIR = flags.DEFINE_string(
+    "runs_dir",
+    None,
+    "Folder of trained networks; by default $REBASIN_RUNS_DIR or ~/.cache/rebasin/runs.",
+)
+
+
+class Differences(NamedTuple):
+    """Relative differences of objectives on one pair.
+
+    Attributes:
+      swapped: of A to B, from B to A; with one restart.
+      swapped_once: the same without.
+      reordered: of B in random order, from B as it is; without restarts.
+      identity: whether an ascent was made from the identity.
+    """
+
+    swapped: float
+    swapped_once: float
+    reordered: float
+    identity: bool
+
+
+def compare_orders(spec: rebasin.PermutationSpec, pair: Pair, seed: int) -> Differences:
+    """Matches a pair both ways, and with B's units in random order."""
+    a, b = jax.device_get(pair.load())
+    key = jax.random.key(seed)
+    moved = rebasin.permute(spec, rebasin.random_permutation(spec, b, key=key), b)
+    found = {
+        (name, restarts): rebasin.weight_matching(spec, *networks, key=key, restarts=restarts)
+        for name, networks in {"as it is": (a, b), "swapped": (b, a), "reordered": (a, moved)}.items()
+        for restarts in (0, 1)
+    }
+
+    def difference(name: str, restarts: int) -> float:
+        new, old = (found[which, restarts].objective[-1] for which in (name, "as it is"))
+        return float((new - old) / abs(old))
+
+    return Differences(
+        difference("swapped", 1),
+        difference("swapped", 0),
+        difference("reordered", 0),
+        any(match.stats["start"] == "identity" for match in found.values()),
+    )
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{100 * np.mean(np.abs(values)):.3g}, {100 * np.max(np.abs(values)):.3g}"
+
+
+def main(argv: list[str]) -> None:
+    """Prints a row for each recipe: mean and largest difference without its sign."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown arguments {argv[1:]}")
+    logging.set_verbosity(logging.WARNING)
+    reporter = Reporter()
+    default = os.environ.get("REBASIN_RUNS_DIR", "~/.cache/rebasin/runs")
+    runs_dir = pathlib.Path(_RUNS_DIR.value or default).expanduser()
+    problems = find_trained(MODELS, runs_dir, keys=1, num_eval=0, data_dir=None, say=reporter.say)
+    rows = []
+    for problem in problems:
+        some = [compare_orders(problem.spec, pair, seed) for seed, pair in enumerate(problem.pairs)]
+        columns = [_spread([pair[i] for pair in some]) for i in range(3)]
+        identity = str(sum(pair.identity for pair in some))
+        rows.append((f"{problem.model}, {problem.weights}", str(len(some)), *columns, identity))
+        reporter.say(f"{problem.model}, {problem.weights}: done")
+    if not rows:
+        sys.exit(f"error: no pair of trained networks in {runs_dir}")
+    reporter.say("\nRelative differences of objectives without sign: mean and largest over pairs")
+    reporter.table(HEADER, rows)
+
+
+if __name__ == "__main__":
+    app.run(main)
