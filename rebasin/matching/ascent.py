@@ -70,6 +70,10 @@ class Ascent:
         self.rounding = sum(rounding.values())
         self.resolution = {g: sum(rounding[id(p)] for p in some) for g, some in self.of_group.items()}
         self.similarities: dict[str, Similarity] = {}
+        # Layouts are one copy of each network; remembered similarities are to be one more at most. Those of a
+        # wide MLP would be larger than the MLP.
+        self._budget = 2 * sum(piece.a.nbytes for piece in self.pieces)
+        self._remembered: list[str] = []
         self.insides: dict[tuple[str, str], Insides] = {}
         for group, shape in ((g, np.shape(self.identity[g])) for g in self.groups):
             # Pieces that hold the insides of a group are compared through those.
@@ -177,6 +181,7 @@ class Ascent:
             terms = [t for t in inside.terms if free is None or self._usable(t, permutation, free)]
             if terms and (free is None or inside.name in free):
                 insides.append((inside, terms))
+        self._make_room(group)
         with self._timed("similarity"):
             matrix = similarity.update(permutation, wanted)
             if wanted is not None and not any(wanted) and not insides:
@@ -203,6 +208,14 @@ class Ascent:
             new, old = (np.take_along_axis(matrix, r[..., None], axis=-1)[..., 0] for r in (rows, current))
             gain = float((new - old).sum())  # the differences first: units that stay cancel exactly
         return moved, gain
+
+    def _make_room(self, group: str) -> None:
+        """Forgets those similarities that were used longest ago, where all would be too large together."""
+        self._remembered = [other for other in self._remembered if other != group] + [group]
+        while sum(self.similarities[g].nbytes for g in self._remembered) > self._budget:
+            if (oldest := self._remembered.pop(0)) == group:
+                break
+            self.similarities[oldest].forget()
 
     def _usable(self, term: Term, known: Permutation, free: set[str]) -> bool:
         """Whether all other dimensions of a term stay, are known or are being assigned with it."""

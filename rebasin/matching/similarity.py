@@ -13,10 +13,10 @@ from rebasin.permutation import Permutation
 __all__ = ["Similarity", "pair_products"]
 
 # The rows of A and B are multiplied in panels of this many values, and at least this many rows: long enough
-# that dispatch does not count, short enough that the last one, filled up with zeros, does not either. All
-# groups of one width share one compiled program.
-_PANEL_VALUES = 2**15
-_PANEL_ROWS = 512
+# that dispatch does not count, short enough that the last one, filled up with zeros, does not either, and
+# that those in flight take little memory. All groups of one width share one compiled program.
+_PANEL_VALUES = 2**16
+_PANEL_ROWS = 128
 
 
 @jax.jit
@@ -72,7 +72,7 @@ class Similarity:
     Only the rows that changed since the last time are multiplied anew, where they are the lesser part.
 
     Attributes:
-      matrix: float64 ``[batch, n, n]``.
+      nbytes: of the matrix.
       updates: how often the matrix was corrected since it was last computed as a whole; each correction adds
         the rounding of one product.
     """
@@ -80,14 +80,14 @@ class Similarity:
     def __init__(self, terms: Sequence[Term], batch: int, size: int) -> None:
         self.terms = tuple(terms)
         self.shape = (batch, size)
-        self.matrix = np.zeros((batch, size, size))
-        self.reset()
+        self.nbytes = 8 * batch * size * size
+        self.forget()
 
-    def reset(self) -> None:
-        """Forgets what was computed."""
+    def forget(self) -> None:
+        """Gives back the memory of the matrix, which the next update then computes as a whole."""
         self.updates = 0
+        self._matrix: np.ndarray | None = None
         self._sources: list[np.ndarray | None] = [None] * len(self.terms)
-        self.matrix[:] = 0
 
     def update(self, permutation: Permutation, wanted: Sequence[bool] | None = None) -> np.ndarray:
         """Brings the matrix up to a permutation of the other groups.
@@ -97,7 +97,7 @@ class Similarity:
           wanted: which terms count; by default all.
 
         Returns:
-          The matrix itself, valid until the next update.
+          The matrix itself, float64 ``[batch, n, n]``, valid until the next update.
         """
         targets = [
             term.sources(permutation).reshape(self.shape[0], -1) if use else None
@@ -116,30 +116,32 @@ class Similarity:
             new is None and old is not None for new, old in zip(targets, self._sources, strict=True)
         )
         if dropped or (moved and (self.shape[0] > 1 or sum(map(len, moved)) > kept // 2)):
-            self.reset()
+            self.forget()
             pairs = zip(self.terms, targets, strict=True)
             fresh, moved = [_Chosen(term, None, new, None) for term, new in pairs if new is not None], []
+        if self._matrix is None:
+            self._matrix = np.zeros((self.shape[0], self.shape[1], self.shape[1]))
         for chosen in (fresh, moved):
             if chosen:
-                self._add(chosen)
+                self._add(chosen, self._matrix)
         self.updates += bool(moved)
         self._sources = targets
-        return self.matrix
+        return self._matrix
 
     def sorted(self) -> np.ndarray:
         """Inner products of each unit's weights in ascending order, for a group nothing else is known of."""
         products = (np.asarray(_products(*term.sorted()), np.float64) for term in self.terms)
-        return sum(products, np.zeros_like(self.matrix))
+        return sum(products, np.zeros((self.shape[0], self.shape[1], self.shape[1])))
 
-    def _add(self, chosen: Sequence[_Chosen]) -> None:
-        """Adds the products of all rows chosen, panel by panel; the next is filled while one is computed."""
+    def _add(self, chosen: Sequence[_Chosen], matrix: np.ndarray) -> None:
+        """Adds the products of all rows chosen, in panels; the next is filled while one is computed."""
         pending: collections.deque[jax.Array] = collections.deque()
         for a, b in self._panels(chosen):
             pending.append(_products(a, b))
             if len(pending) > 1:
-                self.matrix += np.asarray(pending.popleft())
+                matrix += np.asarray(pending.popleft())
         for product in pending:
-            self.matrix += np.asarray(product)
+            matrix += np.asarray(product)
 
     def _panels(self, chosen: Sequence[_Chosen]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """All rows in panels of one shape, the last filled up with zeros."""

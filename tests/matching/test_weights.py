@@ -12,6 +12,8 @@ import rebasin
 from rebasin import PermutationSpec
 from rebasin.errors import ConfigError, NonFiniteError, PermutationError, SpecMismatchError, TreeMismatchError
 from rebasin.matching import similarity
+from rebasin.matching.ascent import Ascent
+from rebasin.matching.similarity import Similarity
 from rebasin.trees import is_weight, leaf_table
 
 KEY = jax.random.key(0)
@@ -356,3 +358,25 @@ def test_indices_of_indices_are_recovered():
         match = rebasin.weight_matching(spec, a, b, key=KEY)
         assert (np.diff(match.objective) >= 0).all()
         chex.assert_trees_all_equal(rebasin.permute(spec, match.permutation, b), a)
+
+
+def test_remembered_similarities_take_no_more_than_the_two_networks(monkeypatch):
+    """The float64 similarities of a chain of wide layers are larger than its float32 kernels together."""
+    spec, widths = chain_spec(6), [2, *[24] * 6, 2]
+    a, b = chain_tree(0, widths), chain_tree(1, widths)
+    networks = sum(leaf.nbytes for leaf in jax.tree.leaves((a, b)))
+    held, alive, update = [], set(), Similarity.update
+
+    def watched(self, *arguments):
+        matrix = update(self, *arguments)
+        alive.add(self)
+        held.append(sum(s.nbytes for s in alive if s._matrix is not None))
+        return matrix
+
+    monkeypatch.setattr(Similarity, "update", watched)
+    limited = rebasin.weight_matching(spec, a, b, key=KEY)
+    assert max(held) <= networks < sum(s.nbytes for s in alive)
+
+    monkeypatch.setattr(Ascent, "_make_room", lambda self, group: None)
+    chex.assert_trees_all_equal(rebasin.weight_matching(spec, a, b, key=KEY).permutation, limited.permutation)
+    assert max(held) > networks
