@@ -12,20 +12,15 @@ import os
 import pathlib
 import sys
 from collections.abc import Sequence
-from typing import NamedTuple
 
-import jax
 import numpy as np
 from absl import app, flags, logging
 
-import rebasin
-from benchmarks.problems import MODELS, Pair, find_trained
+from benchmarks.orders import compare_orders
+from benchmarks.problems import MODELS, find_trained
 from experiments.console import Reporter
 
-__all__ = ["Differences", "compare_orders"]
-
 HEADER = ("networks", "pairs", "swapped, %", "without restart, %", "reordered, %", "identity")
-
 _RUNS_DIR = flags.DEFINE_string(
     "runs_dir",
     None,
@@ -33,47 +28,8 @@ _RUNS_DIR = flags.DEFINE_string(
 )
 
 
-class Differences(NamedTuple):
-    """Relative differences of objectives on one pair.
-
-    Attributes:
-      swapped: of A to B, from B to A; with one restart.
-      swapped_once: the same without.
-      reordered: of B in random order, from B as it is; without restarts.
-      identity: whether an ascent was made from the identity.
-    """
-
-    swapped: float
-    swapped_once: float
-    reordered: float
-    identity: bool
-
-
-def compare_orders(spec: rebasin.PermutationSpec, pair: Pair, seed: int) -> Differences:
-    """Matches a pair both ways, and with B's units in random order."""
-    a, b = jax.device_get(pair.load())
-    key = jax.random.key(seed)
-    moved = rebasin.permute(spec, rebasin.random_permutation(spec, b, key=key), b)
-    found = {
-        (name, restarts): rebasin.weight_matching(spec, *networks, key=key, restarts=restarts)
-        for name, networks in {"as it is": (a, b), "swapped": (b, a), "reordered": (a, moved)}.items()
-        for restarts in (0, 1)
-    }
-
-    def difference(name: str, restarts: int) -> float:
-        new, old = (found[which, restarts].objective[-1] for which in (name, "as it is"))
-        return float((new - old) / abs(old))
-
-    return Differences(
-        difference("swapped", 1),
-        difference("swapped", 0),
-        difference("reordered", 0),
-        any(match.stats["start"] == "identity" for match in found.values()),
-    )
-
-
 def _spread(values: Sequence[float]) -> str:
-    return f"{100 * np.mean(np.abs(values)):.3g}, {100 * np.max(np.abs(values)):.3g}"
+    return f"{100 * np.mean(np.abs(values)):.1g}, {100 * np.max(np.abs(values)):.1g}"
 
 
 def main(argv: list[str]) -> None:

@@ -3,7 +3,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.repair import METHODS, UNALIGNED, VARIANTS, Bench, report
+from benchmarks.repair_bench import METHODS, UNALIGNED, VARIANTS, Bench, report
 from experiments.console import Reporter
 from rebasin import models
 from rebasin.data import load_dataset
