@@ -110,7 +110,7 @@ def _report(results: Results, reporter: Reporter) -> None:
         row = [
             name,
             f"{summary['objective']['end']['mean']:.4g}" if known else "-",
-            f"{summary['seconds']['mean']:.2g}" if known else "-",
+            _two_digits(summary["seconds"]["mean"]) if known else "-",
         ]
         for variant in _VARIANTS:
             row += [cell(summary[variant][f"{m}_barrier"], percent=m == "error") for m in ("loss", "error")]
@@ -132,3 +132,8 @@ EXPERIMENT = Experiment(
     figures={"compare_methods.png": draw_methods},
     report=_report,
 )
+
+
+def _two_digits(value: float) -> str:
+    """Two digits at least, and no exponent."""
+    return f"{value:.2g}" if value < 99.5 else f"{value:.0f}"
