@@ -119,7 +119,7 @@ def _report(results: Results, reporter: Reporter) -> None:
     header += ["loss\nbarrier", "error\nbarrier", "loss,\nREPAIR", "error,\nREPAIR"]
     reporter.say(f"\n{describe_mean(results)}: barriers on test data, errors in %")
     reporter.table(header, rows)
-    reporter.say("own objective: what the method maximises; seconds: of a match, the first compiles;")
+    reporter.say("own objective: what the method maximises; seconds: a match, the first compiles;")
     reporter.say("REPAIR: with the statistics of every layer repaired; none: as trained")
 
 

@@ -441,6 +441,7 @@ def test_real_mnist():
     assert np.all(np.abs(np.bincount(subset.train.labels) - shares) < 1)
 
 
+@pytest.mark.slow
 def test_real_cifar10():
     cifar10 = real_dataset("cifar10")
     assert cifar10.train.images.shape == (50_000, 32, 32, 3)

@@ -63,7 +63,7 @@ def test_every_layer_gets_the_statistics_between_the_endpoints(alpha):
     np.testing.assert_allclose(outputs, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("batch_size", [7, 20, 40])
+@pytest.mark.parametrize("batch_size", [7, pytest.param(20, marks=pytest.mark.slow), 40])
 def test_endpoints_stay_whatever_the_batches(batch_size):
     repair = build_repair(SPEC, A, B, network, X, batch_size=batch_size)
     for tree, alpha in ((A, 1.0), (B, 0.0)):

@@ -138,7 +138,7 @@ def test_only_ends_are_kept_by_default(finished):
     assert {Trajectory(child).epochs for child in children} == {(4,)}
 
 
-@pytest.mark.parametrize("keep", ["none", "all"])
+@pytest.mark.parametrize("keep", ["none", pytest.param("all", marks=pytest.mark.slow)])
 def test_a_run_killed_between_two_epochs_ends_with_the_same_numbers(finished, tmp_path, monkeypatch, keep):
     """Killed in the second child of the third family; checkpoints dropped or kept make no difference."""
     complete, _, _ = finished

@@ -172,7 +172,7 @@ def test_a_spec_without_groups_has_nothing_to_do():
     assert (match.permutation, match.objective.tolist(), match.converged) == ({}, [5.0], True)
 
 
-@pytest.mark.parametrize("reference", [0, 2])
+@pytest.mark.parametrize("reference", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_a_universe_recovers_planted_networks(reference):
     case = build_case("vit")
     keys = jax.random.split(KEY, 3)

@@ -26,7 +26,7 @@ def converged_plan(x):
     return np.exp(x + f[:, None] + g)
 
 
-@pytest.mark.parametrize("scale", [0.5, 3.0])
+@pytest.mark.parametrize("scale", [pytest.param(0.5, marks=pytest.mark.slow), 3.0])
 def test_plan_and_implicit_gradient_against_differences_in_float64(scale):
     rng = np.random.default_rng(0)
     x, target, direction = rng.normal(size=(3, 5, 5)) * np.array([scale, 1, 1])[:, None, None]

@@ -10,7 +10,7 @@ from rebasin.tracing.streaming import Batches, Sum, check_examples, map_batches,
 
 
 @given(st.integers(1, 40), st.integers(1, 50))
-@settings(max_examples=20)
+@settings(max_examples=10)
 def test_every_example_counts_once(n, batch_size):
     data = {"x": jnp.arange(n, dtype=jnp.float32)}
     batches = Batches.of(data, batch_size)
