@@ -14,7 +14,6 @@ already, measured with the same flags, are not measured again.
 
 import functools
 import json
-import os
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
@@ -25,7 +24,7 @@ from rich.console import Console
 
 from benchmarks.repair_bench import METHODS, UNALIGNED, Bench, report
 from experiments.console import Reporter
-from experiments.pairs import run_directory
+from experiments.pairs import run_directory, shared_runs
 from experiments.presets import choose_preset
 from experiments.results import describe_environment, plain
 from rebasin.data import load_dataset
@@ -75,8 +74,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unknown arguments {argv[1:]}")
     logging.set_verbosity(logging.WARNING)  # JAX reports the backends that it looks for
     reporter = Reporter(Console(width=None if sys.stdout.isatty() else _WIDTH, highlight=False))
-    default = os.environ.get("REBASIN_RUNS_DIR", "~/.cache/rebasin/runs")
-    runs_dir = pathlib.Path(_RUNS_DIR.value or default).expanduser()
+    runs_dir = shared_runs(_RUNS_DIR.value)
     given = flags.FLAGS.get_key_flags_for_module(sys.modules[__name__])
     try:
         recipe = choose_preset("cpu", _MODEL.value).build_recipe("trajectory")

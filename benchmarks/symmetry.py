@@ -8,8 +8,6 @@ put into random order, against before; `identity` counts the pairs in which the 
 start, whose objective does depend on that order. Differences are relative, in percent.
 """
 
-import os
-import pathlib
 import sys
 from collections.abc import Sequence
 
@@ -19,6 +17,7 @@ from absl import app, flags, logging
 from benchmarks.orders import compare_orders
 from benchmarks.problems import MODELS, find_trained
 from experiments.console import Reporter
+from experiments.pairs import shared_runs
 
 HEADER = ("networks", "pairs", "swapped, %", "without restart, %", "reordered, %", "identity")
 _RUNS_DIR = flags.DEFINE_string(
@@ -38,8 +37,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unknown arguments {argv[1:]}")
     logging.set_verbosity(logging.WARNING)
     reporter = Reporter()
-    default = os.environ.get("REBASIN_RUNS_DIR", "~/.cache/rebasin/runs")
-    runs_dir = pathlib.Path(_RUNS_DIR.value or default).expanduser()
+    runs_dir = shared_runs(_RUNS_DIR.value)
     problems = find_trained(MODELS, runs_dir, keys=1, num_eval=0, data_dir=None, say=reporter.say)
     rows = []
     for problem in problems:

@@ -27,6 +27,7 @@ from benchmarks.comparison import Outcome, compare, count_runs
 from benchmarks.problems import MODELS, Problem, find_trained, gaussian_problems, train_digits
 from benchmarks.tables import WIDTH, report, save
 from experiments.console import Reporter
+from experiments.pairs import shared_runs
 from experiments.results import describe_environment
 from rebasin.errors import RebasinError
 
@@ -74,8 +75,7 @@ def _problems(reporter: Reporter) -> Iterator[Problem]:
     if "gaussian" in weights:
         yield from gaussian_problems(models, pairs=_REPEATS.value, max_width=_MAX_WIDTH.value)
     if "trained" in weights:
-        default = os.environ.get("REBASIN_RUNS_DIR", "~/.cache/rebasin/runs")
-        runs_dir = pathlib.Path(_RUNS_DIR.value or default).expanduser()
+        runs_dir = shared_runs(_RUNS_DIR.value)
         if "mlp" in models:
             train_digits(runs_dir, range(6), reporter)
         yield from find_trained(

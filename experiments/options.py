@@ -1,6 +1,5 @@
 """The flags that every experiment binary has, and what each does with them; only binaries import this."""
 
-import os
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
@@ -10,6 +9,7 @@ from absl import app, flags, logging
 
 from experiments.experiment import C, Experiment
 from experiments.networks import KEEP
+from experiments.pairs import shared_runs
 from experiments.presets import PRESETS, Preset, choose_preset
 from rebasin.data import load_dataset
 from rebasin.errors import ConfigError, RebasinError
@@ -182,8 +182,6 @@ def run_binary(
 
 def _runs_directory() -> pathlib.Path:
     """Where trained networks are kept, by flag, environment and preset."""
-    if _RUNS_DIR.value:
-        return pathlib.Path(_RUNS_DIR.value)
-    if _PRESET.value == "digits":
+    if _PRESET.value == "digits" and not _RUNS_DIR.value:
         return pathlib.Path(_OUTPUT_DIR.value) / "runs"
-    return pathlib.Path(os.environ.get("REBASIN_RUNS_DIR", "~/.cache/rebasin/runs")).expanduser()
+    return shared_runs(_RUNS_DIR.value)

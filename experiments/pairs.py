@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 import pathlib
 import time
 from collections.abc import Collection, Sequence
@@ -16,7 +17,7 @@ from rebasin.recipes import Recipe
 from rebasin.training import train
 from rebasin.trajectory import Trajectory
 
-__all__ = ["Pair", "run_directory", "train_networks"]
+__all__ = ["Pair", "run_directory", "shared_runs", "train_networks"]
 
 
 class Pair(NamedTuple):
@@ -27,6 +28,12 @@ class Pair(NamedTuple):
 
     def __str__(self) -> str:
         return f"seeds {self.seeds[0]} and {self.seeds[1]}"
+
+
+def shared_runs(given: str | None) -> pathlib.Path:
+    """The folder of networks that experiments share: as given, by environment, or by default."""
+    folder = given or os.environ.get("REBASIN_RUNS_DIR", "~/.cache/rebasin/runs")
+    return pathlib.Path(folder).expanduser()
 
 
 def run_directory(runs_dir: pathlib.Path, recipe: Recipe, seed: int) -> pathlib.Path:

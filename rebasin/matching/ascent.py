@@ -212,10 +212,11 @@ class Ascent:
     def _make_room(self, group: str) -> None:
         """Forgets those similarities that were used longest ago, where all would be too large together."""
         self._remembered = [other for other in self._remembered if other != group] + [group]
-        while sum(self.similarities[g].nbytes for g in self._remembered) > self._budget:
-            if (oldest := self._remembered.pop(0)) == group:
-                break
-            self.similarities[oldest].forget()
+        while (
+            len(self._remembered) > 1
+            and sum(self.similarities[g].nbytes for g in self._remembered) > self._budget
+        ):
+            self.similarities[self._remembered.pop(0)].forget()
 
     def _usable(self, term: Term, known: Permutation, free: set[str]) -> bool:
         """Whether all other dimensions of a term stay, are known or are being assigned with it."""

@@ -380,3 +380,19 @@ def test_remembered_similarities_take_no_more_than_the_two_networks(monkeypatch)
     monkeypatch.setattr(Ascent, "_make_room", lambda self, group: None)
     chex.assert_trees_all_equal(rebasin.weight_matching(spec, a, b, key=KEY).permutation, limited.permutation)
     assert max(held) > networks
+
+
+def test_of_similarities_larger_than_the_networks_one_is_remembered(monkeypatch):
+    spec, widths = chain_spec(3), [2, 48, 2, 48, 2]
+    a, b = chain_tree(0, widths), chain_tree(1, widths)
+    held, alive, update = [], set(), Similarity.update
+
+    def watched(self, *arguments):
+        matrix = update(self, *arguments)
+        alive.add(self)
+        held.append(sum(s._matrix is not None and s.shape[1] == 48 for s in alive))
+        return matrix
+
+    monkeypatch.setattr(Similarity, "update", watched)
+    rebasin.weight_matching(spec, a, b, key=KEY)
+    assert max(held) == 1
