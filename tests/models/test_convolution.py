@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
 
-from rebasin.models import conv_general_dilated, convolution
+from rebasin.models import conv_general_dilated, convolution, cpu_convolution
 
 CHANNELS_LAST = ("NHWC", "HWIO", "NHWC")
 
@@ -81,6 +81,31 @@ def test_values_and_gradients_equal_the_plain_convolution_in_float64(form):
         assert_equal_to_plain(*operands(image, kernel, dtype="float64"), stride, padding)
 
 
+@pytest.mark.parametrize("image", [(8, 8), (5, 6), (3, 12)])
+@pytest.mark.parametrize("channels", [(1, 1), (3, 8), (8, 8), (16, 8), (12, 11)])
+def test_blocks_of_pixels_and_parts_of_the_batch_equal_the_plain_convolution(image, channels):
+    kernel, padding = ((3, 3), "SAME") if image != (3, 12) else ((2, 4), ((1, 0), (0, 3)))
+    with jax.enable_x64(True):
+        images, kernels = operands(image, kernel, examples=12, channels=channels, dtype="float64")
+        assert_equal_to_plain(images, kernels, 1, padding)
+
+
+@pytest.mark.parametrize(
+    ("channels", "width", "expected"),
+    [(3 * 8, 32, 4), (3 * 8, 6, 2), (8 * 8, 32, 2), (8 * 8, 7, 1), (8 * 16, 16, 2), (16 * 16, 32, 1)],
+)
+def test_pixels_are_taken_together_between_few_channels(channels, width, expected):
+    assert cpu_convolution._pixels_in_block(channels, width) == expected
+
+
+@pytest.mark.parametrize(
+    ("n", "num_bytes", "expected"),
+    [(128, 2**10, 64), (128, 2**15, 32), (128, 2**16, 16), (128, 2**24, 4), (127, 2**10, 127), (6, 2**10, 6)],
+)
+def test_a_part_of_the_batch_divides_it_and_fits_the_cache(n, num_bytes, expected):
+    assert cpu_convolution._part_of_batch(n, num_bytes) == expected
+
+
 extents = st.integers(1, 6)
 zeros = st.tuples(st.integers(0, 3), st.integers(0, 3))
 
@@ -107,13 +132,13 @@ def test_each_platform_branch_equals_the_plain_convolution_in_float32(form):
     image, kernel, stride, padding = FORMS[form]
     images, kernels = operands(image, kernel)
     numeric = tuple(lax.padtype_to_pads(image, kernel, pair(stride), padding))
-    window = convolution._Window(pair(stride), numeric, None)
+    window = cpu_convolution.Window(pair(stride), numeric, None)
 
     @jax.jit
     def branches(images, kernels):
         out, *gradients = values_and_gradients(lax.conv_general_dilated, images, kernels, stride, padding)
-        forward = [f(images, kernels, window) for f in (convolution._cpu_forward, convolution._plain)]
-        pullbacks = convolution._cpu_gradients, convolution._plain_gradients
+        forward = [f(images, kernels, window) for f in (cpu_convolution.convolve, cpu_convolution.plain)]
+        pullbacks = cpu_convolution.gradients, convolution._plain_gradients
         backward = [f(images, kernels, cotangent_like(out), window) for f in pullbacks]
         return out, gradients, forward, backward
 
