@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import pathlib
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -23,12 +24,16 @@ from rebasin.records import (
     read_record,
     write_record,
 )
+from rebasin.trees import leaf_table
 
 __all__ = ["Trajectory", "open_run"]
 
 # Variables and optimiser state are two subtrees of one Orbax item: a second item adds half to the time of a
 # save (threads and event loops, not bytes), and Orbax reads one subtree without the bytes of the other.
 _ITEM = "state"
+
+# Name, among an epoch's metrics on disk, of the checksums of its leaves.
+_CHECKSUMS = "crc32"
 
 
 class Trajectory:
@@ -114,7 +119,7 @@ class Trajectory:
         """Training metrics of the epoch that ended in this tree; empty for the tree that began the run."""
         self._check_stored(epoch)
         with self._reading(epoch):
-            return dict(self._manager.metadata(epoch).custom_metadata or {})
+            return {name: value for name, value in self._metadata(epoch).items() if name != _CHECKSUMS}
 
     def save(self, epoch: int, state: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
         """Commits the state of one epoch to disk; what is read later is this epoch whole, or not at all.
@@ -124,9 +129,12 @@ class Trajectory:
           state: the subtree ``"variables"``, and all else that a resumed run needs.
           metrics: training metrics of the epoch.
         """
-        arguments = ocp.args.Composite(**{_ITEM: ocp.args.PyTreeSave(jax.device_get(dict(state)))})
+        state = jax.device_get(dict(state))
+        arguments = ocp.args.Composite(**{_ITEM: ocp.args.PyTreeSave(state)})
         with _quiet():
-            self._manager.save(epoch, args=arguments, custom_metadata=dict(metrics))
+            self._manager.save(
+                epoch, args=arguments, custom_metadata={**metrics, _CHECKSUMS: _checksums(state)}
+            )
 
     def drop(self, epochs: Iterable[int]) -> None:
         """Deletes stored epochs, to free their disk space; those that are not stored are passed over.
@@ -180,7 +188,13 @@ class Trajectory:
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), target)
         arguments = ocp.args.PyTreeRestore(item=target, restore_args=as_numpy, partial_restore=True)
         with self._reading(epoch):
-            return self._manager.restore(epoch, args=ocp.args.Composite(**{_ITEM: arguments}))[_ITEM]
+            tree = self._manager.restore(epoch, args=ocp.args.Composite(**{_ITEM: arguments}))[_ITEM]
+            _compare_checksums(tree, self._metadata(epoch).get(_CHECKSUMS))
+        return tree
+
+    def _metadata(self, epoch: int) -> dict[str, Any]:
+        """Metrics of an epoch and checksums of its leaves."""
+        return dict(self._manager.metadata(epoch).custom_metadata or {})
 
     def _check_stored(self, epoch: int) -> None:
         if epoch not in self:
@@ -254,6 +268,22 @@ def _check_bytes(path: pathlib.Path, subtrees: tuple[str, ...]) -> None:
     for key, read in [(key, store.read(key)) for key in keys]:
         if not read.result().value:  # where the file with the bytes is gone, TensorStore returns none
             raise FileNotFoundError(f"no bytes of {key.decode()} in {path}")
+
+
+def _checksums(tree: Any) -> dict[str, int]:
+    """CRC-32 of the bytes of every leaf, by path name."""
+    return {name: zlib.crc32(np.asarray(leaf).tobytes()) for name, leaf in leaf_table(tree).items()}
+
+
+def _compare_checksums(tree: Any, stored: Mapping[str, int] | None) -> None:
+    """Fails where a leaf is not what was saved: Orbax does not notice every change of a file.
+
+    Checkpoints of earlier versions have no checksums, and pass.
+    """
+    if stored is not None:
+        changed = [name for name, value in _checksums(tree).items() if stored[name] != value]
+        if changed:
+            raise ValueError(f"not as saved: {', '.join(changed)}")
 
 
 def _ranges(epochs: tuple[int, ...]) -> str:

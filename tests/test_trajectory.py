@@ -310,6 +310,45 @@ def test_a_damaged_checkpoint(finished, copied, pattern, damage):
     chex.assert_trees_all_equal(repaired[3], finished[3])
 
 
+def test_no_flipped_bit_goes_unnoticed(finished, copied):
+    rng = np.random.default_rng(0)
+    noticed = 0
+    for path in sorted(path for path in (copied / "3").rglob("*") if path.is_file()):
+        content = path.read_bytes()
+        for position in rng.integers(len(content), size=4 if "/d/" in str(path) else 1):
+            flipped = bytearray(content)
+            flipped[position] ^= 1 << int(rng.integers(8))
+            path.write_bytes(flipped)
+            # Bytes of the momentum are not read, nor is every byte of a header looked at.
+            try:
+                chex.assert_trees_all_equal(Trajectory(copied)[3], finished[3])
+            except TrajectoryError as error:
+                noticed += 1
+                assert str(error).startswith(f"the checkpoint in {copied}/3 is damaged")  # noqa: PT017
+            path.write_bytes(content)
+    assert noticed
+    chex.assert_trees_all_equal(Trajectory(copied)[3], finished[3])
+
+
+def test_a_leaf_other_than_the_one_saved_is_damage(finished, copied):
+    path = copied / "3" / "_CHECKPOINT_METADATA"
+    content = json.loads(path.read_text())
+    content["custom_metadata"]["crc32"]["variables/params/Dense_1/bias"] ^= 1
+    path.write_text(json.dumps(content))
+    with pytest.raises(TrajectoryError, match=f"{copied}/3 is damaged") as info:
+        Trajectory(copied)[3]
+    assert str(info.value.__cause__) == "not as saved: variables/params/Dense_1/bias"
+
+
+def test_checkpoints_without_checksums_can_be_read(finished, copied):
+    path = copied / "3" / "_CHECKPOINT_METADATA"
+    content = json.loads(path.read_text())
+    del content["custom_metadata"]["crc32"]
+    path.write_text(json.dumps(content))
+    chex.assert_trees_all_equal(Trajectory(copied)[3], finished[3])
+    assert Trajectory(copied).metrics(3) == finished.metrics(3)
+
+
 def test_stored_trees_must_fit_run_json(copied):
     path = copied / "run.json"
     content = json.loads(path.read_text())

@@ -185,7 +185,7 @@ def _kernel_gradient_in_blocks(
     )
     gradient = gradient.reshape(kh, -1, c, block, o)
     # What `_in_blocks` does to kernels, transposed.
-    return sum(gradient[:, p : p + kw, :, p] for p in range(block))
+    return jnp.sum(jnp.stack([gradient[:, p : p + kw, :, p] for p in range(block)]), axis=0)
 
 
 def _kernel_gradient(images: jax.Array, cotangent: jax.Array, window: Window) -> jax.Array:
