@@ -7,7 +7,7 @@ parents under P_end, which was found for the parents at the end of training.
 
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from experiments import experiment
@@ -21,6 +21,9 @@ from rebasin.permutation import Permutation
 from rebasin.trajectory import Trajectory
 
 __all__ = ["EXPERIMENT", "Config"]
+
+# For each spawn epoch: A¹, A² and B¹.
+_CHILDREN = 3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,12 +78,13 @@ def _build_measure(setup: Setup[Config]) -> Measure:
     ) -> Iterator[dict[str, Any]]:
         family = _Family(trained, setup, meter, matchers)
         record = begun or family.parents()
-        with setup.reporter.stage(f"children of {pair}", len(config.epochs)) as advance:
-            for epoch in config.epochs:
-                if epoch not in record["epochs"]:
-                    _extend(record, epoch, family.children(epoch))
-                    yield record
-                advance()
+        missing = [epoch for epoch in config.epochs if epoch not in record["epochs"]]
+        # By epochs of training, of which a child has the fewer the later it leaves.
+        total = _CHILDREN * sum(config.recipe.epochs - epoch for epoch in missing)
+        with setup.reporter.stage(f"epochs of children, {pair}", total) as advance:
+            for epoch in missing:
+                _extend(record, epoch, family.children(epoch, advance))
+                yield record
 
     return measure
 
@@ -119,11 +123,17 @@ class _Family:
         self.setup.results.add_seconds("barriers", time.perf_counter() - began)
         return record
 
-    def children(self, epoch: int) -> dict[str, Any]:
-        """Barriers of the children that part at an epoch, and of the parents under its permutation."""
-        tree_a, tree_b = (trajectory[epoch] for trajectory in self.pair)
-        a1, a2 = (self.setup.networks.child(self.pair[0], tree_a, epoch, number) for number in (1, 2))
-        b1 = self.setup.networks.child(self.pair[1], tree_b, epoch, 1)
+    def children(self, epoch: int, advance: Callable[[], None]) -> dict[str, Any]:
+        """Barriers of the children that part at an epoch, and of the parents under its permutation.
+
+        Args:
+          epoch: the epoch.
+          advance: called for each epoch that a child is trained.
+        """
+        (a, b), child = self.pair, self.setup.networks.child
+        tree_a, tree_b = a[epoch], b[epoch]
+        a1, a2 = (child(a, tree_a, epoch, number, advance) for number in (1, 2))
+        b1 = child(b, tree_b, epoch, 1, advance)
         p_t = self._match(tree_a, tree_b)
         began = time.perf_counter()
         between = Segments(self.meter, self.setup.spec, a1, b1)

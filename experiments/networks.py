@@ -4,7 +4,7 @@ import math
 import pathlib
 import shutil
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -101,7 +101,9 @@ class Networks:
             found.append(trajectory)
         return found
 
-    def child(self, parent: Trajectory, tree: Any, epoch: int, number: int) -> Any:
+    def child(
+        self, parent: Trajectory, tree: Any, epoch: int, number: int, advance: Callable[[], None]
+    ) -> Any:
         """The last tree of a child that leaves its parent at `epoch`, with a data order of its own.
 
         Args:
@@ -109,11 +111,20 @@ class Networks:
           tree: the parent at `epoch`.
           epoch: the epoch at which they part.
           number: tells the children of one parent and epoch apart, from 1 on.
+          advance: called for each epoch of the child, for those that are stored already at once.
         """
         runs = self.runs_dir if self.keep == "all" else self.scratch
         base = run_directory(runs, parent.recipe, parent.seed).parent
         directory = base / "children" / f"seed_{parent.seed}_epoch_{epoch}_child_{number}"
         began = time.perf_counter()
+        to_come = parent.recipe.epochs - epoch
+
+        def progress(done: int, last: int, metrics: Mapping[str, float]) -> None:
+            nonlocal to_come
+            while to_come > last - done:
+                to_come -= 1
+                advance()
+
         trajectory = train(
             parent.recipe,
             self.dataset,
@@ -122,7 +133,9 @@ class Networks:
             start=Start(tree, epoch),
             keep=None if self.keep == "all" else (),
             resume=True,
+            progress=progress,
         )
+        progress(parent.recipe.epochs, parent.recipe.epochs, {})
         self.results.add_seconds("training", time.perf_counter() - began)
         last = trajectory.last
         if self.keep == "none":

@@ -13,7 +13,6 @@ from experiments.pairs import shared_runs
 from experiments.presets import PRESETS, Preset, choose_preset
 from rebasin.data import load_dataset
 from rebasin.errors import ConfigError, RebasinError
-from rebasin.recipes import REGIMES
 
 __all__ = ["Choice", "choose", "choose_epochs", "run_binary"]
 
@@ -46,6 +45,12 @@ _MODEL = flags.DEFINE_string(
     None,
     f"One that the preset has a recipe for, by default the first: {_MODELS['digits']} (digits); "
     f"{_MODELS['cpu']} (cpu); {_MODELS['paper']} (paper).",
+)
+_NUM_TRAIN = flags.DEFINE_integer(
+    "num_train",
+    None,
+    "Training examples, in the mix of classes of all; by default the preset's.",
+    lower_bound=1,
 )
 _WIDTH = flags.DEFINE_integer("width", None, "Width of the model.", lower_bound=1)
 _EPOCHS = flags.DEFINE_integer("epochs", None, "Epochs of training.", lower_bound=1)
@@ -98,27 +103,18 @@ def choose(regime: str = "trajectory") -> Choice:
     """Reads the shared flags.
 
     Args:
-      regime: of the recipe, see `rebasin.recipes.REGIMES`. Presets have the warm-up of trajectories, so that
-        any other regime keeps its own.
+      regime: of the recipe, see `rebasin.recipes.REGIMES`.
 
     Raises:
       ConfigError: the preset lacks the model, or the recipe cannot work.
     """
     preset = choose_preset(_PRESET.value, _MODEL.value)
-    warmup = _WARMUP_EPOCHS.value
-    if warmup is None:
-        warmup = REGIMES[regime]["warmup_epochs"]
-        if regime == "trajectory":
-            warmup = preset.recipe.get("warmup_epochs", warmup)
+    changes = {"dataset": _DATASET.value, "num_train": _NUM_TRAIN.value, "width": _WIDTH.value}
+    warmup, epochs = _WARMUP_EPOCHS.value, _EPOCHS.value
+    if warmup is None and epochs is not None:
         # A short trial asks for few epochs and does not mean the warm-up.
-        warmup = min(warmup, _EPOCHS.value or warmup)
-    recipe = preset.build_recipe(
-        regime,
-        dataset=_DATASET.value,
-        width=_WIDTH.value,
-        epochs=_EPOCHS.value,
-        warmup_epochs=warmup,
-    )
+        warmup = min(preset.build_recipe(regime).warmup_epochs, epochs)
+    recipe = preset.build_recipe(regime, **changes, epochs=epochs, warmup_epochs=warmup)
     fields = {
         "recipe": recipe,
         "replicates": _REPLICATES.value or preset.replicates,

@@ -1,6 +1,7 @@
 """What each preset stands for: a recipe and the size of the measurement, by model."""
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from rebasin.errors import ConfigError
@@ -29,6 +30,7 @@ class Preset(NamedTuple):
       match_epochs: epochs whose permutations are applied at all of `epochs`.
       spawn_epochs: epochs at which children part from their parents.
       num_match: training examples on which activations are matched, `None` for all.
+      by_regime: by regime, fields of `Recipe` that are otherwise there.
     """
 
     recipe: Mapping[str, Any]
@@ -39,11 +41,12 @@ class Preset(NamedTuple):
     match_epochs: tuple[int, ...]
     spawn_epochs: tuple[int, ...]
     num_match: int | None
+    by_regime: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
 
     def build_recipe(self, regime: str, **changes: Any) -> Recipe:
         """The recipe of a regime, with those `changes` that are not `None` in place of the preset's."""
         given = {name: value for name, value in changes.items() if value is not None}
-        return build_recipe(regime, **{**self.recipe, **given})
+        return build_recipe(regime, **{**self.recipe, **self.by_regime.get(regime, {}), **given})
 
 
 # Read off the paper's plots for VGG-16 on CIFAR-10: about 70 % unaligned, at most .09 (test) at any epoch
@@ -93,23 +96,27 @@ PRESETS: dict[str, dict[str, Preset]] = {
                     "model": model,
                     "width": 8,
                     "epochs": epochs,
-                    "warmup_epochs": 2,
-                    "num_train": 20_000,
+                    "num_train": num_train,
                 },
                 replicates=3,
                 num_eval=1_000,
                 epochs=(*(epoch for epoch in (0, 1, 2, 3, 5, 8, 12) if epoch < epochs), epochs),
                 thresholds=_PAPER,
                 match_epochs=(1, 3, 8, epochs),
-                spawn_epochs=tuple(epoch for epoch in (0, 1, 3, 6, 10) if epoch < epochs),
+                spawn_epochs=(0, 1, 2, 4, 7),
                 num_match=1_000,
+                # Three children for each spawn epoch: a pair and its children train for 128 epochs in all.
+                by_regime={
+                    "trajectory": {"warmup_epochs": 2},
+                    "instability": {"epochs": 10, "num_train": 20_000},
+                },
             )
             # With BatchNorm, as REPAIR is measured on, networks learn in fewer epochs.
-            for model, epochs in (
-                ("vgg16", 16),
-                ("resnet20", 16),
-                ("vgg16_batchnorm", 10),
-                ("resnet20_batchnorm", 10),
+            for model, epochs, num_train in (
+                ("vgg16", 16, None),
+                ("resnet20", 16, 20_000),
+                ("vgg16_batchnorm", 10, 20_000),
+                ("resnet20_batchnorm", 10, 20_000),
             )
         },
     },

@@ -23,6 +23,7 @@ SAMPLES = {
     "dataset": "mnist",
     "data_dir": "data",
     "model": "vit",
+    "num_train": "1000",
     "width": "19",
     "epochs": "25",
     "warmup_epochs": "2",

@@ -126,6 +126,8 @@ def test_results_csv_and_table(finished):
     assert max(map(len, lines)) <= 80
     for word in ("onset of linear connectivity: epoch", "P_t@end", "mean±sd of 2 pairs", "disk: at most"):
         assert word in text
+    # Progress counts epochs of training: three children for 4, 3 and 1 of them.
+    assert text.count(": 24/24 in ") == 2
 
 
 def test_only_ends_are_kept_by_default(finished):
@@ -158,7 +160,10 @@ def test_a_run_killed_between_two_epochs_ends_with_the_same_numbers(finished, tm
     assert [curve["epochs"] for curve in stored.curves] == [[0, 1]]
     with pytest.raises(ConfigError, match="pass --resume to go on with it"):
         EXPERIMENT.run(small_config(), DIGITS, **arguments, reporter=reporter())
-    EXPERIMENT.run(small_config(), DIGITS, **arguments, resume=True, reporter=reporter())
+    text = io.StringIO()
+    EXPERIMENT.run(small_config(), DIGITS, **arguments, resume=True, reporter=reporter(text))
+    # Of the third family one child was there, which counts at once.
+    assert [text.getvalue().count(f": {n}/{n} in ") for n in (3, 24)] == [1, 1]
     resumed = Results.load(tmp_path / "out/results.json")
     assert resumed.curves == complete.curves
     assert resumed.summary == complete.summary
