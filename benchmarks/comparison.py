@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +13,7 @@ import rebasin
 from benchmarks.fresh_process import run_fresh
 from benchmarks.methods import METHODS, OURS, PEER, Found
 from benchmarks.problems import Problem
+from benchmarks.timing import rotated
 from rebasin.trees import is_weight, leaf_table
 
 __all__ = ["TIE", "UNALIGNED", "Outcome", "Run", "Tally", "compare", "count_runs", "tally"]
@@ -72,17 +73,13 @@ class Outcome:
         """Median of a field of `Run` over all runs of a method."""
         return float(np.median([getattr(run, field) for run in self.runs if run.method == method]))
 
-    def mean(self, method: str, field: str) -> tuple[float, float] | None:
-        """Mean of a field and its standard deviation over pairs, keys averaged; `None` if not measured."""
+    def by_pair(self, method: str, field: str) -> list[float]:
+        """Mean over keys of a field, one number for each pair of networks; empty if not measured."""
         runs = [run for run in self.runs if run.method == method and getattr(run, field) is not None]
-        if not runs:
-            return None
-        by_pair = [
-            np.mean([getattr(run, field) for run in runs if run.pair == pair])
+        return [
+            float(np.mean([getattr(run, field) for run in runs if run.pair == pair]))
             for pair in dict.fromkeys(run.pair for run in runs)
         ]
-        deviation = np.std(by_pair, ddof=1) if len(by_pair) > 1 else np.nan
-        return float(np.mean(by_pair)), float(deviation)
 
 
 class Tally(NamedTuple):
@@ -156,7 +153,7 @@ def _time_each(
 ) -> dict[str, tuple[float, Found]]:
     """Seconds and result of every method, one right after the other."""
     results = {}
-    for name in _rotated(METHODS, turn):
+    for name in rotated(METHODS, turn):
         began = time.perf_counter()
         found = METHODS[name](spec, a, b, key=jax.random.key(key))
         results[name] = (time.perf_counter() - began, found)
@@ -168,7 +165,7 @@ def _first_calls(problem: Problem, count: int, advance: Callable[[], None]) -> d
     seconds: dict[str, list[float]] = {OURS: [], PEER: []}
     for turn in range(count):
         trees = jax.device_get(problem.pairs[turn % len(problem.pairs)].load())
-        for name in _rotated(seconds, turn):
+        for name in rotated(seconds, turn):
             seconds[name].append(run_fresh("benchmarks.methods:first_call", name, problem.spec, *trees, turn))
             advance()
     return seconds
@@ -204,9 +201,3 @@ def _inner_product(a: Any, b: Any) -> float:
     """⟨A, B⟩ over all weights, in float64."""
     a, b = leaf_table(a), leaf_table(b)
     return float(sum(np.sum(np.multiply(a[p], b[p], dtype=np.float64)) for p in a if is_weight(p, a[p])))
-
-
-def _rotated(names: Iterable[str], turn: int) -> list[str]:
-    names = list(names)
-    turn %= len(names)
-    return names[turn:] + names[:turn]

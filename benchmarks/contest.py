@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from benchmarks.timing import rotated
 from benchmarks.torch_networks import build_forward, build_network, build_training
 from rebasin import build_sweep
 from rebasin.data import Split, normalise
@@ -50,15 +51,13 @@ def parse_case(text: str) -> Case:
 def compare(contestants: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
     """Seconds of each contestant in each round, after one call of each that does not count.
 
-    In round r the contestant number r goes first, so that a machine that slows down does so for all.
+    They take turns at going first.
     """
     for run in contestants.values():
         run()
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    names = list(contestants)
     for turn in range(rounds):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
+        for name in rotated(contestants, turn):
             began = time.perf_counter()
             contestants[name]()
             seconds[name].append(time.perf_counter() - began)

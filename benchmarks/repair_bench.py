@@ -9,6 +9,7 @@ import numpy as np
 from jax.tree_util import Partial
 
 import rebasin
+from benchmarks.timing import mean_and_deviation
 from experiments.console import Reporter
 from rebasin.data import Dataset, Split, normalise
 from rebasin.models import build_model
@@ -151,14 +152,9 @@ def report(pairs: Sequence[Mapping[str, Any]], reporter: Reporter) -> None:
         for variant in VARIANTS:
             records = [pair["methods"][method][variant] for pair in pairs]
             cells = [
-                _spread([record[field] for record in records], scale, digits)
+                mean_and_deviation([record[field] for record in records], scale, digits)
                 for field, (_, scale, digits) in _COLUMNS.items()
             ]
             cells += [f"{max(record[field] for record in records):.2g}" for field in _DIFFERENCES]
             rows.append([method if variant == VARIANTS[0] else "", variant, *cells])
     reporter.table(header, rows)
-
-
-def _spread(values: Sequence[float], scale: float, digits: int) -> str:
-    text = f"{scale * np.mean(values):.{digits}f}"
-    return text if len(values) < 2 else f"{text}±{scale * np.std(values, ddof=1):.{digits}f}"

@@ -27,7 +27,7 @@ _RUNS_DIR = flags.DEFINE_string(
 )
 
 
-def _spread(values: Sequence[float]) -> str:
+def _mean_and_largest(values: Sequence[float]) -> str:
     return f"{100 * np.mean(np.abs(values)):.1g}, {100 * np.max(np.abs(values)):.1g}"
 
 
@@ -42,7 +42,7 @@ def main(argv: list[str]) -> None:
     rows = []
     for problem in problems:
         some = [compare_orders(problem.spec, pair, seed) for seed, pair in enumerate(problem.pairs)]
-        columns = [_spread([pair[i] for pair in some]) for i in range(3)]
+        columns = [_mean_and_largest([pair[i] for pair in some]) for i in range(3)]
         identity = str(sum(pair.identity for pair in some))
         rows.append((f"{problem.model}, {problem.weights}", str(len(some)), *columns, identity))
         reporter.say(f"{problem.model}, {problem.weights}: done")

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from benchmarks.comparison import UNALIGNED, Outcome, tally
 from benchmarks.methods import METHODS, OURS, PEER
+from benchmarks.timing import mean_and_deviation
 from experiments.console import Reporter
 
 __all__ = ["WIDTH", "report", "save"]
@@ -68,9 +69,9 @@ def _time_row(outcome: Outcome) -> tuple[str, ...]:
 
 
 def _quality_rows(outcome: Outcome) -> Iterator[tuple[str, ...]]:
-    reference, _ = outcome.mean(PEER, "objective") or (0.0, 0.0)
+    reference = np.mean(outcome.by_pair(PEER, "objective"))
     for i, method in enumerate((UNALIGNED, *METHODS)):
-        objective, _ = outcome.mean(method, "objective") or (0.0, 0.0)
+        objective = np.mean(outcome.by_pair(method, "objective"))
         against = counts = ""
         if method not in (UNALIGNED, PEER):
             against = f"{100 * (objective - reference) / abs(reference):+.3f}"
@@ -78,17 +79,10 @@ def _quality_rows(outcome: Outcome) -> Iterator[tuple[str, ...]]:
             counts = f"{score.higher}/{score.equal}/{len(score.lower)}"
         networks = (outcome.model, outcome.weights)[i] if i < 2 else ""  # below each other, to save a column
         barriers = [
-            _spread(outcome.mean(method, "loss_barrier"), 1.0, 4),
-            _spread(outcome.mean(method, "error_barrier"), 100.0, 1),
+            mean_and_deviation(outcome.by_pair(method, "loss_barrier"), 1.0, 4),
+            mean_and_deviation(outcome.by_pair(method, "error_barrier"), 100.0, 1),
         ]
         yield networks, method, f"{objective:.6g}", against, counts, *barriers
-
-
-def _spread(values: tuple[float, float] | None, scale: float, digits: int) -> str:
-    if values is None:
-        return ""
-    mean, deviation = (f"{scale * value:.{digits}f}" for value in values)
-    return mean if deviation == "nan" else f"{mean}±{deviation}"
 
 
 def _losses(outcome: Outcome) -> Iterator[str]:

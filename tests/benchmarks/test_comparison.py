@@ -17,6 +17,7 @@ from benchmarks.methods import METHODS, OURS, PEER
 from benchmarks.planting import Architecture, draw_network
 from benchmarks.problems import Pair, Problem, find_trained, gaussian_problems
 from benchmarks.tables import WIDTH, save
+from benchmarks.timing import mean_and_deviation
 from rebasin.models import MLP
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -49,9 +50,11 @@ def test_means_are_over_pairs_and_medians_over_all_runs():
         for key, objective in enumerate(values)
     ]
     result = Outcome("model", "weights", 7, runs, {})
-    mean, deviation = result.mean(OURS, "objective")
-    assert (mean, deviation) == (3.0, pytest.approx(np.sqrt(2)))
-    assert result.mean(OURS, "loss_barrier") is None
+    means = result.by_pair(OURS, "objective")
+    assert means == [2.0, 4.0]
+    assert mean_and_deviation(means, 10, 2) == "30.00±14.14"
+    assert result.by_pair(OURS, "loss_barrier") == []
+    assert (mean_and_deviation([], 10, 2), mean_and_deviation([0.5], 10, 0)) == ("", "5")
     assert result.median(OURS, "seconds") == 4.0
 
 
