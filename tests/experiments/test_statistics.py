@@ -47,3 +47,12 @@ def test_summaries_keep_the_structure():
     assert summary["b"]["mean"] == [3.0, 6.0]
     assert [row["mean"] for row in summary["c"]["d"]] == [[3.0, 1.0], [0.0, 3.0]]
     np.testing.assert_allclose(summary["b"]["deviation"], np.std([[1, 2, 6], [2, 4, 12]], axis=1, ddof=1))
+
+
+def test_student_interval_against_the_table():
+    """t with 4 degrees of freedom is 2.776 at 97.5 %."""
+    values = [1.0, 2.0, 3.0, 4.0, 5.0]
+    interval = student_interval(values)
+    half = 2.776 * np.std(values, ddof=1) / np.sqrt(5)
+    np.testing.assert_allclose(interval, [3.0, 3.0 - half, 3.0 + half, np.std(values, ddof=1)], rtol=1e-3)
+    assert np.isnan(student_interval([2.0])[1:]).all()

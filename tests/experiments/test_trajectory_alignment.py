@@ -15,12 +15,10 @@ from rich.console import Console
 import rebasin
 from experiments.console import Reporter
 from experiments.pairs import run_directory
-from experiments.presets import PRESETS, Thresholds, choose_preset
-from experiments.results import Results, claim
+from experiments.presets import Thresholds
+from experiments.results import Results
 from experiments.segments import METRICS
-from experiments.statistics import student_interval
 from experiments.trajectory_alignment import EXPERIMENT, Config
-from experiments.trajectory_claims import early_epochs, judge
 from rebasin.data import load_dataset, normalise
 from rebasin.errors import ConfigError
 from rebasin.models import build_model
@@ -171,49 +169,6 @@ def test_results_have_the_schema_and_the_statistics(finished):
     ]
     for entry in content["claims"]:
         assert entry["low"] <= entry["measured"] <= entry["high"]
-
-
-def test_claims_follow_their_rules():
-    """On made-up curves of three replicates, by hand."""
-    config = {
-        "epochs": [0, 1, 2, 30],
-        "methods": ["weights"],
-        "thresholds": {"unaligned_above": 0.4, "any_epoch_at_most": 0.1, "end_at_most": 0.03},
-    }
-
-    def curve(shift):
-        barriers = {
-            "end": [0.0, 0.09 + shift, 0.05, 0.02],
-            "same_epoch": [0.0, 0.19 + shift, 0.35, 0.02],
-            "at_end": [0.8, 0.52 + shift, 0.3, 0.02],
-        }
-        own = {
-            "barriers": {name: {"test_error": values} for name, values in barriers.items()},
-            "distance": {"same_epoch": [9.0, 9.0, 8.0, 10.0], "end": [10.0] * 4},
-        }
-        return {"unaligned": {"test_error": [0, 0, 0, 0.5 + shift]}, "methods": {"weights": own}}
-
-    found = {entry.id: entry for entry in judge(config, [curve(shift) for shift in (-0.01, 0.0, 0.01)])}
-    measured = {
-        "unaligned_barrier": 0.5,
-        "one_permutation_aligns_every_epoch_weights": 0.09,
-        "one_permutation_aligns_the_end_weights": 0.02,
-        "early_permutations_fail_weights": 0.5,
-        "early_permutations_are_closer": -0.15,
-        "early_permutations_are_worse_in_place": 0.2,
-    }
-    assert {name: round(entry.measured, 6) for name, entry in found.items()} == measured
-    assert all(entry.holds for entry in found.values())
-    worse = {entry.id: entry.holds for entry in judge(config, [curve(s) for s in (-0.2, 0.0, 0.29)])}
-    assert worse == dict.fromkeys(measured, True) | {
-        "one_permutation_aligns_every_epoch_weights": False,
-        "early_permutations_fail_weights": False,
-    }
-    assert early_epochs([0, 1, 2, 3, 4, 30]) == [1, 2, 3]
-    assert early_epochs([0, 2, 4]) == [1]
-    assert not claim("x", "", "", np.array([1.0, -0.1])).holds
-    assert claim("x", "", "", np.array([1.0])).holds
-    assert claim("x", "", "", np.array([-1.0]), below=True).holds
 
 
 def test_csv_is_tidy(finished):
@@ -368,37 +323,6 @@ def test_every_problem_of_a_config_is_listed():
         small_config(epochs=(0, 3, 2, 4))
     with pytest.raises(ConfigError, match=r"methods: wanted at least one, none twice, got \[\]"):
         small_config(methods=())
-
-
-def test_student_interval_against_the_table():
-    """t with 4 degrees of freedom is 2.776 at 97.5 %."""
-    values = [1.0, 2.0, 3.0, 4.0, 5.0]
-    interval = student_interval(values)
-    half = 2.776 * np.std(values, ddof=1) / np.sqrt(5)
-    np.testing.assert_allclose(interval, [3.0, 3.0 - half, 3.0 + half, np.std(values, ddof=1)], rtol=1e-3)
-    assert np.isnan(student_interval([2.0])[1:]).all()
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_presets_make_recipes_and_end_at_their_last_epoch(name):
-    for model, preset in PRESETS[name].items():
-        recipe = preset.build_recipe("trajectory", width=None)
-        assert recipe.model == model
-        assert recipe.width == preset.recipe["width"]
-        assert preset.epochs is None or preset.epochs[-1] == recipe.epochs
-        assert preset.build_recipe("trajectory", epochs=7, width=9).epochs == 7
-        assert set(preset.match_epochs) <= set(preset.epochs or range(recipe.epochs + 1))
-        assert preset.match_epochs[-1] == recipe.epochs
-        assert max(preset.spawn_epochs) < preset.build_recipe("instability").epochs
-
-
-def test_unknown_presets():
-    with pytest.raises(ConfigError, match="no preset is called 'gpu'; there are digits, cpu, paper"):
-        choose_preset("gpu", None)
-    with pytest.raises(
-        ConfigError, match="preset 'digits' has no recipe for the model 'vgg16'; it has mlp, vit"
-    ):
-        choose_preset("digits", "vgg16")
 
 
 def test_the_binary_from_end_to_end(tmp_path):
