@@ -1,7 +1,8 @@
 """Matching methods side by side: each on the same pair of networks, and the test segment that it leaves."""
 
+import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -14,10 +15,16 @@ from rebasin.data import Split, normalise
 from rebasin.training import build_metrics, classification_metrics
 from rebasin.trajectory import Trajectory
 
-__all__ = ["BASELINE", "MEASURES", "Bench"]
+__all__ = ["BASELINE", "MEASURES", "VARIANTS", "Bench"]
+
+# What Flax calls the collection of running statistics.
+_STATISTICS = "batch_stats"
 
 # The pair as it was trained.
 BASELINE = "none"
+
+# The segment as it is, with REPAIR, and with new running statistics where the model has norms that keep some.
+VARIANTS = ("plain", "repaired", "reset")
 
 # What is summed up of a segment.
 MEASURES = ("loss_barrier", "error_barrier", "midpoint_loss", "midpoint_error")
@@ -31,8 +38,8 @@ class Bench:
       methods: names of matching methods.
       num_test: test examples on which segments are measured, `None` for all.
       num_steps: gradient steps of the methods that learn a permutation; `None` for their default.
-      num_repair: training examples, of those that are matched on, from which REPAIR takes statistics;
-        `None` leaves it out.
+      num_repair: training examples, of those matched on, from which REPAIR and norms take statistics;
+        `None` leaves all but the plain segment out.
     """
 
     def __init__(
@@ -88,24 +95,43 @@ class Bench:
         }
         if self._num_repair is not None:
             record["repaired"] = _measures(self._repaired(a, moved))
+            if _STATISTICS in a:
+                record["reset"] = _measures(self._reset_sweep(a, moved, self._test))
         results.add_seconds("barriers", time.perf_counter() - began)
         return record
 
     def _repaired(self, a: Any, moved: Any) -> rebasin.BarrierCurve:
         """The segment with REPAIR at every α."""
-        model, dataset = self._setup.model, self._setup.dataset
+        repair = rebasin.build_repair(self._setup.spec, a, moved, self._logits, self._images)
+        return self._prepared(repair.apply, repair.prepare)(a, moved, self._test)
 
-        def function(variables: Any, images: jax.Array) -> jax.Array:
-            return model.apply(variables, normalise(images, dataset.mean, dataset.std))
+    @functools.cached_property
+    def _reset_sweep(self) -> Callable[..., rebasin.BarrierCurve]:
+        """A sweep in which every network between A and B has running statistics of its own."""
 
-        repair = rebasin.build_repair(self._setup.spec, a, moved, function, self._images)
+        def update(variables: Any, images: jax.Array) -> Any:
+            pixels = normalise(images, self._setup.dataset.mean, self._setup.dataset.std)
+            return variables | self._setup.model.apply(variables, pixels, mutable=[_STATISTICS])[1]
 
-        def metrics(variables: Any, batch: Split, correction: Any) -> dict[str, jax.Array]:
-            return classification_metrics(repair.apply(variables, batch.images, correction), batch.labels)
+        def apply(variables: Any, images: jax.Array, prepared: Any) -> jax.Array:
+            del variables
+            return self._logits(prepared, images)
 
-        num_alphas = self._setup.config.num_alphas
-        sweep = rebasin.build_sweep(metrics, num_alphas=num_alphas, prepare=repair.prepare)
-        return sweep(a, moved, self._test)
+        return self._prepared(apply, rebasin.build_norm_reset(update, self._images))
+
+    def _logits(self, variables: Any, images: jax.Array) -> jax.Array:
+        dataset = self._setup.dataset
+        return self._setup.model.apply(variables, normalise(images, dataset.mean, dataset.std))
+
+    def _prepared(
+        self, apply: Callable[[Any, jax.Array, Any], jax.Array], prepare: Callable[[Any, Any], Any]
+    ) -> Callable[..., rebasin.BarrierCurve]:
+        """A sweep of ``apply(variables, images, prepare(variables, alpha))``."""
+
+        def metrics(variables: Any, batch: Split, prepared: Any) -> dict[str, jax.Array]:
+            return classification_metrics(apply(variables, batch.images, prepared), batch.labels)
+
+        return rebasin.build_sweep(metrics, num_alphas=self._setup.config.num_alphas, prepare=prepare)
 
 
 def _measures(curve: rebasin.BarrierCurve) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """Compares every matching method on the same pairs of trained networks.
 
 Trains pairs of networks from different seeds (or finds them in --runs_dir), aligns each pair by every method,
-and measures the loss and error barrier that is left on test data, as it is and with REPAIR. Prints a table
-and writes results.json, methods.csv and compare_methods.png.
+and measures the loss and error barrier that is left on test data, as it is, with REPAIR, and, where networks
+have BatchNorm, with new running statistics. Prints a table and writes results.json, methods.csv and
+compare_methods.png.
 
   python -m experiments.compare_methods --preset=digits --output_dir=results/methods_digits
   python -m experiments.compare_methods --preset=cpu --model=mlp --output_dir=results/methods_mnist
@@ -20,7 +21,7 @@ from experiments.method_comparison import EXPERIMENT, METHODS, Config
 for _module in (options, method_option):
     flags.adopt_module_key_flags(_module)  # so that --help lists them
 _NUM_REPAIR = flags.DEFINE_integer(
-    "num_repair", 1000, "Training examples on which REPAIR takes statistics.", lower_bound=2
+    "num_repair", 1000, "Training examples on which REPAIR and norms take statistics.", lower_bound=2
 )
 _NUM_STEPS = flags.DEFINE_integer(
     "num_steps", 100, "Gradient steps of the methods that learn a permutation.", lower_bound=1

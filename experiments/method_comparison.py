@@ -1,8 +1,9 @@
 """Every matching method on the same pairs of trained networks, before and after REPAIR.
 
 Each method finds its permutation of network B at the end of training; the segment to A is then measured on
-test data, as it is and with the statistics of every layer repaired (arXiv 2211.08403). The first row,
-``none``, is the pair as it was trained.
+test data, as it is, with the statistics of every layer repaired (arXiv 2211.08403), and, where the networks
+have BatchNorm, with running statistics of its own for every network on it. The first row, ``none``, is the
+pair as it was trained.
 """
 
 import dataclasses
@@ -11,7 +12,7 @@ from typing import Any, ClassVar
 
 import rebasin
 from experiments import experiment
-from experiments.bench import BASELINE, MEASURES, Bench
+from experiments.bench import BASELINE, MEASURES, VARIANTS, Bench
 from experiments.console import Reporter, cell
 from experiments.experiment import Experiment, Measure, Setup
 from experiments.matchers import check_methods
@@ -25,8 +26,6 @@ __all__ = ["EXPERIMENT", "METHODS", "Config"]
 
 METHODS = tuple(rebasin.METHODS)
 
-_VARIANTS = ("plain", "repaired")
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(experiment.Config):
@@ -35,7 +34,7 @@ class Config(experiment.Config):
     Attributes:
       methods: names of matching methods.
       num_test: test examples on which segments are measured, `None` for all.
-      num_repair: training examples on which REPAIR takes statistics, of those that are matched on.
+      num_repair: training examples on which REPAIR and norms take statistics, of those that are matched on.
       num_steps: gradient steps of the methods that learn a permutation.
     """
 
@@ -79,22 +78,21 @@ def _summarise(config: Mapping[str, Any], curves: Sequence[Mapping[str, Any]]) -
         found = {key: record[key] for key in ("seconds", "distance")}
         if record["objective"] is not None:
             found["objective"] = dict(zip(("start", "end"), record["objective"], strict=True))
-        variants = {v: {measure: record[v][measure] for measure in MEASURES} for v in _VARIANTS}
-        return found | variants
+        return found | {v: {measure: record[v][measure] for measure in MEASURES} for v in _variants(record)}
 
     names = (BASELINE, *config["methods"])
     return {"methods": {n: summarise([of_method(curve["methods"][n]) for curve in curves]) for n in names}}
 
 
 def _tidy_rows(results: Results) -> Iterator[dict[str, Any]]:
-    """One row for each replicate, method, and with or without REPAIR."""
+    """One row for each replicate, method and variant of the segment."""
     for replicate, curve in enumerate(results.curves):
         for name, record in curve["methods"].items():
-            for variant in _VARIANTS:
+            for variant in _variants(record):
                 yield {
                     "replicate": replicate,
                     "method": name,
-                    "repair": int(variant == "repaired"),
+                    "statistics": variant,
                     "seconds": f"{record['seconds']:.4g}",
                     "distance": f"{record['distance']:.6g}",
                     "objective": "" if record["objective"] is None else f"{record['objective'][-1]:.6g}",
@@ -112,15 +110,19 @@ def _report(results: Results, reporter: Reporter) -> None:
             f"{summary['objective']['end']['mean']:.4g}" if known else "-",
             _two_digits(summary["seconds"]["mean"]) if known else "-",
         ]
-        for variant in _VARIANTS:
+        for variant in _variants(summary):
             row += [cell(summary[variant][f"{m}_barrier"], percent=m == "error") for m in ("loss", "error")]
         rows.append(row)
     header = ["\nmethod", "own\nobjective", "\nseconds"]
     header += ["loss\nbarrier", "error\nbarrier", "loss,\nREPAIR", "error,\nREPAIR"]
     reporter.say(f"\n{describe_mean(results)}: barriers on test data, errors in %")
-    reporter.table(header, rows)
+    reporter.table(header, [row[: len(header)] for row in rows])
     reporter.say("own objective: what the method maximises; seconds: a match, the first compiles;")
     reporter.say("REPAIR: with the statistics of every layer repaired; none: as trained")
+    if len(rows[0]) > len(header):
+        reporter.say("\nWith new running statistics of every norm")
+        header = ["\nmethod", "loss\nbarrier", "error\nbarrier"]
+        reporter.table(header, [[row[0], *row[-2:]] for row in rows])
 
 
 EXPERIMENT = Experiment(
@@ -132,6 +134,11 @@ EXPERIMENT = Experiment(
     figures={"compare_methods.png": draw_methods},
     report=_report,
 )
+
+
+def _variants(record: Mapping[str, Any]) -> list[str]:
+    """Those of `VARIANTS` that were measured."""
+    return [variant for variant in VARIANTS if variant in record]
 
 
 def _two_digits(value: float) -> str:

@@ -12,11 +12,13 @@ from experiments.results import Results
 
 __all__ = ["draw_methods"]
 
-# With and without REPAIR: colour, marker and its filling differ, so that grey tells them apart as well.
+# Colour, marker and its filling differ, so that grey tells them apart as well.
 _VARIANTS = {
-    "plain": ("as it is", "#0072B2", "o", "#0072B2", -0.14),
-    "repaired": ("with REPAIR", "#D55E00", "s", "white", 0.14),
+    "plain": ("as it is", "#0072B2", "o", "#0072B2"),
+    "repaired": ("with REPAIR", "#D55E00", "s", "white"),
+    "reset": ("with new norm statistics", "#009E73", "^", "#009E73"),
 }
+_GAP = 0.28
 
 # Measure, its scale, label, where the axis begins to be logarithmic, and ticks.
 _PANELS = (
@@ -33,12 +35,14 @@ def draw_methods(results: Results, target: Target) -> None:
       target: the PNG to write.
     """
     names = list(results.summary["methods"])
+    variants = [variant for variant in _VARIANTS if variant in results.summary["methods"][names[0]]]
     with mpl.rc_context(RC):
         figure = Figure(figsize=(7.2, 0.32 * len(names) + 1.5), layout="constrained")
         panels = figure.subplots(1, 2, sharey=True)
         for axes, (measure, scale, label, linear, ticks) in zip(panels, _PANELS, strict=True):
-            for variant, (title, colour, marker, face, shift) in _VARIANTS.items():
-                y = np.arange(len(names)) + shift
+            for i, variant in enumerate(variants):
+                title, colour, marker, face = _VARIANTS[variant]
+                y = np.arange(len(names)) + _GAP * (i - (len(variants) - 1) / 2)
                 summaries = [results.summary["methods"][name][variant][measure] for name in names]
                 axes.errorbar(
                     [scale * s["mean"] for s in summaries],
@@ -58,13 +62,13 @@ def draw_methods(results: Results, target: Target) -> None:
                 scale * curve["methods"][name][variant][measure]
                 for curve in results.curves
                 for name in names
-                for variant in _VARIANTS
+                for variant in variants
             ]
             _dress(axes, label, min(values), max(values), linear, ticks)
         panels[0].set_yticks(range(len(names)), labels=[name.replace("_", " ") for name in names])
         panels[0].invert_yaxis()
         entitle(figure, results, "networks", ": mean, standard deviation and each pair")
-        share_legend(figure, panels[:1], columns=2)
+        share_legend(figure, panels[:1], columns=len(variants))
         figure.savefig(target, metadata={"Software": None})
 
 

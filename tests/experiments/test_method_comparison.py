@@ -4,7 +4,11 @@ import csv
 import dataclasses
 import io
 import json
+from types import SimpleNamespace
 
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
@@ -13,13 +17,14 @@ import rebasin
 from experiments import method_comparison, rate_comparison
 from experiments.bench import Bench
 from experiments.console import Reporter
+from experiments.experiment import Setup
 from experiments.pairs import run_directory
 from experiments.results import Results
-from rebasin.data import load_dataset
+from rebasin.data import load_dataset, normalise
 from rebasin.errors import ConfigError
-from rebasin.models import build_model
+from rebasin.models import BatchNorm, build_model
 from rebasin.recipes import build_recipe
-from rebasin.training import build_metrics
+from rebasin.training import build_metrics, classification_metrics
 from rebasin.trajectory import Trajectory
 
 RECIPE = build_recipe(
@@ -91,6 +96,66 @@ def test_repair_leaves_the_endpoints_alone(methods):
     for record in results.curves[0]["methods"].values():
         plain, repaired = (record[variant]["segment_error"] for variant in ("plain", "repaired"))
         assert [plain[0], plain[-1]] == pytest.approx([repaired[0], repaired[-1]], abs=0.006)
+
+
+class Normed(nn.Module):
+    """One hidden layer with BatchNorm."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(12)(x.reshape(len(x), -1))
+        return nn.Dense(10)(nn.relu(BatchNorm()(x)))
+
+
+@pytest.fixture(scope="module")
+def normed():
+    """Two networks with BatchNorm that were never trained, a bench for them, and its record of the two."""
+    dataset, model = load_dataset("digits"), Normed()
+    images = normalise(dataset.train.images[:300], dataset.mean, dataset.std)
+    trees = []
+    for seed in (0, 1):
+        tree = model.init(jax.random.key(seed), images)
+        # Running statistics of the initialisation say nothing: those of the data.
+        trees.append(tree | model.apply(tree, images, mutable=["batch_stats"])[1])
+    spec = rebasin.infer_spec(model.apply, trees[0], images[:1])
+    results = Results("compare_methods", methods_config(methods=("weights",)).to_json())
+    setup = Setup(methods_config(), dataset, model, spec, None, results, reporter())
+    bench = Bench(setup, ("weights",), num_test=200, num_repair=100)
+    results.curves = [{"methods": bench.measure([SimpleNamespace(last=tree) for tree in trees], "")}]
+    return dataset, model, trees, results
+
+
+def test_new_norm_statistics_are_those_of_the_network_in_the_middle(normed):
+    dataset, model, (a, b), results = normed
+    chosen = dataset.take(num_train=300, num_test=200)
+    pixels, test = (
+        np.asarray(normalise(images, dataset.mean, dataset.std))
+        for images in (chosen.train.images[:100], chosen.test.images)
+    )
+    params = jax.tree.map(lambda x, y: (x + y) / 2, a["params"], b["params"])
+    dense = params["Dense_0"]
+    before = pixels.reshape(100, -1) @ np.asarray(dense["kernel"]) + np.asarray(dense["bias"])
+    statistics = {"mean": jnp.mean(before, 0), "var": jnp.var(before, 0)}
+    logits = model.apply({"params": params, "batch_stats": {"BatchNorm_0": statistics}}, test)
+    loss = float(jnp.mean(classification_metrics(logits, chosen.test.labels)["loss"]))
+    record = results.curves[0]["methods"]["none"]
+    assert record["reset"]["midpoint_loss"] == pytest.approx(loss, rel=1e-4)
+    assert record["plain"]["midpoint_loss"] != pytest.approx(loss, rel=1e-2)
+
+
+def test_new_norm_statistics_have_rows_a_table_and_marks_of_their_own(normed, tmp_path):
+    results = normed[-1]
+    results.config["replicates"] = 1
+    experiment, text = method_comparison.EXPERIMENT, io.StringIO()
+    results.summary = experiment.summarise(results.config, results.curves)
+    rows = list(experiment.rows(results))
+    assert [row["statistics"] for row in rows] == ["plain", "repaired", "reset"] * 2
+    experiment.report(results, reporter(text))
+    assert "With new running statistics of every norm" in text.getvalue()
+    assert max(map(len, text.getvalue().splitlines())) <= 80
+    for draw in experiment.figures.values():
+        draw(results, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
 
 
 def test_files_and_table(methods):
