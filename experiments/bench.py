@@ -124,7 +124,7 @@ class Bench:
         return self._setup.model.apply(variables, normalise(images, dataset.mean, dataset.std))
 
     def _prepared(
-        self, apply: Callable[[Any, jax.Array, Any], jax.Array], prepare: Callable[[Any, Any], Any]
+        self, apply: Callable[[Any, Any, Any], jax.Array], prepare: Callable[[Any, Any], Any]
     ) -> Callable[..., rebasin.BarrierCurve]:
         """A sweep of ``apply(variables, images, prepare(variables, alpha))``."""
 
