@@ -113,7 +113,7 @@ PRESETS: dict[str, dict[str, Preset]] = {
             )
             # With BatchNorm, as REPAIR is measured on, networks learn in fewer epochs.
             for model, epochs, num_train in (
-                ("vgg16", 16, None),
+                ("vgg16", 12, None),
                 ("resnet20", 16, 20_000),
                 ("vgg16_batchnorm", 10, 20_000),
                 ("resnet20_batchnorm", 10, 20_000),
