@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from experiments.console import Reporter
-from experiments.pairs import Pair, run_directory, train_networks
+from experiments.pairs import Pair, run_directory, train_networks, warn_if_guessing
 from experiments.results import Results
 from experiments.segments import network_shapes
 from rebasin.data import Dataset
@@ -137,6 +137,8 @@ class Networks:
         )
         progress(parent.recipe.epochs, parent.recipe.epochs, {})
         self.results.add_seconds("training", time.perf_counter() - began)
+        name = f"child {number} of seed {parent.seed} from epoch {epoch}"
+        warn_if_guessing(trajectory, name, self.dataset, self.reporter)
         last = trajectory.last
         if self.keep == "none":
             shutil.rmtree(directory)

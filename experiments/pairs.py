@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import pathlib
 import time
@@ -17,7 +18,10 @@ from rebasin.recipes import Recipe
 from rebasin.training import train
 from rebasin.trajectory import Trajectory
 
-__all__ = ["Pair", "run_directory", "shared_runs", "train_networks"]
+__all__ = ["Pair", "run_directory", "shared_runs", "train_networks", "warn_if_guessing"]
+
+# Share of the loss of guessing from which on a network counts as one that guesses.
+_LEARNED = 0.99
 
 
 class Pair(NamedTuple):
@@ -88,8 +92,28 @@ def train_networks(
                 resume=True,
             )
         results.add_seconds("training", time.perf_counter() - began)
+        warn_if_guessing(trajectory, f"seed {seed}", dataset, reporter)
         trajectories.append(trajectory)
     return trajectories
+
+
+def warn_if_guessing(trajectory: Trajectory, name: str, dataset: Dataset, reporter: Reporter) -> None:
+    """Says so where a network ends training no better than at guessing, as one whose units all died does.
+
+    Args:
+      trajectory: the network.
+      name: what to call it.
+      dataset: what it was trained on.
+      reporter: says it.
+    """
+    loss = trajectory.metrics(max(trajectory.epochs)).get("loss", 0.0)
+    guessing = math.log(dataset.num_classes)
+    if loss > _LEARNED * guessing:
+        reporter.wrap(
+            f"{name} ends at a training loss of {loss:.3f}, where guessing has {guessing:.3f}: it has "
+            "learned nothing, and barriers to it mean nothing. Try more --warmup_epochs.",
+            head="warning: ",
+        )
 
 
 def _last_stored(directory: pathlib.Path) -> int:

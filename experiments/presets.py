@@ -106,8 +106,8 @@ PRESETS: dict[str, dict[str, Preset]] = {
                 spawn_epochs=(0, 1, 2, 4, 7),
                 num_match=1_000,
                 # Three children for each spawn epoch: a pair and its children train for 128 epochs in all.
-                # An epoch of 20,000 images is 156 steps, not the paper's 390: after a warm-up of one, a third of
-                # the narrow VGG-16s were dead, at the loss of guessing for good.
+                # An epoch of 20,000 images is 156 steps, not the paper's 390: after a warm-up of one, a third
+                # of the narrow VGG-16s were dead, at the loss of guessing for good.
                 by_regime={
                     "trajectory": {"warmup_epochs": 2},
                     "instability": {"epochs": 10, "warmup_epochs": 3, "num_train": 20_000},
