@@ -1,9 +1,7 @@
 """Networks of the experiments: what is said of those that cannot be compared."""
 
-import dataclasses
 import io
 
-import pytest
 from rich.console import Console
 
 from experiments.console import Reporter
@@ -14,12 +12,11 @@ from rebasin.data import load_dataset
 from rebasin.recipes import build_recipe
 
 RECIPE = build_recipe(
-    "instability", dataset="digits", model="mlp", width=16, epochs=2, warmup_epochs=0, batch_size=32
+    "instability", dataset="digits", model="mlp", width=16, epochs=1, warmup_epochs=0, peak_learning_rate=1e-8
 )
 
 
-@pytest.mark.parametrize(("rate", "warned"), [(1e-8, True), (0.1, False)])
-def test_networks_and_children_that_learned_nothing_are_named(rate, warned, tmp_path):
+def test_networks_and_children_that_learned_nothing_are_named(tmp_path):
     text = io.StringIO()
     networks = Networks(
         load_dataset("digits"),
@@ -29,11 +26,10 @@ def test_networks_and_children_that_learned_nothing_are_named(rate, warned, tmp_
         reporter=Reporter(Console(file=text, width=80)),
         results=Results("test", {}),
     )
-    recipe = dataclasses.replace(RECIPE, peak_learning_rate=rate)
-    a, _ = networks.parents(Pair(recipe, (0, 1)), (0, 2))
+    a, _ = networks.parents(Pair(RECIPE, (0, 1)), (0, 1))
     networks.child(a, a[0], 0, 1, lambda: None)
     said = " ".join(text.getvalue().split())
     for name in ("seed 0", "seed 1", "child 1 of seed 0 from epoch 0"):
-        assert (f"warning: {name} ends at a training loss of 2." in said) == warned
-    assert ("where guessing has 2.303: it has learned nothing" in said) == warned
+        assert f"warning: {name} ends at a training loss of 2." in said
+    assert "where guessing has 2.303: it has learned nothing" in said
     assert max(map(len, text.getvalue().splitlines())) <= 80

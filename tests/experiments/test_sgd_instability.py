@@ -126,6 +126,7 @@ def test_results_csv_and_table(finished):
     assert max(map(len, lines)) <= 80
     for word in ("onset of linear connectivity: epoch", "P_t@end", "mean±sd of 2 pairs", "disk: at most"):
         assert word in text
+    assert "warning" not in text
     # Progress counts epochs of training: three children for 4, 3 and 1 of them.
     assert text.count(": 24/24 in ") == 2
 

@@ -81,8 +81,8 @@ def test_values_and_gradients_equal_the_plain_convolution_in_float64(form):
         assert_equal_to_plain(*operands(image, kernel, dtype="float64"), stride, padding)
 
 
-@pytest.mark.parametrize("image", [(8, 8), (5, 6), (3, 12)])
-@pytest.mark.parametrize("channels", [(1, 1), (3, 8), (8, 8), (16, 8), (12, 11)])
+@pytest.mark.parametrize("image", [(5, 6), (3, 12)])
+@pytest.mark.parametrize("channels", [(3, 8), (16, 8), (12, 11)])
 def test_blocks_of_pixels_and_parts_of_the_batch_equal_the_plain_convolution(image, channels):
     kernel, padding = ((3, 3), "SAME") if image != (3, 12) else ((2, 4), ((1, 0), (0, 3)))
     with jax.enable_x64(True):
