@@ -1,6 +1,7 @@
 """The figure of ``sgd_instability``, drawn from ``results.json`` alone."""
 
 import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import matplotlib as mpl
@@ -58,13 +59,19 @@ def _top(summary: dict[str, Any], metric: str) -> float:
 
     It would otherwise press the lines that the figure is about to the ground.
     """
-    every = [summary["siblings"], *summary["children"].values()]
-    every += [summary["parents"][method] for method in summary["children"]]
-    tops = [
-        np.asarray(series[metric]["mean"]) + np.nan_to_num(np.asarray(series[metric]["deviation"], float))
-        for series in every
-    ]
-    return METRIC_LABELS[metric][0] * 2 * max(float(np.max(top)) for top in tops) + 1e-3
+
+    def highest(curves: Iterable[Mapping[str, Any]]) -> float:
+        """Upper edge of the highest band."""
+        found = [curve[metric] for curve in curves]
+        return max(
+            float(np.max(np.asarray(x["mean"]) + np.nan_to_num(np.asarray(x["deviation"], float))))
+            for x in found
+        )
+
+    shown = [summary["siblings"], *summary["children"].values()]
+    shown += [summary["parents"][method] for method in summary["children"]]
+    top = min(2 * highest(shown), 1.05 * highest([*shown, *summary["at_end"].values()]))
+    return METRIC_LABELS[metric][0] * top + 1e-3
 
 
 def _draw_panel(axes: Axes, summary: dict[str, Any], method: str, metric: str) -> None:
