@@ -206,6 +206,7 @@ def without_seconds(value):
     return [without_seconds(inner) for inner in value] if isinstance(value, list) else value
 
 
+@pytest.mark.slow
 def test_a_killed_comparison_ends_with_the_same_numbers(methods, tmp_path, monkeypatch):
     """Killed at the second pair; of the networks trained here, the last epochs alone are left."""
     complete, _, _ = methods

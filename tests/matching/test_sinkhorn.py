@@ -55,6 +55,7 @@ def test_gradients_stay_finite_near_a_permutation():
     np.testing.assert_allclose(gradient, 0.0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_stack_is_solved_matrix_by_matrix():
     x = jax.random.normal(KEY, (3, 4, 4))
     together = sinkhorn_plan(x)
