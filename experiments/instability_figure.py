@@ -34,7 +34,7 @@ def draw_instability(results: Results, target: Target) -> None:
 
     One row for each matching method; columns test error, train error, test loss. Lines are means over
     replicates, bands one standard deviation. The shaded epochs are the range of the replicates' onsets, the
-    thin upright line the onset of the mean. Barriers under P_t of the first epochs run out of the frame.
+    thin upright line the onset of the mean. Barriers under P_t of the first epochs may run out of it.
     """
     summary = results.summary
     with mpl.rc_context(RC):
