@@ -50,7 +50,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["rebasin", "rebasin.*"]),
-    package_data={"rebasin": ["py.typed", "digits.npz"]},
+    package_data={"rebasin": ["py.typed", "training/digits.npz"]},
     install_requires=["jax>=0.10", "numpy>=2.0", "scipy>=1.13"],
     extras_require={
         "experiments": [*EXPERIMENTS, *SINKHORN],

@@ -10,11 +10,11 @@ import numpy as np
 from benchmarks.timing import rotated
 from benchmarks.torch_networks import build_forward, build_network, build_training
 from rebasin import build_sweep
-from rebasin.data import Split, normalise
 from rebasin.errors import ConfigError
 from rebasin.models import build_model
-from rebasin.recipes import Recipe
-from rebasin.training import TrainingData, build_epoch, build_init, build_metrics
+from rebasin.training.data import Split, normalise
+from rebasin.training.loop import TrainingData, build_epoch, build_init, build_metrics
+from rebasin.training.recipes import Recipe
 
 __all__ = ["CASES", "Case", "check_same", "compare", "measure_case", "median_ratio", "parse_case"]
 

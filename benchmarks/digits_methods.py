@@ -16,9 +16,9 @@ import numpy as np
 import rebasin
 from experiments.presets import PRESETS
 from experiments.statistics import student_interval
-from rebasin.data import Split, load_dataset
 from rebasin.models import build_model
-from rebasin.training import build_metrics, train
+from rebasin.training.data import Split, load_dataset
+from rebasin.training.loop import build_metrics, train
 
 NETWORKS = 15  # seven pairs; three disjoint sets of each size
 SETS = 3

@@ -31,17 +31,17 @@ class GitRebasinMatch(NamedTuple):
 
     Attributes:
       permutation: index array for each group, gather convention.
-      num_sweeps: sweeps made, the last one without progress included.
+      num_iterations: sweeps made, the last one without progress included.
       num_assignments: linear assignments solved.
     """
 
     permutation: dict[str, jax.Array]
-    num_sweeps: int
+    num_iterations: int
     num_assignments: int
 
 
 def git_rebasin_matching(
-    spec: PermutationSpec, params_a: Any, params_b: Any, *, key: jax.Array, max_sweeps: int = 100
+    spec: PermutationSpec, params_a: Any, params_b: Any, *, key: jax.Array, max_iterations: int = 100
 ) -> GitRebasinMatch:
     """Coordinate ascent from the identity over the groups of a spec, as git-re-basin runs it.
 
@@ -54,7 +54,7 @@ def git_rebasin_matching(
       params_a: tree of A, which stays.
       params_b: tree of B.
       key: PRNG key for the order of groups.
-      max_sweeps: limit on sweeps.
+      max_iterations: limit on sweeps.
 
     Returns:
       The permutation and counts.
@@ -64,23 +64,23 @@ def git_rebasin_matching(
     """
     table = whole_axes(spec)
     a, b = leaf_table(params_a), leaf_table(params_b)
-    carriers = {
+    sites = {
         group: [(path, axis) for path, row in table.items() for axis, name in enumerate(row) if name == group]
         for group in spec.groups
     }
-    sizes = {group: a[path].shape[axis] for group, ((path, axis), *_) in carriers.items()}
+    sizes = {group: a[path].shape[axis] for group, ((path, axis), *_) in sites.items()}
     permutation = {group: jnp.arange(size) for group, size in sizes.items()}
     groups = list(permutation)
 
     sweeps = assignments = 0
     progress = True
-    while progress and sweeps < max_sweeps:
+    while progress and sweeps < max_iterations:
         progress = False
         for index in jax.random.permutation(jax.random.fold_in(key, sweeps), len(groups)):
             group = groups[int(index)]
             n = sizes[group]
             similarity = jnp.zeros((n, n))
-            for path, axis in carriers[group]:
+            for path, axis in sites[group]:
                 moved = _permute_others(b[path], table[path], permutation, axis)
                 units_a = jnp.moveaxis(a[path], axis, 0).reshape(n, -1)
                 similarity += units_a @ jnp.moveaxis(moved, axis, 0).reshape(n, -1).T

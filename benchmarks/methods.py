@@ -33,7 +33,7 @@ def _peer(*args: Any, **options: Any) -> Found:
 
 def _ours(*args: Any, **options: Any) -> Found:
     match = rebasin.weight_matching(*args, **options)
-    return Found(match.permutation, match.num_sweeps, match.stats["assignments"])
+    return Found(match.permutation, match.num_iterations, match.stats["assignments"])
 
 
 PEER = "git-re-basin"

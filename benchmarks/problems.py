@@ -15,11 +15,11 @@ from experiments.console import Reporter
 from experiments.pairs import run_directory, train_networks
 from experiments.presets import choose_preset
 from experiments.results import Results
-from rebasin.data import load_dataset
 from rebasin.models import MLP, VGG16, ResNet20, build_model
-from rebasin.recipes import Recipe
-from rebasin.training import build_metrics
-from rebasin.trajectory import Trajectory
+from rebasin.training.data import load_dataset
+from rebasin.training.loop import build_metrics
+from rebasin.training.recipes import Recipe
+from rebasin.training.trajectory import Trajectory
 
 __all__ = ["MODELS", "Pair", "Problem", "find_trained", "gaussian_problems", "train_digits"]
 

@@ -27,9 +27,9 @@ from experiments.console import Reporter
 from experiments.pairs import run_directory, shared_runs
 from experiments.presets import choose_preset
 from experiments.results import describe_environment, plain
-from rebasin.data import load_dataset
 from rebasin.errors import RebasinError
-from rebasin.training import train
+from rebasin.training.data import load_dataset
+from rebasin.training.loop import train
 
 # Flags that say nothing of a pair.
 _ELSEWHERE = frozenset({"replicates", "runs_dir", "data_dir", "output"})

@@ -11,10 +11,10 @@ from jax.tree_util import Partial
 import rebasin
 from benchmarks.timing import mean_and_deviation
 from experiments.console import Reporter
-from rebasin.data import Dataset, Split, normalise
 from rebasin.models import build_model
-from rebasin.recipes import Recipe
-from rebasin.training import classification_metrics
+from rebasin.training.data import Dataset, Split, normalise
+from rebasin.training.loop import classification_metrics
+from rebasin.training.recipes import Recipe
 
 __all__ = ["Bench", "METHODS", "UNALIGNED", "VARIANTS", "report"]
 

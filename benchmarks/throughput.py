@@ -3,14 +3,14 @@
   python -m benchmarks.throughput --output=throughput.json
   python -m benchmarks.throughput --cases=vgg16:8,resnet20:8 --rounds=3 --nopytorch
 
-Training: an epoch of `rebasin.training.build_epoch`, one compiled program, against a plain PyTorch loop over
-the same network with the same weights (logits are compared first), batch 128, SGD with momentum and weight
-decay, no augmentation. Images are random bytes, 28×28×1 for MLPs and 32×32×3 else. Sweep: `build_sweep` over
---alphas points against as many calls of one jitted forward pass, and against as many of PyTorch's, all over
-the same images in batches of 500.
-Everything is warm and data are in memory. The contestants of a comparison take turns at going first, and a
-ratio is the median over rounds of the ratio within a round; above 1 ours is the faster. PyTorch has the
-faster of its two memory formats, and all cores. The benchmark installs nothing: PyTorch has to be there.
+Training: an epoch of `rebasin.training.loop.build_epoch`, one compiled program, against a plain PyTorch loop
+over the same network with the same weights (logits are compared first), batch 128, SGD with momentum and
+weight decay, no augmentation. Images are random bytes, 28×28×1 for MLPs and 32×32×3 else. Sweep:
+`build_sweep` over --alphas points against as many calls of one jitted forward pass, and against as many of
+PyTorch's, all over the same images in batches of 500. Everything is warm and data are in memory. The
+contestants of a comparison take turns at going first, and a ratio is the median over rounds of the ratio
+within a round; above 1 ours is the faster. PyTorch has the faster of its two memory formats, and all cores.
+The benchmark installs nothing: PyTorch has to be there.
 """
 
 import json

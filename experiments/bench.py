@@ -11,9 +11,9 @@ import numpy as np
 import rebasin
 from experiments.experiment import Setup
 from experiments.matchers import build_matchers
-from rebasin.data import Split, normalise
-from rebasin.training import build_metrics, classification_metrics
-from rebasin.trajectory import Trajectory
+from rebasin.training.data import Split, normalise
+from rebasin.training.loop import build_metrics, classification_metrics
+from rebasin.training.trajectory import Trajectory
 
 __all__ = ["BASELINE", "MEASURES", "VARIANTS", "Bench"]
 

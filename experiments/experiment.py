@@ -11,12 +11,12 @@ from experiments.networks import Networks
 from experiments.pairs import Pair
 from experiments.results import Claim, Results, open_results, plain, write_csv
 from experiments.segments import infer_model_spec
-from rebasin.data import Dataset
 from rebasin.errors import ConfigError, problem_list
 from rebasin.models import build_model
-from rebasin.recipes import Recipe
 from rebasin.spec import PermutationSpec
-from rebasin.trajectory import Trajectory
+from rebasin.training.data import Dataset
+from rebasin.training.recipes import Recipe
+from rebasin.training.trajectory import Trajectory
 
 __all__ = ["Config", "Experiment", "Measure", "Setup"]
 

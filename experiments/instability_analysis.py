@@ -18,7 +18,7 @@ from experiments.matchers import Matcher, build_matchers, check_methods
 from experiments.pairs import Pair
 from experiments.segments import METRICS, Meter, Segments, barriers, endpoints
 from rebasin.permutation import Permutation
-from rebasin.trajectory import Trajectory
+from rebasin.training.trajectory import Trajectory
 
 __all__ = ["EXPERIMENT", "Config"]
 

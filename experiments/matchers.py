@@ -8,8 +8,8 @@ import numpy as np
 
 import rebasin
 from experiments.experiment import Setup
-from rebasin.data import normalise
-from rebasin.training import build_metrics
+from rebasin.training.data import normalise
+from rebasin.training.loop import build_metrics
 
 __all__ = ["PAPER_METHODS", "Matcher", "build_matchers", "check_methods"]
 

@@ -20,7 +20,7 @@ from experiments.method_figure import draw_methods
 from experiments.pairs import Pair
 from experiments.results import Results, describe_mean
 from experiments.statistics import summarise
-from rebasin.trajectory import Trajectory
+from rebasin.training.trajectory import Trajectory
 
 __all__ = ["EXPERIMENT", "METHODS", "Config"]
 

@@ -13,12 +13,12 @@ from experiments.console import Reporter
 from experiments.pairs import Pair, run_directory, train_networks, warn_if_guessing
 from experiments.results import Results
 from experiments.segments import network_shapes
-from rebasin.data import Dataset
 from rebasin.errors import ConfigError, TrajectoryError
 from rebasin.models import build_model
-from rebasin.recipes import Recipe
-from rebasin.training import Start, train
-from rebasin.trajectory import Trajectory
+from rebasin.training.data import Dataset
+from rebasin.training.loop import Start, train
+from rebasin.training.recipes import Recipe
+from rebasin.training.trajectory import Trajectory
 
 __all__ = ["KEEP", "Networks", "child_seed"]
 

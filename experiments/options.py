@@ -11,8 +11,8 @@ from experiments.experiment import C, Experiment
 from experiments.networks import KEEP
 from experiments.pairs import shared_runs
 from experiments.presets import PRESETS, Preset, choose_preset
-from rebasin.data import load_dataset
 from rebasin.errors import ConfigError, RebasinError
+from rebasin.training.data import load_dataset
 
 __all__ = ["Choice", "choose", "choose_epochs", "run_binary"]
 

@@ -11,7 +11,7 @@ from experiments.matchers import Matcher
 from experiments.results import Results
 from experiments.segments import METRICS, Meter, Segments, barriers, endpoints, means
 from rebasin.spec import PermutationSpec
-from rebasin.trajectory import Trajectory
+from rebasin.training.trajectory import Trajectory
 
 __all__ = ["PairAnalysis"]
 

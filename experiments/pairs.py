@@ -12,11 +12,11 @@ from typing import NamedTuple
 
 from experiments.console import Reporter
 from experiments.results import Results
-from rebasin.data import Dataset
 from rebasin.errors import TrajectoryError
-from rebasin.recipes import Recipe
-from rebasin.training import train
-from rebasin.trajectory import Trajectory
+from rebasin.training.data import Dataset
+from rebasin.training.loop import train
+from rebasin.training.recipes import Recipe
+from rebasin.training.trajectory import Trajectory
 
 __all__ = ["Pair", "run_directory", "shared_runs", "train_networks", "warn_if_guessing"]
 

@@ -5,7 +5,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from rebasin.errors import ConfigError
-from rebasin.recipes import Recipe, build_recipe
+from rebasin.training.recipes import Recipe, build_recipe
 
 __all__ = ["PRESETS", "Preset", "Thresholds", "choose_preset"]
 

@@ -18,7 +18,7 @@ from experiments.pairs import Pair
 from experiments.rate_figure import draw_rates
 from experiments.results import Claim, Results, claim, describe_mean
 from experiments.statistics import student_interval
-from rebasin.trajectory import Trajectory
+from rebasin.training.trajectory import Trajectory
 
 __all__ = ["EXPERIMENT", "METHODS", "PAPER_RATES", "Config"]
 

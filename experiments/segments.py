@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import rebasin
-from rebasin.data import Dataset, Split
 from rebasin.permutation import Permutation
 from rebasin.spec import PermutationSpec
-from rebasin.training import build_metrics
+from rebasin.training.data import Dataset, Split
+from rebasin.training.loop import build_metrics
 from rebasin.trees import is_weight, leaf_table
 
 __all__ = [

@@ -19,7 +19,7 @@ from experiments.segments import Meter
 from experiments.trajectory_claims import judge
 from experiments.trajectory_figures import draw_fixed_permutations, draw_permutations, draw_trajectories
 from experiments.trajectory_report import report, summarise_curves, tidy_rows
-from rebasin.trajectory import Trajectory
+from rebasin.training.trajectory import Trajectory
 
 __all__ = ["EXPERIMENT", "Config"]
 

@@ -1,28 +1,28 @@
 """Alignment of neural networks modulo permutation, in JAX.
 
-Everything here needs jax, numpy and scipy only. Training, data, models and trajectories on disk live in
-modules of their own (`rebasin.training`, `rebasin.data`, `rebasin.models`, `rebasin.trajectory`) and need the
-extra ``rebasin-jax[experiments]``.
+Everything here needs jax, numpy and scipy only. What trains networks (`rebasin.training`) and the models of
+the experiments (`rebasin.models`) need the extra ``rebasin-jax[experiments]``.
 """
 
-from rebasin.assignment import maximise_assignment
 from rebasin.axis import Axis, Factor
 from rebasin.barrier import Barrier, BarrierCurve, build_sweep, sweep
+from rebasin.batchnorm import build_norm_reset
 from rebasin.errors import RebasinError
-from rebasin.inference import infer_spec, register_rule
+from rebasin.inference.infer import infer_spec, register_rule
+from rebasin.inference.verification import verify_spec
+from rebasin.landscape import SimplexBarrier, SimplexSurface, build_simplex_sweep, simplex_grid
 from rebasin.matching.activations import activation_matching
-from rebasin.matching.covariance import covariance_matching
+from rebasin.matching.assignment import maximise_assignment
+from rebasin.matching.covariance import apply_metric, covariance_matching
 from rebasin.matching.frank_wolfe import frank_wolfe_matching, universe_matching
-from rebasin.matching.metric import apply_metric
+from rebasin.matching.many import UniverseResult
 from rebasin.matching.partial import partial_weight_matching, widen
 from rebasin.matching.registry import METHODS, match
 from rebasin.matching.result import MatchResult
 from rebasin.matching.sinkhorn import sinkhorn_matching
 from rebasin.matching.straight_through import straight_through_matching
-from rebasin.matching.universe import UniverseResult
 from rebasin.matching.weights import joint_weight_matching, weight_matching, weight_matchings
 from rebasin.merging import average, cycle_error, match_to_reference, merge_many
-from rebasin.norms import build_norm_reset
 from rebasin.permutation import (
     FixedPoints,
     Permutation,
@@ -37,10 +37,8 @@ from rebasin.permutation import (
     save_permutation,
 )
 from rebasin.repair import Repair, build_repair
-from rebasin.simplex import SimplexBarrier, SimplexSurface, build_simplex_sweep, simplex_grid
 from rebasin.spec import PermutationSpec, Pin
 from rebasin.trees import interpolate
-from rebasin.verification import verify_spec
 
 __version__ = "0.1.0"
 

@@ -1,7 +1,7 @@
 """Many networks into one: into a common order of units, averaged, and measured on the simplex between them.
 
 `merge_many` and `match_to_reference` give a permutation for each network, as `universe_matching` does (C2M3);
-`average` makes one network of the networks so aligned. `rebasin.simplex` measures all their averages.
+`average` makes one network of the networks so aligned. `rebasin.landscape` measures all their averages.
 """
 
 import itertools
@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from rebasin.errors import ConfigError, PermutationError
-from rebasin.matching.checks import check_at_least, check_networks
-from rebasin.matching.relaxation import joint_objective
+from rebasin.matching.frank_wolfe import joint_objective
+from rebasin.matching.many import UniverseResult
+from rebasin.matching.method import check_at_least, check_networks
 from rebasin.matching.result import MatchResult
-from rebasin.matching.universe import UniverseResult
 from rebasin.matching.weights import weight_matching
 from rebasin.permutation import Permutation, compose, fixed_points, identity_permutation, invert, permute
 from rebasin.spec import PermutationSpec
@@ -37,7 +37,7 @@ def merge_many(
     trees: Sequence[Any],
     *,
     key: jax.Array,
-    max_sweeps: int = 100,
+    max_iterations: int = 100,
     predicate: LeafPredicate = is_weight,
 ) -> UniverseResult:
     """Aligns networks by matching each with the mean of the others.
@@ -52,7 +52,7 @@ def merge_many(
       spec: the symmetries.
       trees: the networks, two or more, of equal leaves, shapes and dtypes.
       key: PRNG key for the order of networks and for weight matching.
-      max_sweeps: limit on sweeps, at least 1.
+      max_iterations: limit on sweeps, at least 1.
       predicate: ``(path, leaf) -> bool``, the leaves that count.
 
     Returns:
@@ -66,7 +66,7 @@ def merge_many(
       ConfigError: fewer than two networks, or no sweeps.
     """
     began = time.perf_counter()
-    check_at_least(1, max_sweeps=max_sweeps)
+    check_at_least(1, max_iterations=max_iterations)
     _check_many(spec, trees, predicate)
     permutations = [identity_permutation(spec, trees[0])] * len(trees)
     moved = list(trees)
@@ -75,7 +75,7 @@ def merge_many(
         return joint_objective(spec, permutations, trees, predicate)
 
     objective, converged = [value()], False
-    while not converged and len(objective) <= max_sweeps:
+    while not converged and len(objective) <= max_iterations:
         sweep_key = jax.random.fold_in(key, len(objective))
         converged = True
         for i in map(int, np.asarray(jax.random.permutation(sweep_key, len(trees)))):

@@ -16,8 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rebasin.axis import Axis
-from rebasin.blocks import cut, iter_blocks, join
+from rebasin.axis import Axis, cut, iter_blocks, join
 from rebasin.errors import PermutationError, problem_list
 from rebasin.spec import GroupSize, PermutationSpec
 from rebasin.trees import map_leaves
@@ -26,6 +25,7 @@ __all__ = [
     "FixedPoints",
     "Permutation",
     "check_permutation",
+    "compiled_permute",
     "compose",
     "fixed_points",
     "identity_permutation",
@@ -170,6 +170,11 @@ def _axis_index(
         parts.append(start + index)
         start += index.size
     return jnp.concatenate(parts)
+
+
+# One compiled program: for small networks, gathers that are dispatched one by one cost more than what a
+# matching or a sweep computes with the result.
+compiled_permute = jax.jit(permute, static_argnums=0)
 
 
 def _reorder_indexed(

@@ -15,7 +15,7 @@ are left as they are.
 *BatchNorm* in evaluation only scales and shifts channels, so that Y is what it puts out, as in the authors'
 code: mean and deviation, β and |γ| at the ends, are brought between those of the ends, and the running
 statistics that an interpolated network happens to have cancel. New ones in place of REPAIR are much the same
-and cost less, but leave layers without BatchNorm alone, and move the ends: see `rebasin.norms`.
+and cost less, but leave layers without BatchNorm alone, and move the ends: see `rebasin.batchnorm`.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,12 +25,12 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
+from rebasin.batches import Batches, batch_shapes, check_examples, map_batches
 from rebasin.errors import InferenceError
 from rebasin.spec import PermutationSpec
-from rebasin.tracing.evaluation import bind, evaluate
+from rebasin.tracing.evaluate import bind, evaluate
 from rebasin.tracing.program import Address, Program, Static, trace_program
 from rebasin.tracing.sites import Layer, find_layers
-from rebasin.tracing.streaming import Batches, batch_shapes, check_examples, map_batches
 from rebasin.trees import check_finite, check_same_shapes
 
 __all__ = ["Correction", "Repair", "build_repair"]

@@ -13,6 +13,8 @@ __all__ = [
     "LeafPredicate",
     "check_finite",
     "check_same_shapes",
+    "distance",
+    "inner_product",
     "interpolate",
     "is_below",
     "is_weight",
@@ -107,6 +109,45 @@ def interpolate(params_a: Any, params_b: Any, alpha: Any, *, predicate: LeafPred
         return jnp.where(jnp.asarray(alpha) >= 0.5, a, b)
 
     return map_leaves(mix, params_a, params_b)
+
+
+def inner_product(params_a: Any, params_b: Any, *, predicate: LeafPredicate = is_weight) -> float:
+    """Return ⟨A, B⟩ over the leaves that count, summed in float64.
+
+    Args:
+      params_a: tree of A.
+      params_b: tree of B, with the leaves and shapes of A.
+      predicate: ``(path, leaf) -> bool``, the leaves that count; by default the weights.
+
+    Examples:
+      >>> inner_product({"w": np.array([1.0, 2.0])}, {"w": np.array([3.0, 4.0])})
+      11.0
+    """
+    a, b = leaf_table(params_a), leaf_table(params_b)
+    products = (np.multiply(a[path], b[path], dtype=np.float64) for path in a if predicate(path, a[path]))
+    return sum(float(np.sum(product)) for product in products)
+
+
+def distance(params_a: Any, params_b: Any, *, predicate: LeafPredicate = is_weight) -> float:
+    """Return the Euclidean distance ‖A − B‖ over the leaves that count, summed in float64.
+
+    Running statistics, counters and optimiser state are not part of it: they follow from the data and from
+    the weights, and would otherwise dominate the distance between networks with BatchNorm.
+
+    Args:
+      params_a: tree of A.
+      params_b: tree of B, with the leaves and shapes of A.
+      predicate: ``(path, leaf) -> bool``, the leaves that count; by default the weights.
+
+    Examples:
+      >>> a = {"w": np.array([3.0, 0.0]), "batch_stats": {"mean": np.array(100.0)}}
+      >>> b = {"w": np.array([0.0, 4.0]), "batch_stats": {"mean": np.array(0.0)}}
+      >>> distance(a, b)
+      5.0
+    """
+    a, b = leaf_table(params_a), leaf_table(params_b)
+    differences = (np.subtract(a[p], b[p], dtype=np.float64) for p in a if predicate(p, a[p]))
+    return float(np.sqrt(sum(float(np.sum(np.square(difference))) for difference in differences)))
 
 
 def check_same_shapes(

@@ -187,8 +187,8 @@ def test_averages_and_merges_refuse_what_cannot_work():
         merge([trees[0], narrow])
     with pytest.raises(ConfigError, match="merging needs at least two networks, got 1"):
         merge(trees[:1])
-    with pytest.raises(ConfigError, match="max_sweeps must be at least 1, got 0"):
-        rebasin.merge_many(SPEC, trees, key=KEY, max_sweeps=0)
+    with pytest.raises(ConfigError, match="max_iterations must be at least 1, got 0"):
+        rebasin.merge_many(SPEC, trees, key=KEY, max_iterations=0)
     broken = {**trees[2], "up": trees[2]["up"].at[0, 0].set(jnp.nan)}
     with pytest.raises(NonFiniteError, match="network 2 is not finite:\n  up: 1 NaN"):
         merge([*trees[:2], broken])

@@ -39,7 +39,7 @@ def test_wheel_in_an_empty_environment(tmp_path):
     with zipfile.ZipFile(wheel) as file:
         names = set(file.namelist())
     sources = {str(path.relative_to(ROOT)) for path in ROOT.glob("rebasin/**/*.py")}
-    assert sources | {"rebasin/digits.npz", "rebasin/py.typed"} == {
+    assert sources | {"rebasin/training/digits.npz", "rebasin/py.typed"} == {
         n for n in names if n.startswith("rebasin/")
     }
 

@@ -20,8 +20,7 @@ import itertools
 from collections.abc import Iterable, Sequence
 
 from rebasin.inference.axes import Node
-from rebasin.inference.notes import named_axes
-from rebasin.inference.values import Value
+from rebasin.inference.values import Value, named_axes
 
 __all__ = ["Equations", "find_indices"]
 

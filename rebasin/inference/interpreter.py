@@ -10,9 +10,8 @@ import numpy as np
 from jax.extend import core
 
 from rebasin.inference.axes import Node, pin, pinned
-from rebasin.inference.notes import Number
-from rebasin.inference.registry import Equation, find_rule, prepare
-from rebasin.inference.values import Dims, Value
+from rebasin.inference.rule import Equation, find_rule, prepare
+from rebasin.inference.values import Dims, Number, Value
 from rebasin.spec import NO_RULE
 
 __all__ = ["Locate", "interpret"]

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from rebasin.assignment import maximise_assignment
+from rebasin.matching.assignment import maximise_assignment
+from rebasin.matching.blocks import Piece, Term, inner_product
 from rebasin.matching.insides import Insides
 from rebasin.matching.similarity import Similarity
-from rebasin.matching.terms import Piece, Term, inner_product
 from rebasin.permutation import Permutation
 from rebasin.spec import PermutationSpec
 

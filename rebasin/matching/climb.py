@@ -9,9 +9,9 @@ import numpy as np
 
 from rebasin.errors import ConfigError
 from rebasin.matching.ascent import Ascent
+from rebasin.matching.blocks import Leaves
 from rebasin.matching.exact import exact_optimum
 from rebasin.matching.result import MatchResult
-from rebasin.matching.terms import Leaves
 from rebasin.permutation import Permutation
 from rebasin.spec import PermutationSpec
 from rebasin.trees import LeafPredicate, check_finite, check_same_shapes, leaf_table
@@ -21,12 +21,12 @@ __all__ = ["Start", "check_options", "checked_leaves", "climb"]
 Start: TypeAlias = Literal["depth", "identity"]
 
 
-def check_options(start: Any, max_sweeps: int, restarts: int) -> None:
+def check_options(start: Any, max_iterations: int, restarts: int) -> None:
     """Raises `ConfigError` for a start or a number that cannot work."""
     if not isinstance(start, Mapping) and start not in get_args(Start):
         raise ConfigError(f"unknown start {start!r}; known: 'depth', 'identity', or a permutation")
-    if max_sweeps < 1:
-        raise ConfigError(f"max_sweeps must be at least 1, got {max_sweeps}")
+    if max_iterations < 1:
+        raise ConfigError(f"max_iterations must be at least 1, got {max_iterations}")
     if restarts < 0:
         raise ConfigError(f"restarts must be at least 0, got {restarts}")
 
@@ -63,7 +63,7 @@ def climb(
     start: Start | Permutation,
     *,
     key: jax.Array,
-    max_sweeps: int,
+    max_iterations: int,
     restarts: int,
     began: float,
 ) -> MatchResult:
@@ -82,14 +82,14 @@ def climb(
     else:
         ascent.start(ascent.identity)
         chosen = "identity"
-    history = _sweep(ascent, words, max_sweeps)
+    history = _sweep(ascent, words, max_iterations)
     if chosen == "depth" and ascent.objective < (floor := ascent.value(ascent.identity)):
         ascent.start(ascent.identity, floor)
-        chosen, history = "identity", _sweep(ascent, words, max_sweeps)
+        chosen, history = "identity", _sweep(ascent, words, max_iterations)
     for number in range(restarts):
         if ascent.objective >= ascent.bound - 2 * ascent.rounding:
             break  # B is A in another order, and has been put back
-        history += _perturb(ascent, [*words, number], max_sweeps)
+        history += _perturb(ascent, [*words, number], max_iterations)
     history += _finish_exactly(ascent)
     stats = {"start": chosen, "sweeps": len(history) - 1, "seconds": time.perf_counter() - began}
     return MatchResult(
@@ -101,10 +101,10 @@ def climb(
     )
 
 
-def _sweep(ascent: Ascent, words: list[int], max_sweeps: int) -> list[float]:
+def _sweep(ascent: Ascent, words: list[int], max_iterations: int) -> list[float]:
     """The objective at the start and after each sweep; the order of groups depends on key and sweep alone."""
     history = [ascent.objective]
-    while len(history) <= max_sweeps:
+    while len(history) <= max_iterations:
         # NumPy's generator: that of JAX would be compiled, which takes longer than most ascents.
         order = np.random.default_rng([*words, len(history)]).permutation(len(ascent.groups))
         ascent.sweep(order.tolist())
@@ -114,7 +114,7 @@ def _sweep(ascent: Ascent, words: list[int], max_sweeps: int) -> list[float]:
     return history
 
 
-def _perturb(ascent: Ascent, words: list[int], max_sweeps: int) -> list[float]:
+def _perturb(ascent: Ascent, words: list[int], max_iterations: int) -> list[float]:
     """Forgets two or three coupled groups, assigns them in random order, and sweeps again.
 
     The first is assigned without the others. One alone would be assigned as it was.
@@ -131,7 +131,7 @@ def _perturb(ascent: Ascent, words: list[int], max_sweeps: int) -> list[float]:
     if not changed:
         return []
     ascent.start(found, stale=kept[2].union(changed, *(ascent.neighbours[g] for g in changed)))
-    sweeps = len(_sweep(ascent, words, max_sweeps)) - 1
+    sweeps = len(_sweep(ascent, words, max_iterations)) - 1
     if ascent.objective <= kept[1] + ascent.rounding:
         ascent.permutation, ascent.objective, ascent.stale = kept
     return [ascent.objective] * sweeps

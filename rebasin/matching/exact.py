@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rebasin.matching.terms import Piece
+from rebasin.matching.blocks import Piece
 
 __all__ = ["MAX_STATES", "exact_optimum"]
 

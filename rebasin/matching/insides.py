@@ -5,8 +5,8 @@ from contextlib import AbstractContextManager
 
 import numpy as np
 
+from rebasin.matching.blocks import Term
 from rebasin.matching.similarity import pair_products
-from rebasin.matching.terms import Term
 from rebasin.permutation import Permutation
 from rebasin.spec import PermutationSpec
 

@@ -6,7 +6,7 @@ from typing import Literal, TypeAlias, get_args
 import numpy as np
 
 from rebasin.errors import ConfigError, problem_list
-from rebasin.matching.terms import Leaves, Piece, aligned, iter_pieces
+from rebasin.matching.blocks import Leaves, Piece, aligned, iter_pieces
 from rebasin.spec import PermutationSpec
 from rebasin.trees import is_below
 

@@ -57,7 +57,7 @@ def partial_weight_matching(
     padded = _pad(spec_a or spec, params_a, spec, params_b)
     match = weight_matching(spec, padded, params_b, key=key, **options)
     rows = {group: _rest_in_order(row, narrow[group].shape) for group, row in match.permutation.items()}
-    return MatchResult(rows, match.objective, match.num_sweeps, match.converged, match.stats)
+    return MatchResult(rows, match.objective, match.num_iterations, match.converged, match.stats)
 
 
 def widen(

@@ -15,15 +15,15 @@ class MatchResult:
 
     Attributes:
       permutation: int32 array for each group of the spec; ``permute(spec, permutation, params_b)`` aligns B.
-      objective: the method's objective at the start and after each sweep, float64 ``[num_sweeps + 1]``.
-      num_sweeps: passes over all groups.
+      objective: the method's objective at the start and after each sweep, float64 ``[num_iterations + 1]``.
+      num_iterations: passes over all groups.
       converged: whether the last sweep changed nothing, as opposed to running into the limit.
       stats: counts, seconds and choices made, for the reader; outside equality.
     """
 
     permutation: dict[str, np.ndarray]
     objective: np.ndarray
-    num_sweeps: int
+    num_iterations: int
     converged: bool
     stats: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -34,7 +34,7 @@ class MatchResult:
             self.permutation.keys() == other.permutation.keys()
             and all(np.array_equal(row, other.permutation[group]) for group, row in self.permutation.items())
             and np.array_equal(self.objective, other.objective)
-            and (self.num_sweeps, self.converged) == (other.num_sweeps, other.converged)
+            and (self.num_iterations, self.converged) == (other.num_iterations, other.converged)
         )
 
     __hash__ = None  # type: ignore[assignment]  # it holds arrays
@@ -42,7 +42,7 @@ class MatchResult:
 
 jax.tree_util.register_dataclass(
     MatchResult,
-    data_fields=["permutation", "objective", "num_sweeps", "converged"],
+    data_fields=["permutation", "objective", "num_iterations", "converged"],
     meta_fields=[],
     drop_fields=["stats"],  # timings of two equal results would make two kinds of tree of them
 )

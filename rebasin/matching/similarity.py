@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax import lax
 
-from rebasin.matching.terms import Term
+from rebasin.matching.blocks import Term
 from rebasin.permutation import Permutation
 
 __all__ = ["Similarity", "pair_products"]

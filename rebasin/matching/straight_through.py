@@ -11,13 +11,21 @@ from typing import Any
 
 import jax
 
-from rebasin.matching.checks import check_at_least, check_networks
-from rebasin.matching.losses import LossFn, check_loss, iter_batches, mean_loss, weights_of, with_weights
-from rebasin.matching.relaxation import compiled_permute
+from rebasin.matching.learned import (
+    LossFn,
+    Search,
+    check_loss,
+    check_step,
+    import_optax,
+    iter_batches,
+    mean_loss,
+    weights_of,
+    with_weights,
+)
+from rebasin.matching.method import check_at_least, check_networks
 from rebasin.matching.result import MatchResult
-from rebasin.matching.search import Search, check_step, import_optax
 from rebasin.matching.weights import Start, weight_matching
-from rebasin.permutation import Permutation
+from rebasin.permutation import Permutation, compiled_permute
 from rebasin.spec import PermutationSpec
 from rebasin.trees import LeafPredicate, interpolate, is_weight
 

@@ -32,7 +32,7 @@ def weight_matching(
     *,
     key: jax.Array,
     start: Start | Permutation = "depth",
-    max_sweeps: int = 100,
+    max_iterations: int = 100,
     restarts: int = 1,
     kernel: Kernel = "inner",
     leaf_weights: Mapping[str, float] | None = None,
@@ -62,7 +62,7 @@ def weight_matching(
         assigned by those leaves alone whose other axes are already known; if the ascent from there ends below
         the identity in the objective, it is made from the identity after all. ``"identity"`` is the paper's
         start. A permutation is taken as it is.
-      max_sweeps: limit on the sweeps of each ascent, at least 1.
+      max_iterations: limit on the sweeps of each ascent, at least 1.
       restarts: how often two or three coupled groups, drawn at random, are forgotten, assigned again one
         after the other, and all swept again; the better result is kept. Matrices, similarities and
         compiled programs are shared. More find more: BUILD_NOTES.md has objectives and times.
@@ -103,7 +103,7 @@ def weight_matching(
         [params_b],
         key=key,
         start=start,
-        max_sweeps=max_sweeps,
+        max_iterations=max_iterations,
         restarts=restarts,
         kernel=kernel,
         leaf_weights=leaf_weights,
@@ -118,7 +118,7 @@ def joint_weight_matching(
     *,
     key: jax.Array,
     start: Start | Permutation = "depth",
-    max_sweeps: int = 100,
+    max_iterations: int = 100,
     restarts: int = 1,
     kernel: Kernel = "inner",
     leaf_weights: Mapping[str, float] | None = None,
@@ -137,7 +137,7 @@ def joint_weight_matching(
         partner. All are held on the host at once.
       key: PRNG key for the order of groups and for restarts.
       start: as in `weight_matching`.
-      max_sweeps: as in `weight_matching`.
+      max_iterations: as in `weight_matching`.
       restarts: as in `weight_matching`.
       kernel: as in `weight_matching`.
       leaf_weights: as in `weight_matching`.
@@ -150,7 +150,7 @@ def joint_weight_matching(
       TreeMismatchError: the sequences are empty or differ in length, or two partners differ.
     """
     began = time.perf_counter()
-    check_options(start, max_sweeps, restarts)
+    check_options(start, max_iterations, restarts)
     trees_a, trees_b = list(trees_a), list(trees_b)
     if len(trees_a) != len(trees_b) or not trees_a:
         raise TreeMismatchError(
@@ -172,7 +172,7 @@ def joint_weight_matching(
     if isinstance(start, Mapping):
         check_permutation(spec, trees_a[0], start)
     ascent = Ascent(spec, pieces, identity or {})
-    return climb(ascent, start, key=key, max_sweeps=max_sweeps, restarts=restarts, began=began)
+    return climb(ascent, start, key=key, max_iterations=max_iterations, restarts=restarts, began=began)
 
 
 def weight_matchings(

@@ -15,7 +15,7 @@ from rebasin.axis import Axis, Factor, SizedFactor
 from rebasin.errors import InferenceError, problem_list
 from rebasin.inference.axes import Node, concatenate, pin, pinned, product
 from rebasin.inference.interpreter import interpret
-from rebasin.inference.registry import Value
+from rebasin.inference.rule import Value
 from rebasin.spec import PermutationSpec
 from rebasin.trees import leaf_table
 

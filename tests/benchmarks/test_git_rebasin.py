@@ -51,18 +51,18 @@ def test_one_group_is_brute_force_and_scipy(seed):
     )
     assert row.tolist() == linear_sum_assignment(similarity, maximize=True)[1].tolist()
     # The second sweep finds nothing better, and only then does the loop know.
-    assert (match.num_sweeps, match.num_assignments) == (2, 2)
+    assert (match.num_iterations, match.num_assignments) == (2, 2)
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_objective_never_falls_and_no_group_can_do_better(seed):
     spec, a, b = networks(Architecture(MLP((12,) * 5, 3), (1, 1, 1, 5)), seed)
     match = git_rebasin_matching(spec, a, b, key=KEY)
-    assert 2 < match.num_sweeps < 100
-    assert match.num_assignments == match.num_sweeps * len(spec.groups)
+    assert 2 < match.num_iterations < 100
+    assert match.num_assignments == match.num_iterations * len(spec.groups)
     # The order of groups depends on the key alone, so a shorter run is the beginning of a longer one.
     objective = [inner_product(a, b)]
-    objective += [reached(spec, a, b, max_sweeps=n) for n in range(1, match.num_sweeps + 1)]
+    objective += [reached(spec, a, b, max_iterations=n) for n in range(1, match.num_iterations + 1)]
     assert (np.diff(objective) >= -1e-5 * objective[-1]).all()
     assert objective[1] < objective[-1]
     assert objective[-1] == pytest.approx(objective[-2], rel=1e-6)

@@ -6,9 +6,9 @@ import numpy as np
 from benchmarks.repair_bench import METHODS, UNALIGNED, VARIANTS, Bench, report
 from experiments.console import Reporter
 from rebasin import models
-from rebasin.data import load_dataset
 from rebasin.models import BatchNorm
-from rebasin.recipes import Recipe
+from rebasin.training.data import load_dataset
+from rebasin.training.recipes import Recipe
 
 
 class Normed(nn.Module):

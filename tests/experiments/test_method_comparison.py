@@ -20,12 +20,12 @@ from experiments.console import Reporter
 from experiments.experiment import Setup
 from experiments.pairs import run_directory
 from experiments.results import Results
-from rebasin.data import load_dataset, normalise
 from rebasin.errors import ConfigError
 from rebasin.models import BatchNorm, build_model
-from rebasin.recipes import build_recipe
-from rebasin.training import build_metrics, classification_metrics
-from rebasin.trajectory import Trajectory
+from rebasin.training.data import load_dataset, normalise
+from rebasin.training.loop import build_metrics, classification_metrics
+from rebasin.training.recipes import build_recipe
+from rebasin.training.trajectory import Trajectory
 
 RECIPE = build_recipe(
     "trajectory", dataset="digits", model="mlp", width=16, epochs=3, warmup_epochs=1, batch_size=32

@@ -8,8 +8,8 @@ from experiments.console import Reporter
 from experiments.networks import Networks
 from experiments.pairs import Pair
 from experiments.results import Results
-from rebasin.data import load_dataset
-from rebasin.recipes import build_recipe
+from rebasin.training.data import load_dataset
+from rebasin.training.recipes import build_recipe
 
 RECIPE = build_recipe(
     "instability", dataset="digits", model="mlp", width=16, epochs=1, warmup_epochs=0, peak_learning_rate=1e-8

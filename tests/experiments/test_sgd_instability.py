@@ -18,12 +18,12 @@ from experiments.networks import child_seed
 from experiments.pairs import run_directory
 from experiments.results import Results
 from experiments.segments import METRICS, Meter
-from rebasin.data import load_dataset
 from rebasin.errors import ConfigError
 from rebasin.models import build_model
-from rebasin.recipes import build_recipe
-from rebasin.training import Start, train
-from rebasin.trajectory import Trajectory
+from rebasin.training.data import load_dataset
+from rebasin.training.loop import Start, train
+from rebasin.training.recipes import build_recipe
+from rebasin.training.trajectory import Trajectory
 
 DIGITS = load_dataset("digits")
 RECIPE = build_recipe("instability", dataset="digits", model="mlp", width=16, epochs=4, batch_size=32)

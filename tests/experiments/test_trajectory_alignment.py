@@ -19,11 +19,11 @@ from experiments.presets import Thresholds
 from experiments.results import Results
 from experiments.segments import METRICS
 from experiments.trajectory_alignment import EXPERIMENT, Config
-from rebasin.data import load_dataset, normalise
 from rebasin.errors import ConfigError
 from rebasin.models import build_model
-from rebasin.recipes import build_recipe
-from rebasin.trajectory import Trajectory
+from rebasin.training.data import load_dataset, normalise
+from rebasin.training.recipes import build_recipe
+from rebasin.training.trajectory import Trajectory
 
 
 def small_config(**changes):

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import X, check, tree
 from jax import lax
-from spec_checks import X, check, tree
 
 from rebasin import Axis, PermutationSpec, infer_spec, verify_spec
 from rebasin.errors import VerificationError

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import X, check, tree
 from jax import lax
-from spec_checks import X, check, tree
 
 import rebasin
 from rebasin import Axis, infer_spec
@@ -245,7 +245,7 @@ def test_a_rule_of_ones_own():
     """A new primitive without a rule pins; with one it does not."""
     from jax.extend.core import Primitive
 
-    from rebasin.inference import registry
+    from rebasin.inference import rule as registry
 
     swirl = Primitive("swirl")
     swirl.def_abstract_eval(lambda x: x)

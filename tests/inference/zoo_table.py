@@ -15,7 +15,7 @@ import numpy as np
 from zoo import ZOO, arrays, sort_key
 
 import rebasin
-from rebasin.blocks import iter_blocks
+from rebasin.axis import iter_blocks
 from rebasin.trees import leaf_table
 
 BUILD_NOTES = pathlib.Path(__file__).parents[2] / "BUILD_NOTES.md"

@@ -10,6 +10,7 @@ from zoo import KEY, ZOO, arrays
 
 import rebasin
 from rebasin import PermutationSpec, activation_matching
+from rebasin.batches import Batches
 from rebasin.errors import (
     ConfigError,
     DataError,
@@ -18,10 +19,9 @@ from rebasin.errors import (
     SpecMismatchError,
     TreeMismatchError,
 )
-from rebasin.matching import responses
+from rebasin.matching import activations as responses
 from rebasin.models import MLP, VGG16, ResNet20, ViT
 from rebasin.tracing.program import Static
-from rebasin.tracing.streaming import Batches
 
 SPEC = PermutationSpec.from_axes({"w": (None, "P0"), "b": ("P0",), "v": ("P0", None)})
 
@@ -41,7 +41,7 @@ def examples(*shape, seed=9):
 
 
 def hidden(tree, x):
-    """The carrier by hand, float64."""
+    """The site by hand, float64."""
     w, b = (np.asarray(tree[name], np.float64) for name in "wb")
     return np.tanh(np.asarray(x, np.float64) @ w + b)
 
@@ -71,7 +71,7 @@ def test_one_layer_is_scipys_optimum(kernel, seed, batch_size):
     np.testing.assert_allclose(match.objective, expected, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(value(matrix, match.permutation["P0"]), best, rtol=1e-4, atol=1e-5)
     assert match.stats["examples"] == 23
-    assert match.stats["passes"] == match.num_sweeps == 1
+    assert match.stats["passes"] == match.num_iterations == 1
     assert match.converged
 
 
@@ -126,11 +126,11 @@ SPECIMENS = [
 ]
 
 
-@pytest.mark.parametrize("carriers", ["last", "all"])
+@pytest.mark.parametrize("sites", ["last", "all"])
 @pytest.mark.parametrize(
     "name", [*SPECIMENS, *(pytest.param(n, marks=pytest.mark.slow) for n in ZOO if n not in SPECIMENS)]
 )
-def test_zoo(name, carriers):
+def test_zoo(name, sites):
     """Planted with the same data: what is reached is the similarity of a network with itself."""
     if name.endswith(("equinox", "haiku")):
         pytest.importorskip(name.rsplit("_", 1)[1])
@@ -141,9 +141,9 @@ def test_zoo(name, carriers):
 
     tree, inputs = arrays(specimen.tree), arrays(specimen.inputs, seed=1)
     spec, moved = planted(function, tree, inputs, state_outputs=specimen.state_outputs)
-    match = activation_matching(spec, tree, moved, function, inputs, carriers=carriers)
+    match = activation_matching(spec, tree, moved, function, inputs, sites=sites)
     rebasin.check_permutation(spec, tree, match.permutation)
-    itself = activation_matching(spec, tree, tree, function, inputs, carriers=carriers)
+    itself = activation_matching(spec, tree, tree, function, inputs, sites=sites)
     np.testing.assert_allclose(match.objective[-1], itself.objective[0], rtol=1e-4)
     assert match.objective[1] >= match.objective[0]
 
@@ -216,8 +216,8 @@ def test_all_carriers_add_up():
     second = [f + np.tanh(f @ np.asarray(t["u"], np.float64)) for f, t in zip(first, (a, b), strict=True)]
     matrices = {"last": similarity("inner", *second)}
     matrices["all"] = matrices["last"] + similarity("inner", *first)
-    for carriers, matrix in matrices.items():
-        match = activation_matching(spec, a, b, residual, x, carriers=carriers, batch_size=8)
+    for sites, matrix in matrices.items():
+        match = activation_matching(spec, a, b, residual, x, sites=sites, batch_size=8)
         best = value(matrix, linear_sum_assignment(matrix, maximize=True)[1])
         np.testing.assert_allclose(match.objective, [np.trace(matrix), best], rtol=1e-4)
 
@@ -273,7 +273,7 @@ def test_two_nets_of_the_same_values_stay():
     ("change", "error", "message"),
     [
         ({"kernel": "cosine"}, ConfigError, "unknown kernel 'cosine'"),
-        ({"carriers": "first"}, ConfigError, "unknown carriers 'first'"),
+        ({"sites": "first"}, ConfigError, "unknown sites 'first'"),
         ({"batch_size": 0}, ConfigError, "batch_size must be at least 1"),
         ({"data": jnp.ones((0, 3))}, DataError, "no examples"),
         ({"data": jnp.full((2, 3), jnp.nan)}, NonFiniteError, "data is not finite"),

@@ -11,7 +11,7 @@ from zoo import KEY, arrays
 import rebasin
 from rebasin import PermutationSpec, apply_metric, covariance_matching
 from rebasin.errors import ConfigError, DataError, InferenceError, NonFiniteError, TreeMismatchError
-from rebasin.matching import metric
+from rebasin.matching import covariance as metric
 from rebasin.models import ResNet20, ViT
 from rebasin.models.convolution import conv_general_dilated
 from rebasin.tracing.program import Static

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 import rebasin
-from rebasin.data import load_dataset, normalise
 from rebasin.matching.registry import METHODS
 from rebasin.models import MLP
-from rebasin.recipes import build_recipe
-from rebasin.training import build_metrics, train
+from rebasin.training.data import load_dataset, normalise
+from rebasin.training.loop import build_metrics, train
+from rebasin.training.recipes import build_recipe
 
 KEY = jax.random.key(0)
 

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import build_case
+from helpers import build_case
 
 import rebasin
 from rebasin.errors import ConfigError, DataError, NonFiniteError, PermutationError, TreeMismatchError
@@ -61,7 +61,7 @@ def test_the_result_keeps_its_contract(method, name):
     assert tuple(match.permutation) == case.spec.groups
     assert {row.dtype for row in match.permutation.values()} == {np.dtype(np.int32)}
     assert match.objective.dtype == np.float64
-    assert match.objective.shape == (match.num_sweeps + 1,)
+    assert match.objective.shape == (match.num_iterations + 1,)
     assert np.isfinite(match.objective).all()
     assert (np.diff(match.objective) >= 0).all()
     assert isinstance(match.converged, bool)

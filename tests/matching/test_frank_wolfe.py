@@ -5,16 +5,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import build_case, inner_product
+from helpers import build_case, inner_product
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rebasin
 from rebasin import PermutationSpec
 from rebasin.errors import ConfigError, NonFiniteError, PermutationError
-from rebasin.matching.frank_wolfe import _best_step, frank_wolfe_matching, universe_matching
-from rebasin.matching.relaxation import Relaxation
-from rebasin.soft import soft_permute, soften, uniform_soft
+from rebasin.matching.frank_wolfe import Relaxation, _best_step, frank_wolfe_matching, universe_matching
+from rebasin.matching.soft import soft_permute, soften, uniform_soft
 from rebasin.trees import is_weight
 
 KEY = jax.random.key(0)
@@ -157,12 +156,12 @@ def test_the_history_of_steps():
 
 def test_options_are_checked():
     a = draw(0)
-    with pytest.raises(ConfigError, match="max_sweeps must be at least 1, got 0"):
-        frank_wolfe_matching(SPEC, a, a, max_sweeps=0)
+    with pytest.raises(ConfigError, match="max_iterations must be at least 1, got 0"):
+        frank_wolfe_matching(SPEC, a, a, max_iterations=0)
     with pytest.raises(ConfigError, match="tolerance must be at least 0, got -1"):
         frank_wolfe_matching(SPEC, a, a, tolerance=-1)
-    one = frank_wolfe_matching(SPEC, a, draw(1), max_sweeps=1)
-    assert (one.num_sweeps, len(one.objective)) == (1, 2)
+    one = frank_wolfe_matching(SPEC, a, draw(1), max_iterations=1)
+    assert (one.num_iterations, len(one.objective)) == (1, 2)
 
 
 def test_a_spec_without_groups_has_nothing_to_do():

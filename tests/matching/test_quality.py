@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 import rebasin
 from rebasin import PermutationSpec
 from rebasin.errors import ConfigError, TreeMismatchError
+from rebasin.matching.blocks import Term, iter_pieces
 from rebasin.matching.exact import exact_optimum
-from rebasin.matching.terms import Term, iter_pieces
 from rebasin.trees import leaf_table
 
 KEY = jax.random.key(0)
@@ -124,7 +124,7 @@ def test_the_optimum_of_small_groups_is_no_lower_than_many_restarts(name, seed):
     match = rebasin.weight_matching(spec, a, b, key=KEY)
     for restart in range(20):
         start = rebasin.random_permutation(spec, a, key=jax.random.key(restart))
-        other = rebasin.weight_matching(spec, a, b, key=KEY, start=start, max_sweeps=1)
+        other = rebasin.weight_matching(spec, a, b, key=KEY, start=start, max_iterations=1)
         assert other.objective[-1] <= match.objective[-1] * (1 + 1e-6)
     aligned = rebasin.permute(spec, match.permutation, b)
     assert sum(np.vdot(a[p], aligned[p]) for p in a) == pytest.approx(match.objective[-1], rel=1e-5)
@@ -195,7 +195,7 @@ def test_planted_permutations_of_residual_networks_are_recovered(blocks, seed):
     b = rebasin.permute(spec, rebasin.random_permutation(spec, a, key=jax.random.key(seed)), a)
     match = rebasin.weight_matching(spec, a, b, key=KEY)
     chex.assert_trees_all_equal(rebasin.permute(spec, match.permutation, b), a)
-    assert (match.num_sweeps, match.stats["certificates"]) == (1, blocks + 1)
+    assert (match.num_iterations, match.stats["certificates"]) == (1, blocks + 1)
 
 
 def test_restarts_never_lose_and_are_deterministic():
@@ -207,8 +207,8 @@ def test_restarts_never_lose_and_are_deterministic():
         first, second = (rebasin.weight_matching(spec, a, b, key=KEY, restarts=8) for _ in range(2))
         assert first == second
         assert (np.diff(first.objective) >= 0).all()
-        assert first.objective[: plain.num_sweeps + 1].tolist() == plain.objective.tolist()
-        assert len(first.objective) == first.num_sweeps + 1
+        assert first.objective[: plain.num_iterations + 1].tolist() == plain.objective.tolist()
+        assert len(first.objective) == first.num_iterations + 1
         aligned = rebasin.permute(spec, first.permutation, b)
         assert sum(np.vdot(a[p], aligned[p]) for p in a) == pytest.approx(first.objective[-1], rel=1e-5)
         gains.append(first.objective[-1] - plain.objective[-1])

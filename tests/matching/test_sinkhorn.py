@@ -6,13 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import build_case, inner_product
+from helpers import build_case, inner_product
 from scipy.special import logsumexp
 
 import rebasin
 from rebasin.errors import ConfigError, NonFiniteError, RebasinError
-from rebasin.matching.plans import _plan_backward, sinkhorn_plan
-from rebasin.matching.sinkhorn import sinkhorn_matching
+from rebasin.matching.sinkhorn import _plan_backward, sinkhorn_matching, sinkhorn_plan
 
 KEY = jax.random.key(0)
 
@@ -77,8 +76,7 @@ def match_case(case, params_b=None, **options):
 
 
 def test_half_of_the_mass_starts_where_the_start_puts_it():
-    from rebasin.matching.plans import sinkhorn_plans
-    from rebasin.matching.sinkhorn import _start
+    from rebasin.matching.sinkhorn import _start, sinkhorn_plans
     from rebasin.trees import is_weight
 
     case = build_case("mlp")

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import build_case
+from helpers import build_case
 
 import rebasin
 from rebasin.errors import ConfigError, NonFiniteError, RebasinError
@@ -45,7 +45,7 @@ def test_it_learns_what_weight_matching_does_not_find():
         midpoint_loss(case, weights.permutation, case.params_b), rel=1e-5
     )
     assert match.objective[-1] > match.objective[0]
-    assert 1 < match.stats["evaluations"] <= match.num_sweeps + 1
+    assert 1 < match.stats["evaluations"] <= match.num_iterations + 1
 
 
 def test_the_first_gradient_is_half_of_the_midpoints():

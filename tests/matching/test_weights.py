@@ -69,7 +69,7 @@ def test_planted_permutation_of_a_deep_chain_is_recovered_from_the_depth_start(s
     b = rebasin.permute(spec, rebasin.random_permutation(spec, a, key=jax.random.key(seed)), a)
     match = rebasin.weight_matching(spec, a, b, key=KEY)
     chex.assert_trees_all_equal(rebasin.permute(spec, match.permutation, b), a)
-    assert match.num_sweeps == 1  # nothing is left to do after the first pass
+    assert match.num_iterations == 1  # nothing is left to do after the first pass
 
 
 @given(st.integers(0, 10**6))
@@ -106,7 +106,7 @@ def test_objective_never_falls_and_is_the_inner_product(seed, start):
     )
     match = rebasin.weight_matching(spec, a, b, key=KEY, start=start)
     assert (np.diff(match.objective) >= 0).all()
-    assert len(match.objective) == match.num_sweeps + 1
+    assert len(match.objective) == match.num_iterations + 1
     assert match.objective[-1] >= inner_product(a, b)  # never worse than not permuting
     moved = rebasin.permute(spec, match.permutation, b)
     np.testing.assert_allclose(match.objective[-1], inner_product(a, moved), rtol=1e-5)
@@ -190,7 +190,7 @@ def test_zeros_and_ties_and_width_one(start):
     zeros = jax.tree.map(jnp.zeros_like, chain_tree(0, [3, 6, 1, 2]))
     match = rebasin.weight_matching(spec, zeros, zeros, key=KEY, start=start)
     assert match.converged
-    assert match.objective.tolist() == [0.0] * (match.num_sweeps + 1)
+    assert match.objective.tolist() == [0.0] * (match.num_iterations + 1)
     ones = jax.tree.map(jnp.ones_like, zeros)
     assert rebasin.weight_matching(spec, ones, ones, key=KEY, start=start).converged
 
@@ -219,11 +219,11 @@ def test_state_does_not_count():
 def test_a_given_start_and_its_limit_on_sweeps():
     spec, a, b = chain_spec(3), chain_tree(0, [6, 20, 20, 20, 3]), chain_tree(1, [6, 20, 20, 20, 3])
     start = rebasin.random_permutation(spec, a, key=KEY)
-    match = rebasin.weight_matching(spec, a, b, key=KEY, start=start, max_sweeps=1, restarts=0)
+    match = rebasin.weight_matching(spec, a, b, key=KEY, start=start, max_iterations=1, restarts=0)
     np.testing.assert_allclose(
         match.objective[0], inner_product(a, rebasin.permute(spec, start, b)), rtol=1e-6
     )
-    assert (match.num_sweeps, match.converged, match.stats["start"]) == (1, False, "given")
+    assert (match.num_iterations, match.converged, match.stats["start"]) == (1, False, "given")
     again = rebasin.weight_matching(spec, a, b, key=KEY, start=match.permutation)
     assert again.objective[0] == pytest.approx(match.objective[-1])
     with pytest.raises(PermutationError, match=r"group 'P0': missing"):
@@ -247,8 +247,8 @@ def test_bad_input_is_refused():
         ConfigError, match=r"unknown start 'random'; known: 'depth', 'identity', or a permutation"
     ):
         rebasin.weight_matching(spec, a, a, key=KEY, start="random")
-    with pytest.raises(ConfigError, match="max_sweeps must be at least 1, got 0"):
-        rebasin.weight_matching(spec, a, a, key=KEY, max_sweeps=0)
+    with pytest.raises(ConfigError, match="max_iterations must be at least 1, got 0"):
+        rebasin.weight_matching(spec, a, a, key=KEY, max_iterations=0)
 
 
 def test_groups_of_one_width_share_one_compiled_program():

@@ -11,9 +11,9 @@ from zoo import KEY, ZOO, arrays
 import rebasin
 from rebasin.errors import InferenceError
 from rebasin.models import MLP, VGG16, ResNet20, ViT
-from rebasin.tracing.evaluation import bind, evaluate
+from rebasin.tracing.evaluate import bind, evaluate
 from rebasin.tracing.program import trace_program
-from rebasin.tracing.sites import find_carriers, find_layers
+from rebasin.tracing.sites import find_layers, find_sites
 
 
 def hand_out(address, eqn, operands, extra):
@@ -22,16 +22,16 @@ def hand_out(address, eqn, operands, extra):
 
 
 def carried(spec, function, tree, batch, which="last"):
-    """The values of the carriers of each group, their axes' labels beside them."""
+    """The values of the sites of each group, their axes' labels beside them."""
     program = trace_program(spec, function, tree, batch)
-    carriers = find_carriers(program, spec.groups)
+    sites = find_sites(program, spec.groups)
     if which == "last":
-        carriers = {group: found[-1:] for group, found in carriers.items()}
-    places = {c.address: None for found in carriers.values() for c in found}
+        sites = {group: found[-1:] for group, found in sites.items()}
+    places = {c.address: None for found in sites.values() for c in found}
     run = jax.jit(lambda leaves: evaluate(program.closed, leaves, hand_out, places)[1])
     values = run(jax.tree.leaves((tree, batch)))
-    assert all(values[c.address][c.output].shape == c.shape for found in carriers.values() for c in found)
-    return {group: [values[c.address][c.output] for c in found] for group, found in carriers.items()}
+    assert all(values[c.address][c.output].shape == c.shape for found in sites.values() for c in found)
+    return {group: [values[c.address][c.output] for c in found] for group, found in sites.items()}
 
 
 def flax_case(model, x):
@@ -93,7 +93,7 @@ def test_residual_stream_is_carried_by_every_block():
     outputs = [nn.relu(layers["norm1"]), *(layers[f"blockgroups_0/blocks_{i}"] for i in range(3))]
     same(values[stem], *outputs)
     same(last[stem], outputs[-1])
-    # The last group of blocks ends in a mean over positions: its carrier has all positions still.
+    # The last group of blocks ends in a mean over positions: its site has all positions still.
     (final,) = [
         found
         for found in last.values()
@@ -231,7 +231,7 @@ def test_while_loop_is_carried_by_its_last_step():
 
 
 def test_statistics_of_norms_and_softmax_are_no_reading():
-    """With all carriers: pre-norm values and scores, which only statistics reduce, are not among them."""
+    """With all sites: pre-norm values and scores, which only statistics reduce, are not among them."""
 
     def apply(tree, x):
         h = x @ tree["w"]
@@ -331,9 +331,9 @@ def test_zoo_has_carriers_and_its_outputs_stay(name):
         specimen.function, specimen.tree, *specimen.inputs, state_outputs=specimen.state_outputs
     )
     program = trace_program(spec, function, tree, inputs)
-    carriers = find_carriers(program, spec.groups)
-    assert all(carriers.values())
-    places = {c.address: None for found in carriers.values() for c in found}
+    sites = find_sites(program, spec.groups)
+    assert all(sites.values())
+    places = {c.address: None for found in sites.values() for c in found}
 
     @jax.jit
     def both(tree, inputs):

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from rebasin.inference.axes import Node, factor, pin, pinned, product, unite
-from rebasin.inference.registry import Equation, register_rule
+from rebasin.inference.rule import Equation, register_rule
 from rebasin.inference.values import Dims, Value
 
 

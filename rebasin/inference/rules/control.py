@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rebasin.inference.axes import pinned, unite
-from rebasin.inference.registry import Equation, keeps_folds, reads_notes, register_rule
+from rebasin.inference.rule import Equation, keeps_folds, reads_notes, register_rule
 from rebasin.inference.values import Dims, Value
 
 _CHANGES = "the loop changes the factors of a value"

@@ -5,9 +5,8 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 
 from rebasin.inference.axes import Node, pin, pinned, unite
-from rebasin.inference.notes import NEVER, Never, Note, Number, Positions
-from rebasin.inference.registry import Equation, reads_notes, register_rule
-from rebasin.inference.values import Dims, Value
+from rebasin.inference.rule import Equation, reads_notes, register_rule
+from rebasin.inference.values import NEVER, Dims, Never, Note, Number, Positions, Value
 
 # fmt: off
 _UNARY = [

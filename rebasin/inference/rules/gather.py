@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 
 from rebasin.inference.axes import Node, pin, pinned, unite
-from rebasin.inference.notes import Components, Note, Positions
-from rebasin.inference.registry import Equation, reads_notes, register_rule
-from rebasin.inference.values import Dims, Value
+from rebasin.inference.rule import Equation, reads_notes, register_rule
+from rebasin.inference.values import Components, Dims, Note, Positions, Value
 
 
 @register_rule("gather")

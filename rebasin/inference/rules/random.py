@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from rebasin.inference.axes import Node, pin, pinned, unite
-from rebasin.inference.registry import Equation, register_rule
+from rebasin.inference.rule import Equation, register_rule
 from rebasin.inference.values import Dims
 
 _DIFFER = "random numbers differ by position; use the model's deterministic mode"

@@ -4,9 +4,8 @@ import math
 from collections.abc import Iterator, Sequence
 
 from rebasin.inference.axes import Node, concatenate, factor, pin, pinned, product, split, unite
-from rebasin.inference.notes import Components, Positions
-from rebasin.inference.registry import Equation, keeps_folds, reads_notes, register_rule
-from rebasin.inference.values import Dims, Fold, Value
+from rebasin.inference.rule import Equation, keeps_folds, reads_notes, register_rule
+from rebasin.inference.values import Components, Dims, Fold, Positions, Value
 
 
 @register_rule("broadcast_in_dim")

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import rebasin
 from rebasin import Axis, PermutationSpec
-from rebasin.soft import assign_matrices, harden, soft_permute, soften, uniform_soft
+from rebasin.matching.soft import assign_matrices, harden, soft_permute, soften, uniform_soft
 
 # Segments, factors, a group on two axes, indices that move, that stay, and that are indexed themselves.
 SPEC = PermutationSpec.from_axes(

@@ -1,4 +1,4 @@
-"""Networks on which every matching method is tried."""
+"""Small networks, random trees and comparisons with hand-made specs, shared by the tests of several rooms."""
 
 import functools
 from collections.abc import Callable
@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import rebasin
+from rebasin import PermutationSpec, infer_spec, verify_spec
 from rebasin.models import MLP, ViT
 from rebasin.permutation import random_permutation
-from rebasin.spec import PermutationSpec
 
 
 class Case(NamedTuple):
@@ -88,3 +88,21 @@ def inner_product(a: Any, b: Any) -> float:
     """⟨A, B⟩ over all leaves, in float64."""
     pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     return sum(float(np.sum(np.asarray(x, np.float64) * np.asarray(y, np.float64))) for x, y in pairs)
+
+
+X = jnp.asarray(np.random.default_rng(0).normal(size=(5, 3)), jnp.float32)
+
+
+def tree(**shapes):
+    """A flat tree of random float32 leaves."""
+    rng = np.random.default_rng(1)
+    return {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
+
+
+def check(function, params, *inputs, indexed=None, fixed=(), **expected):
+    """Infers, verifies in float64, and compares with the table expected, whatever the groups are called."""
+    spec = infer_spec(function, params, *inputs)
+    verify_spec(spec, function, params, *inputs)
+    wanted = PermutationSpec.from_axes(expected, indexed=indexed, fixed=fixed)
+    assert spec.equivalent(wanted), f"inferred:\n{spec}\nwanted:\n{wanted}"
+    return spec

@@ -12,11 +12,11 @@ import jax
 import numpy as np
 import pytest
 
-from rebasin.data import load_dataset
 from rebasin.errors import TrajectoryError
-from rebasin.recipes import Recipe
-from rebasin.training import Start, train
-from rebasin.trajectory import Trajectory
+from rebasin.training.data import load_dataset
+from rebasin.training.loop import Start, train
+from rebasin.training.recipes import Recipe
+from rebasin.training.trajectory import Trajectory
 
 DIGITS = load_dataset("digits")
 RECIPE = Recipe("digits", "mlp", width=8, epochs=6, num_train=200, batch_size=64, warmup_epochs=1)
@@ -25,9 +25,9 @@ RECIPE = Recipe("digits", "mlp", width=8, epochs=6, num_train=200, batch_size=64
 # events come before each new folder and each rename, which are what Orbax makes a save of.
 KILLED_RUN = """
 import itertools, os, signal, sys
-from rebasin.data import load_dataset
-from rebasin.recipes import Recipe
-from rebasin.training import train
+from rebasin.training.data import load_dataset
+from rebasin.training.recipes import Recipe
+from rebasin.training.loop import train
 
 directory, last = sys.argv[1], int(sys.argv[2])
 counter = itertools.count(1)
@@ -160,7 +160,7 @@ def test_chosen_epochs_are_kept_and_are_those_of_a_whole_run(finished, tmp_path,
     for epoch in sparse:
         chex.assert_trees_all_equal(sparse[epoch], finished[epoch])
     # With a save due at every epoch, one beside the kept ones is there at any time, and none at the end.
-    monkeypatch.setattr("rebasin.training._RESUME_SECONDS", 0.0)
+    monkeypatch.setattr("rebasin.training.loop._RESUME_SECONDS", 0.0)
     seen = []
     folder = tmp_path / "watched"
 
@@ -179,7 +179,7 @@ def test_a_sparse_run_resumes_at_the_same_bits(finished, tmp_path, monkeypatch):
         if epoch == 5:
             raise Killed
 
-    monkeypatch.setattr("rebasin.training._RESUME_SECONDS", 0.0)
+    monkeypatch.setattr("rebasin.training.loop._RESUME_SECONDS", 0.0)
     arguments = {"seed": 0, "directory": tmp_path / "run", "keep": ()}
     with pytest.raises(Killed):
         train(RECIPE, DIGITS, progress=kill, **arguments)

@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 
 from rebasin import models
-from rebasin.data import Split, load_dataset, normalise
 from rebasin.errors import ConfigError, DataError, NonFiniteError, TreeMismatchError
 from rebasin.models import BatchNorm, build_model
-from rebasin.recipes import Recipe
-from rebasin.training import (
+from rebasin.training.data import Split, load_dataset, normalise
+from rebasin.training.loop import (
     Start,
     TrainingData,
     build_epoch,
@@ -23,7 +22,8 @@ from rebasin.training import (
     shuffled_batches,
     train,
 )
-from rebasin.trajectory import Trajectory
+from rebasin.training.recipes import Recipe
+from rebasin.training.trajectory import Trajectory
 
 DIGITS = load_dataset("digits")
 MODEL = build_model("mlp", width=8, num_classes=10)

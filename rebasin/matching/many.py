@@ -19,15 +19,16 @@ class UniverseResult:
     Attributes:
       permutations: one for each network; ``permute(spec, permutations[i], trees[i])`` brings network i into
         the common order.
-      objective: Σ_{i<j} ⟨P_i[θ_i], P_j[θ_j]⟩ at the start and after each sweep, float64 ``[num_sweeps + 1]``.
-      num_sweeps: sweeps or steps.
+      objective: Σ_{i<j} ⟨P_i[θ_i], P_j[θ_j]⟩ at the start and after each iteration, float64
+        ``[num_iterations + 1]``.
+      num_iterations: sweeps or steps.
       converged: whether the last sweep changed nothing, as opposed to running into the limit.
       stats: counts, seconds and choices made, for the reader; outside equality.
     """
 
     permutations: tuple[dict[str, np.ndarray], ...]
     objective: np.ndarray
-    num_sweeps: int
+    num_iterations: int
     converged: bool
     stats: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -49,7 +50,7 @@ class UniverseResult:
                 for p, q in zip(self.permutations, other.permutations, strict=True)
             )
             and np.array_equal(self.objective, other.objective)
-            and (self.num_sweeps, self.converged) == (other.num_sweeps, other.converged)
+            and (self.num_iterations, self.converged) == (other.num_iterations, other.converged)
         )
 
     __hash__ = None  # type: ignore[assignment]  # it holds arrays
@@ -57,7 +58,7 @@ class UniverseResult:
 
 jax.tree_util.register_dataclass(
     UniverseResult,
-    data_fields=["permutations", "objective", "num_sweeps", "converged"],
+    data_fields=["permutations", "objective", "num_iterations", "converged"],
     meta_fields=[],
     drop_fields=["stats"],  # timings of two equal results would make two kinds of tree of them
 )

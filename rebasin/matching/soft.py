@@ -20,8 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rebasin.assignment import maximise_assignment
-from rebasin.blocks import cut, iter_blocks, join
+from rebasin.axis import cut, iter_blocks, join
+from rebasin.matching.assignment import maximise_assignment
 from rebasin.permutation import Permutation
 from rebasin.spec import PermutationSpec
 from rebasin.trees import map_leaves

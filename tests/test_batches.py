@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rebasin.batches import Batches, Sum, check_examples, map_batches, sum_batches
 from rebasin.errors import ConfigError, DataError
-from rebasin.tracing.streaming import Batches, Sum, check_examples, map_batches, sum_batches
 
 
 @given(st.integers(1, 40), st.integers(1, 50))

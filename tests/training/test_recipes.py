@@ -1,7 +1,7 @@
 import pytest
 
 from rebasin.errors import ConfigError
-from rebasin.recipes import REGIMES, Recipe, build_recipe
+from rebasin.training.recipes import REGIMES, Recipe, build_recipe
 
 
 def test_every_bad_field_is_listed():

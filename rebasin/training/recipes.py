@@ -34,7 +34,7 @@ class Recipe:
     The defaults are those of arXiv 2404.06498, App. D.
 
     Attributes:
-      dataset: name of the dataset, as in `rebasin.data`.
+      dataset: name of the dataset, as in `rebasin.training.data`.
       model: name of the architecture, as in `rebasin.models`.
       width: width of the architecture.
       epochs: passes over the training split.

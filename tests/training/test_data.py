@@ -17,9 +17,9 @@ import tensorflow_datasets as tfds
 from hypothesis import given
 from PIL import Image
 
-import rebasin.data
-from rebasin.data import DATASETS, Dataset, Split, load_dataset, normalise
+import rebasin.training.data
 from rebasin.errors import DataError
+from rebasin.training.data import DATASETS, Dataset, Split, load_dataset, normalise
 
 MNIST_SHAPE = (28, 28, 1)
 
@@ -118,7 +118,7 @@ def prepare_command(name, root):
 
 
 def test_digits_are_the_published_images():
-    with np.load(pathlib.Path(rebasin.data.__file__).with_name("digits.npz")) as arrays:
+    with np.load(pathlib.Path(rebasin.training.data.__file__).with_name("digits.npz")) as arrays:
         images, labels = arrays["images"], arrays["labels"]
     assert (images.dtype, images.shape, images.min(), images.max()) == (np.uint8, (1797, 8, 8, 1), 0, 16)
     assert images.sum() == 561718
@@ -147,7 +147,7 @@ def test_digits_split_is_fixed_and_stratified():
 
 def test_digits_splits_are_disjoint_and_complete():
     digits = load_dataset("digits")
-    with np.load(pathlib.Path(rebasin.data.__file__).with_name("digits.npz")) as arrays:
+    with np.load(pathlib.Path(rebasin.training.data.__file__).with_name("digits.npz")) as arrays:
         whole = zip(arrays["images"], arrays["labels"], strict=True)
         expected = sorted((image.tobytes(), int(label)) for image, label in whole)
     halves = [*zip(*digits.train, strict=True), *zip(*digits.test, strict=True)]
@@ -156,7 +156,7 @@ def test_digits_splits_are_disjoint_and_complete():
 
 def test_digits_load_neither_tfds_nor_pillow():
     code = (
-        "import sys; from rebasin.data import load_dataset; load_dataset('digits'); "
+        "import sys; from rebasin.training.data import load_dataset; load_dataset('digits'); "
         "sys.exit(bool({'tensorflow_datasets', 'array_record', 'PIL'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

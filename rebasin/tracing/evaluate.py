@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
 
-from rebasin.inference.registry import find_rule
+from rebasin.inference.rule import find_rule
 from rebasin.inference.rules.control import call
 from rebasin.tracing.program import Address
 

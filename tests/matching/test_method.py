@@ -1,6 +1,6 @@
 import jax
 import pytest
-from cases import build_case
+from helpers import build_case
 
 import rebasin
 from rebasin.errors import ConfigError
@@ -13,8 +13,8 @@ def test_a_name_stands_for_its_function():
     case = build_case("mlp")
     networks = case.spec, case.params_a, case.params_b
     assert rebasin.match(*networks, key=KEY) == rebasin.weight_matching(*networks, key=KEY)
-    by_name = rebasin.match(*networks, "weights", key=KEY, start="identity", max_sweeps=2)
-    assert by_name == rebasin.weight_matching(*networks, key=KEY, start="identity", max_sweeps=2)
+    by_name = rebasin.match(*networks, "weights", key=KEY, start="identity", max_iterations=2)
+    assert by_name == rebasin.weight_matching(*networks, key=KEY, start="identity", max_iterations=2)
 
 
 def test_a_key_is_ignored_by_a_method_without_chance():
@@ -47,5 +47,5 @@ def test_calls_that_cannot_work_are_explained():
         "  key: missing",
         "  learning_speed: not known",
     ]
-    with pytest.raises(ConfigError, match="it needs nothing else; it takes start, max_sweeps"):
+    with pytest.raises(ConfigError, match="it needs nothing else; it takes start, max_iterations"):
         rebasin.match(*networks, "frank_wolfe", data=case.data)

@@ -1,7 +1,7 @@
 import jax
 import numpy as np
 
-from rebasin.augmentation import CROP_PADDING, crop_and_flip, random_crop_and_flip
+from rebasin.training.augmentation import CROP_PADDING, crop_and_flip, random_crop_and_flip
 
 
 def test_crop_and_flip_equals_slicing_one_image_at_a_time():

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
-from rebasin.tracing.streaming import Batches, check_examples, map_batches
+from rebasin.batches import Batches, check_examples, map_batches
 from rebasin.trees import LeafPredicate, check_finite, check_same_shapes, is_weight, leaf_table, map_leaves
 
 __all__ = ["build_norm_reset"]

@@ -14,14 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from rebasin.augmentation import random_crop_and_flip
 from rebasin.compilation import compiler_options
-from rebasin.data import Dataset, Split, normalise
 from rebasin.errors import ConfigError, NonFiniteError, problem_list
 from rebasin.models import build_model
-from rebasin.recipes import Recipe
-from rebasin.records import RunRecord, describe_leaves
-from rebasin.trajectory import Trajectory, open_run
+from rebasin.training.augmentation import random_crop_and_flip
+from rebasin.training.data import Dataset, Split, normalise
+from rebasin.training.recipes import Recipe
+from rebasin.training.trajectory import RunRecord, Trajectory, describe_leaves, open_run
 from rebasin.trees import check_finite, check_same_shapes, leaf_table
 
 __all__ = [
@@ -105,7 +104,7 @@ def train(
       dataset: the data; training inputs are normalised with its `mean` and `std`, also if the recipe takes a
         subset.
       seed: seed of the initialisation, the data order and the augmentation.
-      directory: the run's folder; see `rebasin.trajectory`.
+      directory: the run's folder; see `rebasin.training.trajectory`.
       start: a tree to begin from in place of an initialisation. Its momentum is zero and the learning rate
         goes on at its epoch (as in OpenLTH); then `seed` only sets data order and augmentation.
       keep: epochs to keep on disk; `None` keeps all. The last is always kept. Of the others, one a minute is

@@ -1,0 +1,123 @@
+"""What a matching method is: a frozen value that holds its options and finds a permutation of one network."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import jax
+
+from rebasin.errors import ConfigError, problem_list
+from rebasin.matching.result import MatchResult
+from rebasin.spec import PermutationSpec
+from rebasin.trees import LeafPredicate, check_finite, check_same_shapes, leaf_table
+
+__all__ = ["Method", "build_method", "check_at_least", "check_networks"]
+
+
+class Method:
+    """A matching method together with its options.
+
+    Every method is a subclass in a file of its own, and a frozen dataclass whose fields are its options: so
+    options have one place, and a method can be printed, compared and hashed. A subclass defines `_match`, and
+    checks its options in ``__post_init__``.
+
+    Attributes:
+      name: the name under which `rebasin.match`, `rebasin.align` and the experiments know the method.
+      objective: what the method maximises, for the reader.
+    """
+
+    name: ClassVar[str]
+    objective: ClassVar[str]
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The arguments of `match` that this method cannot do without, beside the spec and the networks."""
+        return ()
+
+    def match(
+        self,
+        spec: PermutationSpec,
+        params_a: Any,
+        params_b: Any,
+        *,
+        key: jax.Array | None = None,
+        apply_fn: Callable[..., Any] | None = None,
+        metrics_fn: Callable[..., Mapping[str, jax.Array]] | None = None,
+        data: Any = None,
+    ) -> MatchResult:
+        """Find a permutation of B that aligns it with A.
+
+        Arguments that the method does not need are ignored, so that all methods can be called alike.
+
+        Args:
+          spec: the symmetries of the networks.
+          params_a: tree of A, which stays.
+          params_b: tree of B, with the leaves, shapes and dtypes of A.
+          key: PRNG key of a method that draws at random.
+          apply_fn: ``(params, *inputs) -> outputs``, the function that `spec` was made for.
+          metrics_fn: ``(params, batch) -> {"loss": [n], …}``, one value for each example.
+          data: a `rebasin.Batch` of arrays ``[n, …]``, or its inputs alone where no labels are needed.
+
+        Returns:
+          The match, never worse than its start in the method's own objective.
+
+        Raises:
+          ConfigError: an argument that the method needs is missing.
+          RebasinError: whatever the method raises; its function's documentation lists it.
+        """
+        given = {"key": key, "apply_fn": apply_fn, "metrics_fn": metrics_fn, "data": data}
+        missing = [f"{name}: missing" for name in self.needs if given[name] is None]
+        if missing:
+            raise ConfigError(
+                problem_list(f"the method {self.name!r} needs {', '.join(self.needs)}:", missing)
+            )
+        return self._match(spec, params_a, params_b, **{name: given[name] for name in self.needs})
+
+    def _match(self, spec: PermutationSpec, params_a: Any, params_b: Any, **needed: Any) -> MatchResult:
+        """Find the permutation; `needed` holds the arguments that `needs` names."""
+        raise NotImplementedError
+
+
+def build_method(method: type[Method], options: Mapping[str, Any]) -> Method:
+    """Make a method from its options.
+
+    Args:
+      method: the class of the method.
+      options: fields of that class.
+
+    Raises:
+      ConfigError: an option is unknown to the method, or has a value that cannot work.
+    """
+    known = list(getattr(method, "__dataclass_fields__", {}))
+    unknown = [f"{name}: not known" for name in options if name not in known]
+    if unknown:
+        takes = ", ".join(known) or "no options"
+        raise ConfigError(problem_list(f"the method {method.name!r} takes {takes}:", unknown))
+    return method(**options)
+
+
+def check_networks(spec: PermutationSpec, trees: Mapping[str, Any], predicate: LeafPredicate) -> None:
+    """Check networks that are to be matched, before anything is computed.
+
+    Args:
+      spec: the symmetries.
+      trees: the tree of each network, by the name that messages call it.
+      predicate: ``(path, leaf) -> bool``, the leaves that count and must be finite.
+
+    Raises:
+      TreeMismatchError: a network differs from the first in leaves, shapes or dtypes.
+      SpecMismatchError: a network does not fit the spec.
+      NonFiniteError: a leaf that counts holds NaN or infinity.
+    """
+    (first, reference), *rest = trees.items()
+    for name, tree in rest:
+        check_same_shapes(reference, tree, names=(first, name))
+    for name, tree in trees.items():
+        spec.group_sizes(tree, name=name)
+        check_finite({p: leaf for p, leaf in leaf_table(tree).items() if predicate(p, leaf)}, name)
+
+
+def check_at_least(least: float, **options: float) -> None:
+    """Raise `ConfigError` for the first option whose value is below `least`."""
+    for name, value in options.items():
+        if not value >= least:
+            raise ConfigError(f"{name} must be at least {least}, got {value}")
