@@ -1,5 +1,6 @@
 """Small networks, random trees and comparisons with hand-made specs, shared by the tests of several rooms."""
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -106,3 +107,30 @@ def check(function, params, *inputs, indexed=None, fixed=(), **expected):
     wanted = PermutationSpec.from_axes(expected, indexed=indexed, fixed=fixed)
     assert spec.equivalent(wanted), f"inferred:\n{spec}\nwanted:\n{wanted}"
     return spec
+
+
+class _Compilations:
+    """Listens to JAX's own count of compilations, which needs no name that is not public."""
+
+    def __init__(self):
+        self.lists = []
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+
+    def _listen(self, event, duration, **details):
+        if event.endswith("backend_compile_duration"):
+            for found in self.lists:
+                found.append(duration)
+
+
+_compilations = functools.cache(_Compilations)
+
+
+@contextlib.contextmanager
+def count_compilations():
+    """Yields a list that gets an entry for every program compiled inside."""
+    found = []
+    _compilations().lists.append(found)
+    try:
+        yield found
+    finally:
+        _compilations().lists.remove(found)

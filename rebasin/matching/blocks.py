@@ -1,4 +1,4 @@
-"""The weights of two networks as matrices whose columns are the units of one group."""
+"""Two networks cut into blocks, and laid out as matrices whose columns are the units of one group."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,28 +11,38 @@ import numpy as np
 from rebasin.axis import Block, iter_blocks
 from rebasin.permutation import Permutation, index_dims
 from rebasin.spec import PermutationSpec
+from rebasin.trees import is_below
 
-__all__ = ["Leaves", "Piece", "Term", "aligned", "inner_product", "iter_pieces"]
+__all__ = [
+    "LeafPairs",
+    "PairBlock",
+    "UnitRows",
+    "lay_out_units",
+    "other_rows",
+    "pair_blocks",
+    "sorted_units",
+    "source_rows",
+]
 
-Leaves: TypeAlias = Mapping[str, tuple[Any, Any]]  # path -> leaf of A, leaf of B
+LeafPairs: TypeAlias = Mapping[str, tuple[Any, Any]]  # path -> leaf of A, leaf of B
 
 
-class Piece(NamedTuple):
-    """The same block of A and of B, with the group of each dimension and the dimensions that index it.
+class PairBlock(NamedTuple):
+    """The same block of a leaf of A and of B, with the group of each dimension.
 
     Attributes:
-      path: the leaf that it was cut from.
-      a: the block of A, of one dimension per factor; float32 at least.
-      b: that of B.
+      path: path name of the leaf that the block was cut from.
+      a: the block of A, with one dimension for each factor; at least float32.
+      b: the block of B.
       labels: the group of each dimension, `None` for one that stays.
-      index: for each dimension those that index it.
+      outer_dims: for each dimension, the dimensions of the outer groups that index its group.
     """
 
     path: str
     a: np.ndarray
     b: np.ndarray
     labels: tuple[str | None, ...]
-    index: tuple[tuple[int, ...], ...]
+    outer_dims: tuple[tuple[int, ...], ...]
 
     @property
     def bound(self) -> float:
@@ -41,41 +51,54 @@ class Piece(NamedTuple):
 
     @property
     def epsilon(self) -> float:
-        """Rounding of a sum of products of the two, relative to `bound`."""
+        """The rounding error of a sum of products of the two, relative to `bound`."""
         return float(np.finfo(self.a.dtype).eps)
 
     def value(self, permutation: Permutation) -> float:
-        """⟨A, P[B]⟩ over this piece, in float64."""
+        """Return ⟨A, P[B]⟩ over this block, in float64."""
         b = self.b
-        for dim in sorted(range(b.ndim), key=lambda d: len(self.index[d])):  # an index before what it indexes
+        # An inner group is indexed by new outer positions, so outer groups are permuted first.
+        for dim in sorted(range(b.ndim), key=lambda d: len(self.outer_dims[d])):
             label = self.labels[dim]
             if label is None or label not in permutation:
                 continue
             rows = np.asarray(permutation[label])
-            if self.index[dim]:
-                b = np.take_along_axis(b, aligned(rows, self.index[dim], dim, b.shape), axis=dim)
+            if self.outer_dims[dim]:
+                b = np.take_along_axis(b, _aligned(rows, self.outer_dims[dim], dim, b.shape), axis=dim)
             elif (rows != np.arange(len(rows))).any():
                 b = np.take(b, rows, axis=dim)
-        return inner_product(self.a, b)
+        return _inner_product(self.a, b)
 
 
-def iter_pieces(spec: PermutationSpec, leaves: Leaves) -> Iterator[Piece]:
-    """The blocks of pairs of leaves, as host arrays; no copy where the leaf is one already.
+def pair_blocks(
+    spec: PermutationSpec, leaves: LeafPairs, leaf_weights: Mapping[str, float]
+) -> Iterator[PairBlock]:
+    """Cut pairs of leaves into blocks on the host, without a copy where a leaf is a host array already.
 
-    On the host, because gathering rows there is a plain copy of memory, while in a compiled program it would
-    be compiled again for every shape.
+    Args:
+      spec: the symmetries.
+      leaves: the leaves that count, of A and of B, by path name.
+      leaf_weights: factors of leaves or of whole subtrees in the objective; of the names that a leaf lies
+        below, the longest decides. A leaf of weight zero is left out.
     """
     for path, axes in spec.leaves:
-        if path not in leaves:
+        if path not in leaves or not (weight := _leaf_weight(path, leaf_weights)):
             continue
-        a, b = (_host(leaf) for leaf in leaves[path])
+        a, b = (_to_host(leaf) for leaf in leaves[path])
+        if weight != 1:
+            a = a * a.dtype.type(weight)
         for block in iter_blocks(axes, a.shape):
-            index = tuple(() if g is None else index_dims(block.labels, g, spec) for g in block.labels)
-            yield Piece(path, _cut(a, block), _cut(b, block), block.labels, index)
+            outer_dims = tuple(() if g is None else index_dims(block.labels, g, spec) for g in block.labels)
+            yield PairBlock(path, _cut(a, block), _cut(b, block), block.labels, outer_dims)
 
 
-def _host(leaf: Any) -> np.ndarray:
-    if getattr(leaf, "dtype", None) == np.float32:  # the everyday case; to ask JAX for the dtype takes longer
+def _leaf_weight(path: str, leaf_weights: Mapping[str, float]) -> float:
+    names = [name for name in leaf_weights if is_below(path, name)]
+    return leaf_weights[max(names, key=len)] if names else 1.0
+
+
+def _to_host(leaf: Any) -> np.ndarray:
+    if getattr(leaf, "dtype", None) == np.float32:  # the usual case; asking JAX for the dtype takes longer
         return np.asarray(leaf)
     dtype = jnp.promote_types(jnp.result_type(leaf), jnp.float32)
     return np.asarray(jax.device_get(leaf)).astype(dtype, copy=False)
@@ -85,91 +108,95 @@ def _cut(leaf: np.ndarray, block: Block) -> np.ndarray:
     return leaf[block.slices].reshape(block.shape)
 
 
-def aligned(rows: np.ndarray, index: tuple[int, ...], dim: int, shape: tuple[int, ...]) -> np.ndarray:
-    """Rows of an indexed group, ``[index…, n]``, with their axes where the piece has them."""
-    dims = (*index, dim)
-    rows = np.transpose(rows, np.argsort(dims))  # they stand in the order of the index
+class UnitRows(NamedTuple):
+    """A block laid out for one of its dimensions: matrices whose columns are the units of that dimension.
+
+    A row is one position of all other dimensions, those of the outer groups first. However the other groups
+    permute B, the permuted matrix is a choice of rows of `b`, so nothing but an index vector ever changes.
+
+    Attributes:
+      block: the block that the rows come from.
+      order: the dimensions of the block in the order of the layout; the last one has the units.
+      batch: sizes of the dimensions of the outer groups.
+      a: matrix of A, ``[batch · k, n]``; a view of the leaf where the units are its last axis.
+      b: matrix of B in B's own order, ``[batch · k, n]``.
+    """
+
+    block: PairBlock
+    order: tuple[int, ...]
+    batch: tuple[int, ...]
+    a: np.ndarray
+    b: np.ndarray
+
+
+def lay_out_units(block: PairBlock, dim: int) -> UnitRows:
+    """Lay out a block for the units of dimension `dim`."""
+    outer = block.outer_dims[dim]
+    others = (d for d in range(block.a.ndim) if d != dim and d not in outer)
+    order = (*outer, *others, dim)
+    shape = block.a.shape
+    a, b = (
+        np.ascontiguousarray(np.transpose(values, order)).reshape(-1, shape[dim])
+        for values in (block.a, block.b)
+    )
+    return UnitRows(block, order, tuple(shape[d] for d in outer), a, b)
+
+
+def other_rows(units: UnitRows, permutation: Permutation) -> tuple[Any, ...]:
+    """Return the permutation of each dimension but that of the units, `None` for one that stays."""
+    labels = (units.block.labels[dim] for dim in units.order[:-1])
+    return tuple(None if label is None else permutation.get(label) for label in labels)
+
+
+def source_rows(units: UnitRows, rows: Sequence[Any]) -> np.ndarray:
+    """Return the row of B's matrix that takes the place of each row once B is permuted.
+
+    Args:
+      units: the layout.
+      rows: the permutations of the other dimensions, as `other_rows` returns them.
+
+    Returns:
+      int32 array ``[batch · k]``.
+    """
+    shape, dims = units.block.a.shape, units.order[:-1]
+    filled = [np.arange(shape[d]) if r is None else np.asarray(r) for d, r in zip(dims, rows, strict=True)]
+    if all(row.ndim == 1 for row in filled):
+        source = np.zeros((), np.int32)
+        for d, row in zip(dims, filled, strict=True):
+            source = np.add.outer(source * np.int32(shape[d]), row.astype(np.int32))
+        return source.reshape(-1)
+    source = np.zeros((1,) * len(shape), np.int32)
+    for d, row in zip(dims, filled, strict=True):
+        outer = units.block.outer_dims[d] if row.ndim > 1 else ()
+        source = source * np.int32(shape[d]) + _aligned(row.astype(np.int32), outer, d, shape)
+    sizes = [1 if d == units.order[-1] else shape[d] for d in units.order]
+    return np.broadcast_to(np.transpose(source, units.order), sizes).reshape(-1)
+
+
+def sorted_units(units: UnitRows) -> tuple[np.ndarray, np.ndarray]:
+    """Return the weights of each unit of A and of B in ascending order, ``[batch, k, n]``.
+
+    No permutation of other groups can change them.
+    """
+    shape = (math.prod(units.batch), -1, units.a.shape[-1])
+    return np.sort(units.a.reshape(shape), axis=1), np.sort(units.b.reshape(shape), axis=1)
+
+
+def _aligned(rows: np.ndarray, outer: tuple[int, ...], dim: int, shape: tuple[int, ...]) -> np.ndarray:
+    """Return the rows of an inner group, ``[outer…, n]``, with their axes where the block has them."""
+    dims = (*outer, dim)
+    rows = np.transpose(rows, np.argsort(dims))
     return rows.reshape([size if d in dims else 1 for d, size in enumerate(shape)])
 
 
-class Term:
-    """One dimension of a piece laid out for products: matrices ``[rows, units]`` of A and of B.
-
-    A row is one position of all other dimensions, those that index the group first. However the other
-    groups permute B, that is a choice of rows, so that nothing but an index vector ever changes.
-
-    Attributes:
-      piece: where it comes from.
-      dim: the dimension whose units are the columns.
-      batch: sizes of the dimensions that index the group.
-      a: matrix of A, ``[batch · k, n]``.
-      b: matrix of B, in B's own order.
-    """
-
-    def __init__(self, piece: Piece, dim: int) -> None:
-        self.piece, self.dim = piece, dim
-        index = piece.index[dim]
-        others = (d for d in range(piece.a.ndim) if d != dim and d not in index)
-        self._order = (*index, *others, dim)
-        shape = piece.a.shape
-        self.batch = tuple(shape[d] for d in index)
-        self.a, self.b = (
-            np.ascontiguousarray(np.transpose(block, self._order)).reshape(-1, shape[dim])
-            for block in (piece.a, piece.b)
-        )
-        self._rows: Sequence[Any] = ()
-        self._sources: np.ndarray | None = None
-
-    def sources(self, permutation: Permutation) -> np.ndarray:
-        """The row of B that stands in each row after permuting; a group without rows stays.
-
-        Returns:
-          int32 array ``[batch · k]``; the same one while the rows of the other groups are the same arrays.
-        """
-        labels = self.piece.labels
-        rows = [None if (label := labels[d]) is None else permutation.get(label) for d in self._order[:-1]]
-        if self._sources is None or any(new is not old for new, old in zip(rows, self._rows, strict=True)):
-            self._rows, self._sources = rows, self._choose(rows)
-        return self._sources
-
-    def _choose(self, rows: Sequence[Any]) -> np.ndarray:
-        """`sources` of the rows of each dimension but the last, in the order of the layout."""
-        shape = self.piece.a.shape
-        dims = self._order[:-1]
-        if all(np.ndim(row) < 2 for row in rows):
-            source = np.zeros((), np.int32)
-            for d, row in zip(dims, rows, strict=True):
-                row = np.arange(shape[d], dtype=np.int32) if row is None else np.asarray(row, np.int32)
-                source = np.add.outer(source * np.int32(shape[d]), row)
-            return source.reshape(-1)
-        source = np.zeros((1,) * len(shape), np.int32)
-        for d, row in zip(dims, rows, strict=True):
-            row = np.arange(shape[d], dtype=np.int32) if row is None else np.asarray(row, np.int32)
-            index = self.piece.index[d] if row.ndim > 1 else ()
-            source = source * np.int32(shape[d]) + aligned(row, index, d, shape)
-        return np.broadcast_to(
-            np.transpose(source, self._order),
-            [1 if d == self.dim else shape[d] for d in self._order],
-        ).reshape(-1)
-
-    def sorted(self) -> tuple[np.ndarray, np.ndarray]:
-        """Each unit's weights in ascending order, which no permutation of other groups can change.
-
-        Returns:
-          Arrays ``[batch, k, n]`` of A and of B.
-        """
-        shape = (math.prod(self.batch), -1, self.a.shape[-1])
-        return np.sort(self.a.reshape(shape), axis=1), np.sort(self.b.reshape(shape), axis=1)
-
-
 def _square(values: np.ndarray) -> float:
-    """‖values‖², to a few digits."""
+    """Return ‖values‖² to a few digits."""
     rows = values.reshape(-1, values.shape[-1]) if values.ndim else values.reshape(1, 1)
     return float(np.vecdot(rows, rows).sum(dtype=np.float64))
 
 
-def inner_product(a: np.ndarray, b: np.ndarray) -> float:
-    """⟨a, b⟩ in float64, without a copy in float64 and without waking the threads of BLAS."""
+def _inner_product(a: np.ndarray, b: np.ndarray) -> float:
+    """Return ⟨a, b⟩ in float64, without a copy in float64 and without waking the threads of BLAS."""
     if a.ndim == 0:
         return float(a) * float(b)
     letters = "abcdefghijklmnopqrstuvwxyz"[: a.ndim]

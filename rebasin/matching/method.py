@@ -1,7 +1,8 @@
 """What a matching method is: a frozen value that holds its options and finds a permutation of one network."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import jax
 
@@ -11,6 +12,9 @@ from rebasin.spec import PermutationSpec
 from rebasin.trees import LeafPredicate, check_finite, check_same_shapes, leaf_table
 
 __all__ = ["Method", "build_method", "check_at_least", "check_networks"]
+
+
+M = TypeVar("M", bound="Method")
 
 
 class Method:
@@ -77,7 +81,7 @@ class Method:
         raise NotImplementedError
 
 
-def build_method(method: type[Method], options: Mapping[str, Any]) -> Method:
+def build_method(method: type[M], options: Mapping[str, Any]) -> M:
     """Make a method from its options.
 
     Args:
@@ -87,7 +91,7 @@ def build_method(method: type[Method], options: Mapping[str, Any]) -> Method:
     Raises:
       ConfigError: an option is unknown to the method, or has a value that cannot work.
     """
-    known = list(getattr(method, "__dataclass_fields__", {}))
+    known = [field.name for field in dataclasses.fields(method)]  # type: ignore[arg-type]
     unknown = [f"{name}: not known" for name in options if name not in known]
     if unknown:
         takes = ", ".join(known) or "no options"

@@ -24,7 +24,8 @@ from rebasin.matching.learned import (
 )
 from rebasin.matching.method import check_at_least, check_networks
 from rebasin.matching.result import MatchResult
-from rebasin.matching.weights import Start, weight_matching
+from rebasin.matching.weights import AscentStart as Start
+from rebasin.matching.weights import weight_matching
 from rebasin.permutation import Permutation, compiled_permute
 from rebasin.spec import PermutationSpec
 from rebasin.trees import LeafPredicate, interpolate, is_weight

@@ -1,4 +1,4 @@
-"""What weight matching promises beyond an ascent: optimum of small groups, symmetry, restarts, batches."""
+"""What weight matching promises beyond an ascent: small groups, symmetry, restarts, many at once."""
 
 import itertools
 
@@ -7,15 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from exact_optimum import exact_optimum
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rebasin
 from rebasin import PermutationSpec
 from rebasin.errors import ConfigError, TreeMismatchError
-from rebasin.matching.blocks import Term, iter_pieces
-from rebasin.matching.exact import exact_optimum
-from rebasin.trees import leaf_table
+from rebasin.matching.blocks import lay_out_units, pair_blocks
+from rebasin.matching.weights import weight_matchings
+from rebasin.trees import inner_product, leaf_table
 
 KEY = jax.random.key(0)
 
@@ -102,6 +103,13 @@ def brute_force(spec, a, b):
     )
 
 
+def optimum(spec, a, b):
+    """The highest objective of all permutations, by elimination of one group after the other."""
+    identity = rebasin.identity_permutation(spec, a)
+    best = exact_optimum(list(pair_blocks(spec, {p: (a[p], b[p]) for p in a}, {})), identity)
+    return None if best is None else inner_product(a, rebasin.permute(spec, best, b))
+
+
 @pytest.mark.parametrize("name", ["chain of three", "recurrent", "three in a leaf", "heads"])
 @pytest.mark.parametrize("seed", range(2))
 def test_brute_force_agrees_where_no_group_has_more_than_four_units(name, seed):
@@ -110,36 +118,33 @@ def test_brute_force_agrees_where_no_group_has_more_than_four_units(name, seed):
         shapes = {"w0": (2, 4), "b0": (4,), "w1": (4, 3), "w2": (3, 3), "w3": (3, 2)}
     spec = PermutationSpec.from_axes(table, indexed=indexed)
     a, b = network(shapes, seed), network(shapes, seed + 50)
-    match = rebasin.weight_matching(spec, a, b, key=KEY)
-    np.testing.assert_allclose(match.objective[-1], brute_force(spec, a, b), rtol=1e-6)
-    assert match.stats["exact"]
+    best = brute_force(spec, a, b)
+    np.testing.assert_allclose(optimum(spec, a, b), best, rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", SMALL)
 @pytest.mark.parametrize("seed", range(3))
-def test_the_optimum_of_small_groups_is_no_lower_than_many_restarts(name, seed):
+def test_the_best_of_many_ascents_is_the_optimum_of_small_groups(name, seed):
     table, shapes, indexed = SMALL[name]
     spec = PermutationSpec.from_axes(table, indexed=indexed)
     a, b = network(shapes, seed), network(shapes, seed + 50)
-    match = rebasin.weight_matching(spec, a, b, key=KEY)
-    for restart in range(20):
-        start = rebasin.random_permutation(spec, a, key=jax.random.key(restart))
-        other = rebasin.weight_matching(spec, a, b, key=KEY, start=start, max_iterations=1)
-        assert other.objective[-1] <= match.objective[-1] * (1 + 1e-6)
-    aligned = rebasin.permute(spec, match.permutation, b)
-    assert sum(np.vdot(a[p], aligned[p]) for p in a) == pytest.approx(match.objective[-1], rel=1e-5)
+    best = optimum(spec, a, b)
+    reached = [rebasin.weight_matching(spec, a, b, key=KEY).objective[-1]]
+    for number in range(30):
+        start = rebasin.random_permutation(spec, a, key=jax.random.key(number))
+        match = rebasin.weight_matching(spec, a, b, key=KEY, start=start, restarts=3)
+        reached.append(match.objective[-1])
+    assert max(reached) <= best * (1 + 1e-6)
+    if name != "recurrent":  # there the objective is quadratic in a group, and no assignment maximises it
+        assert max(reached) == pytest.approx(best, rel=1e-5)
 
 
 def test_the_exact_search_declines_what_is_too_large():
     spec = PermutationSpec.from_axes({"w": (None, "P")})
-    a = {"w": np.ones((2, 7), np.float32)}
-    pieces = list(iter_pieces(spec, {"w": (a["w"], a["w"])}))
-    assert exact_optimum(pieces, rebasin.identity_permutation(spec, a)) is None
+    assert optimum(spec, *[{"w": np.ones((2, 7), np.float32)}] * 2) is None
     # Five groups of four that all meet in one leaf: 24⁵ entries.
     five = PermutationSpec.from_axes({"w": tuple("PQRST")})
-    a = {"w": np.ones((4,) * 5, np.float32)}
-    pieces = list(iter_pieces(five, {"w": (a["w"], a["w"])}))
-    assert exact_optimum(pieces, rebasin.identity_permutation(five, a)) is None
+    assert optimum(five, *[{"w": np.ones((4,) * 5, np.float32)}] * 2) is None
 
 
 def residual(width, blocks):
@@ -152,12 +157,11 @@ def residual(width, blocks):
 
 
 @pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("kernel", ["inner", "cosine"])
-def test_the_order_of_units_of_b_does_not_matter(seed, kernel):
+def test_the_order_of_units_of_b_does_not_matter(seed):
     spec, shapes = residual(16, 3)
     a, b = network(shapes, seed), network(shapes, seed + 100)
     shuffled = rebasin.permute(spec, rebasin.random_permutation(spec, a, key=jax.random.key(seed)), b)
-    first, second = (rebasin.weight_matching(spec, a, x, key=KEY, kernel=kernel) for x in (b, shuffled))
+    first, second = (rebasin.weight_matching(spec, a, x, key=KEY) for x in (b, shuffled))
     assert first.stats["start"] == second.stats["start"] == "depth"
     np.testing.assert_allclose(first.objective, second.objective, rtol=1e-5)
     chex.assert_trees_all_equal(
@@ -253,15 +257,25 @@ def test_one_permutation_for_two_trajectories():
         rebasin.joint_weight_matching(spec, [trees_a[0], wider], [trees_b[0], wider], key=KEY)
 
 
+def test_a_restart_assigns_inner_groups_that_their_outer_group_could_not():
+    """The dimensions of heads meet nothing that is known while the stream is being assigned too."""
+    table, shapes, indexed = SMALL["heads"]
+    spec = PermutationSpec.from_axes(table, indexed=indexed)
+    for seed in range(5):
+        a, b = network(shapes, seed), network(shapes, seed + 50)
+        match = rebasin.weight_matching(spec, a, b, key=KEY, restarts=20)
+        assert (np.diff(match.objective) >= 0).all()
+
+
 def test_many_matchings_at_once_are_those_of_one_after_the_other():
     spec, shapes = residual(24, 3)
     pairs = [(network(shapes, i), network(shapes, i + 50)) for i in range(6)]
-    together = rebasin.weight_matchings(spec, pairs, key=KEY, workers=3, restarts=2)
+    together = weight_matchings(spec, pairs, key=KEY, workers=3, restarts=2)
     apart = [rebasin.weight_matching(spec, a, b, key=KEY, restarts=2) for a, b in pairs]
     assert together == apart
-    assert rebasin.weight_matchings(spec, [], key=KEY) == []
+    assert weight_matchings(spec, [], key=KEY) == []
     with pytest.raises(ConfigError, match="workers must be at least 1, got 0"):
-        rebasin.weight_matchings(spec, pairs, key=KEY, workers=0)
+        weight_matchings(spec, pairs, key=KEY, workers=0)
 
 
 def test_no_more_than_one_copy_of_a_leaf_for_each_group_it_carries():
@@ -269,7 +283,7 @@ def test_no_more_than_one_copy_of_a_leaf_for_each_group_it_carries():
     spec, shapes = residual(24, 2)
     a, b = (jax.tree.map(jnp.asarray, network(shapes, seed)) for seed in (0, 1))
     leaves = {p: (x, leaf_table(b)[p]) for p, x in leaf_table(a).items()}
-    for piece in iter_pieces(spec, leaves):
-        last = Term(piece, piece.a.ndim - 1)
-        assert np.shares_memory(last.a, piece.a)
-        assert np.shares_memory(last.b, piece.b)
+    for block in pair_blocks(spec, leaves, {}):
+        last = lay_out_units(block, block.a.ndim - 1)
+        assert np.shares_memory(last.a, block.a)
+        assert np.shares_memory(last.b, block.b)

@@ -1,3 +1,4 @@
+import functools
 import itertools
 
 import chex
@@ -5,16 +6,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import count_compilations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rebasin
 from rebasin import PermutationSpec
 from rebasin.errors import ConfigError, NonFiniteError, PermutationError, SpecMismatchError, TreeMismatchError
-from rebasin.matching import similarity
-from rebasin.matching.ascent import Ascent
-from rebasin.matching.similarity import Similarity
-from rebasin.trees import is_weight, leaf_table
+from rebasin.matching import ascent, weights
+from rebasin.matching.ascent import lay_out
+from rebasin.matching.blocks import pair_blocks
+from rebasin.matching.weights import WeightMatching
+from rebasin.trees import inner_product, leaf_table
 
 KEY = jax.random.key(0)
 
@@ -36,14 +39,6 @@ def chain_tree(seed, widths):
         }
         for i, (m, n) in enumerate(itertools.pairwise(widths))
     }
-
-
-def inner_product(a, b):
-    """⟨A, B⟩ over all weights, in float64."""
-    a, b = leaf_table(a), leaf_table(b)
-    return sum(
-        np.vdot(np.asarray(a[p], np.float64), np.asarray(b[p], np.float64)) for p in a if is_weight(p, a[p])
-    )
 
 
 def permutations_of(sizes):
@@ -216,7 +211,7 @@ def test_state_does_not_count():
     assert everything.objective[-1] == 162.0
 
 
-def test_a_given_start_and_its_limit_on_sweeps():
+def test_a_given_start_and_its_limit_on_iterations():
     spec, a, b = chain_spec(3), chain_tree(0, [6, 20, 20, 20, 3]), chain_tree(1, [6, 20, 20, 20, 3])
     start = rebasin.random_permutation(spec, a, key=KEY)
     match = rebasin.weight_matching(spec, a, b, key=KEY, start=start, max_iterations=1, restarts=0)
@@ -253,13 +248,16 @@ def test_bad_input_is_refused():
 
 def test_groups_of_one_width_share_one_compiled_program():
     """Whatever their leaves are, in whichever pass, and a second network adds none."""
-    similarity._products.clear_cache()
+    rebasin.weight_matching(chain_spec(1), *(chain_tree(seed, [6, 7, 3]) for seed in (0, 1)), key=KEY)
     widths = [6, 17, 17, 17, 17, 17, 3]
-    spec, a, b = chain_spec(5), chain_tree(0, widths), chain_tree(1, widths)
-    rebasin.weight_matching(spec, a, b, key=KEY)
-    assert similarity._products._cache_size() == 1
-    rebasin.weight_matching(chain_spec(2), *(chain_tree(seed, [9, 17, 17, 2]) for seed in (0, 1)), key=KEY)
-    assert similarity._products._cache_size() == 1
+    a, b = chain_tree(0, widths), chain_tree(1, widths)
+    with count_compilations() as first:
+        rebasin.weight_matching(chain_spec(5), a, b, key=KEY)
+    assert len(first) == 1
+    c, d = (chain_tree(seed, [9, 17, 17, 2]) for seed in (0, 1))
+    with count_compilations() as second:
+        rebasin.weight_matching(chain_spec(2), c, d, key=KEY)
+    assert len(second) == 0
 
 
 def attention_spec():
@@ -270,7 +268,7 @@ def attention_spec():
             "query": ("R", "H", "QK"),
             "key": ("R", "H", "QK"),
             "key_bias": (rebasin.Axis.product(("H", 3), ("QK", 4)),),
-            "value": ("VO", "R", "H"),  # the inside before the head
+            "value": ("VO", "R", "H"),  # the inner group before the head
             "out": ("H", "VO", "R"),
             "gate": ("H",),
             "unembed": ("R", None),
@@ -295,7 +293,7 @@ def attention_tree(seed):
 
 @pytest.mark.parametrize("start", ["depth", "identity"])
 @pytest.mark.parametrize("seed", range(10))
-def test_planted_heads_and_their_insides_are_recovered(seed, start):
+def test_planted_heads_and_their_inner_groups_are_recovered(seed, start):
     spec, a = attention_spec(), attention_tree(seed)
     b = rebasin.permute(spec, rebasin.random_permutation(spec, a, key=jax.random.key(seed)), a)
     match = rebasin.weight_matching(spec, a, b, key=KEY, start=start)
@@ -322,7 +320,7 @@ def test_heads_are_paired_by_their_best_inner_match():
         scores = {}
         for h, k in itertools.product(
             range(3), repeat=2
-        ):  # A's head h against B's head k, insides by brute force
+        ):  # A's head h against B's head k, inner units by brute force
             inside = max(
                 sum(
                     a["up"][:, h, i] @ b["up"][:, k, row[i]] + a["down"][h, i] @ b["down"][k, row[i]]
@@ -337,8 +335,8 @@ def test_heads_are_paired_by_their_best_inner_match():
         np.testing.assert_allclose(match.objective[-1], best, rtol=1e-5)
 
 
-def test_indices_of_indices_are_recovered():
-    """Stacked layers that stay, heads by layer, head dimensions by both, and a second index between."""
+def test_outer_groups_of_outer_groups_are_recovered():
+    """Stacked layers that stay, heads by layer, head dimensions by both, and a second outer group between."""
     spec = PermutationSpec.from_axes(
         {
             "up": ("layer", None, "H", "D"),
@@ -360,39 +358,65 @@ def test_indices_of_indices_are_recovered():
         chex.assert_trees_all_equal(rebasin.permute(spec, match.permutation, b), a)
 
 
-def test_remembered_similarities_take_no_more_than_the_two_networks(monkeypatch):
-    """The float64 similarities of a chain of wide layers are larger than its float32 kernels together."""
-    spec, widths = chain_spec(6), [2, *[24] * 6, 2]
-    a, b = chain_tree(0, widths), chain_tree(1, widths)
+def problem_of(spec, a, b, **options):
+    """What weight matching lays out for two networks."""
+    leaves = {path: (leaf, leaf_table(b)[path]) for path, leaf in leaf_table(a).items()}
+    return lay_out(spec, pair_blocks(spec, leaves, {}), rebasin.identity_permutation(spec, a), **options)
+
+
+@pytest.mark.parametrize("widths", [[2, *[24] * 6, 2], [2, 48, 2, 48, 2]])
+def test_kept_similarities_take_no_more_than_the_two_networks(widths, monkeypatch):
+    """The float64 similarities of wide layers are larger than their float32 kernels together."""
+    spec, a, b = chain_spec(len(widths) - 2), chain_tree(0, widths), chain_tree(1, widths)
     networks = sum(leaf.nbytes for leaf in jax.tree.leaves((a, b)))
-    held, alive, update = [], set(), Similarity.update
+    sizes = {group: 8 * size**2 for group, size in spec.group_sizes(a).items()}
+    kept = problem_of(spec, a, b).kept
+    assert 0 < sum(sizes[group] for group in kept) <= networks < sum(sizes.values())
 
-    def watched(self, *arguments):
-        matrix = update(self, *arguments)
-        alive.add(self)
-        held.append(sum(s.nbytes for s in alive if s._matrix is not None))
-        return matrix
-
-    monkeypatch.setattr(Similarity, "update", watched)
     limited = rebasin.weight_matching(spec, a, b, key=KEY)
-    assert max(held) <= networks < sum(s.nbytes for s in alive)
-
-    monkeypatch.setattr(Ascent, "_make_room", lambda self, group: None)
+    monkeypatch.setattr(weights, "lay_out", functools.partial(lay_out, memory=np.inf))
+    assert problem_of(spec, a, b, memory=np.inf).kept == set(spec.groups)
     chex.assert_trees_all_equal(rebasin.weight_matching(spec, a, b, key=KEY).permutation, limited.permutation)
-    assert max(held) > networks
+    monkeypatch.setattr(weights, "lay_out", functools.partial(lay_out, memory=0))
+    chex.assert_trees_all_equal(rebasin.weight_matching(spec, a, b, key=KEY).permutation, limited.permutation)
 
 
-def test_of_similarities_larger_than_the_networks_one_is_remembered(monkeypatch):
-    spec, widths = chain_spec(3), [2, 48, 2, 48, 2]
-    a, b = chain_tree(0, widths), chain_tree(1, widths)
-    held, alive, update = [], set(), Similarity.update
+@pytest.mark.parametrize("case", ["chain", "attention", "recurrent"])
+def test_rows_gathered_on_the_device_give_the_same_match(case, monkeypatch):
+    """The form for accelerators, which the CPU can run too: similarities agree up to rounding."""
+    if case == "chain":
+        widths = [40, 64, 64, 48, 5]
+        spec, a, b = chain_spec(3), chain_tree(0, widths), chain_tree(1, widths)
+    elif case == "attention":
+        spec, a, b = attention_spec(), attention_tree(0), attention_tree(1)
+    else:
+        spec = PermutationSpec.from_axes({"w": (None, "P"), "recurrent": ("P", "P"), "v": ("P", None)})
+        a, b = (
+            {"w": rng.normal(size=(2, 5)), "recurrent": rng.normal(size=(5, 5)), "v": rng.normal(size=(5, 2))}
+            for rng in map(np.random.default_rng, range(2))
+        )
+    host = rebasin.weight_matching(spec, a, b, key=KEY, restarts=3)
+    monkeypatch.setattr(ascent, "gathers_on_device", lambda: True)
+    assert problem_of(spec, a, b).stacks
+    device = rebasin.weight_matching(spec, a, b, key=KEY, restarts=3)
+    chex.assert_trees_all_equal(device.permutation, host.permutation)
+    np.testing.assert_allclose(device.objective, host.objective, rtol=1e-6)
 
-    def watched(self, *arguments):
-        matrix = update(self, *arguments)
-        alive.add(self)
-        held.append(sum(s._matrix is not None and s.shape[1] == 48 for s in alive))
-        return matrix
 
-    monkeypatch.setattr(Similarity, "update", watched)
-    rebasin.weight_matching(spec, a, b, key=KEY)
-    assert max(held) == 1
+def test_options_are_a_value():
+    method = WeightMatching(restarts=3, leaf_weights={"Dense_0/bias": 2.0})
+    assert method == WeightMatching(restarts=3, leaf_weights=(("Dense_0/bias", 2.0),))
+    assert len({method, WeightMatching(restarts=3, leaf_weights={"Dense_0/bias": 2.0})}) == 1
+    assert "restarts=3" in repr(method)
+    spec, a, b = chain_spec(2), chain_tree(0, [6, 20, 20, 3]), chain_tree(1, [6, 20, 20, 3])
+    by_function = rebasin.weight_matching(spec, a, b, key=KEY, restarts=3, leaf_weights={"Dense_0/bias": 2.0})
+    assert method.match(spec, a, b, key=KEY) == by_function
+    with pytest.raises(ConfigError) as info:
+        rebasin.weight_matching(spec, a, b, key=KEY, max_sweeps=3, kernel="cosine")
+    assert str(info.value).splitlines() == [
+        "the method 'weights' takes start, max_iterations, restarts, leaf_weights, predicate:",
+        "  max_sweeps: not known",
+        "  kernel: not known",
+    ]
+    with pytest.raises(ConfigError, match=r"the method 'weights' needs key:\n  key: missing"):
+        method.match(spec, a, b)

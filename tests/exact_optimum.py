@@ -1,6 +1,6 @@
-"""The exact optimum where all groups are small: every permutation is a state of its group.
+"""The exact optimum where all groups are small, as an oracle: every permutation is a state of its group.
 
-Every piece of the weights then is a table over the states of the few groups that it carries, the objective
+Every block of the weights then is a table over the states of the few groups that it carries, the objective
 is the sum of the tables, and eliminating one group after the other finds its maximum (bucket elimination;
 Bertelè and Brioschi, Nonserial Dynamic Programming, 1972). The time is exponential in the groups that have to
 be looked at together, which are two or three in most networks, not in all of them.
@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rebasin.matching.blocks import Piece
+from rebasin.matching.blocks import PairBlock
 
 __all__ = ["MAX_STATES", "exact_optimum"]
 
@@ -30,12 +30,12 @@ class _Table(NamedTuple):
 
 
 def exact_optimum(
-    pieces: Sequence[Piece], identity: Mapping[str, np.ndarray]
+    blocks: Sequence[PairBlock], identity: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray] | None:
     """The permutation of highest objective, or `None` where there are too many to look at.
 
     Args:
-      pieces: the weights.
+      blocks: the weights.
       identity: rows of every group, ``[index…, n]``.
 
     Returns:
@@ -45,13 +45,13 @@ def exact_optimum(
     counts = {g: math.factorial(shape[-1]) ** math.prod(shape[:-1]) for g, shape in shapes.items()}
     if not counts or max(counts.values()) > MAX_STATES:
         return None
-    carried = [tuple(dict.fromkeys(g for g in p.labels if g in counts)) for p in pieces]
+    carried = [tuple(dict.fromkeys(g for g in p.labels if g in counts)) for p in blocks]
     if any(math.prod(counts[g] for g in groups) > MAX_TABLE for groups in carried):
         return None
     states = {group: _states(shape) for group, shape in shapes.items()}
     tables = [
-        _Table(groups, _tabulate(piece, groups, states))
-        for piece, groups in zip(pieces, carried, strict=True)
+        _Table(groups, _tabulate(block, groups, states))
+        for block, groups in zip(blocks, carried, strict=True)
         if groups
     ]
     best = _eliminate(tables, counts)
@@ -67,19 +67,21 @@ def _states(shape: tuple[int, ...]) -> np.ndarray:
     return np.array(list(choices), np.int32).reshape(-1, *shape)
 
 
-def _tabulate(piece: Piece, groups: tuple[str, ...], states: Mapping[str, np.ndarray]) -> np.ndarray:
-    """⟨A, P[B]⟩ over one piece for every choice of states, float64, one axis for each of `groups`."""
-    rank = piece.a.ndim
+def _tabulate(block: PairBlock, groups: tuple[str, ...], states: Mapping[str, np.ndarray]) -> np.ndarray:
+    """⟨A, P[B]⟩ over one block for every choice of states, float64, one axis for each of `groups`."""
+    rank = block.a.ndim
     names = string.ascii_letters
     new, old = list(names[:rank]), list(names[:rank])  # subscripts of A's dimensions and B's
     state = dict(zip(groups, names[2 * rank :], strict=False))
     terms, operands = [], []
-    for dim, group in enumerate(piece.labels):
+    for dim, group in enumerate(block.labels):
         if group is not None and group in state:
             old[dim] = names[rank + dim]
-            terms.append("".join([state[group], *(new[d] for d in piece.index[dim]), new[dim], old[dim]]))
-            operands.append(np.eye(piece.a.shape[dim])[states[group]])
-    a, b = (np.asarray(block, np.float64) for block in (piece.a, piece.b))
+            terms.append(
+                "".join([state[group], *(new[d] for d in block.outer_dims[dim]), new[dim], old[dim]])
+            )
+            operands.append(np.eye(block.a.shape[dim])[states[group]])
+    a, b = (np.asarray(values, np.float64) for values in (block.a, block.b))
     subscripts = ",".join(["".join(new), "".join(old), *terms]) + "->" + "".join(state.values())
     return np.einsum(subscripts, a, b, *operands, optimize="greedy")
 
