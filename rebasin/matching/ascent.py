@@ -22,7 +22,6 @@ from rebasin.matching.blocks import PairBlock, UnitRows, lay_out_units, other_ro
 from rebasin.matching.similarity import (
     RowStack,
     Similarity,
-    compute_similarity,
     gathers_on_device,
     pair_products,
     sorted_similarity,
@@ -172,7 +171,7 @@ def lay_out(
     layouts = {group: _lay_out_group(group, of_group[group], names[group]) for group in groups}
     constant = sum(block.value({}) for block in every if set(groups).isdisjoint(block.labels))
     bounds = {id(block): block.bound for block in moving}
-    rounding = {id(block): block.epsilon * bounds[id(block)] for block in moving}
+    rounding = {id(block): float(np.finfo(block.a.dtype).eps) * bounds[id(block)] for block in moving}
     return Problem(
         groups=groups,
         outer_groups=outer_groups,
@@ -337,9 +336,11 @@ def _solve(
         inner_rows[inner.name] = inner, rows
         matrix = matrix + values
     current = permutation[group] if free is None else None
-    if current is not None and not inner_rows and _is_optimal(matrix, current):
-        work.certificates += 1
-        return {}, 0.0, corrections
+    if current is not None and not inner_rows:
+        chosen = np.take_along_axis(matrix, current[..., None], axis=-1)[..., 0]
+        if (chosen >= matrix.max(axis=-1)).all():  # every unit is paired with its most similar one
+            work.certificates += 1
+            return {}, 0.0, corrections
     with work.timed("assignment"):
         rows = maximise_assignments(matrix)
     work.assignments += math.prod(rows.shape[:-1])
@@ -373,13 +374,13 @@ def _similarity_of(
     with work.timed("similarity"):
         if alone and not usable:
             return sorted_similarity(layouts, shape).reshape(*rows.shape, -1), 0
-        counted = None if free is None else [any(units is other for other in usable) for units in layouts]
+        names = {id(units) for units in usable}
+        counted = [id(units) in names for units in layouts]
         last = work.similarities.get(group)
-        stack = problem.stacks.get(shape[1])
         if last is None:
-            found = compute_similarity(layouts, shape, permutation, counted=counted, stack=stack)
-        else:
-            found = update_similarity(last, layouts, permutation, counted=counted, stack=stack)
+            last = Similarity(np.zeros((shape[0], shape[1], shape[1])), (None,) * len(layouts), 0)
+        stack = problem.stacks.get(shape[1])
+        found = update_similarity(last, layouts, permutation, counted=counted, stack=stack)
     if group in problem.kept:
         work.similarities[group] = found
     return found.matrix.reshape(*rows.shape, -1), found.corrections
@@ -398,12 +399,6 @@ def _usable(
         if once and all(g in known or g in free for g in labels if g in problem.blocks):
             usable.append(units)
     return usable
-
-
-def _is_optimal(matrix: np.ndarray, rows: np.ndarray) -> bool:
-    """Return whether every unit is paired with its most similar one, so that nothing can be better."""
-    chosen = np.take_along_axis(matrix, rows[..., None], axis=-1)[..., 0]
-    return bool((chosen >= matrix.max(axis=-1)).all())
 
 
 def _match_inner(

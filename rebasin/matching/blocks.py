@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rebasin.axis import Block, iter_blocks
+from rebasin.axis import iter_blocks
 from rebasin.permutation import Permutation, index_dims
 from rebasin.spec import PermutationSpec
 from rebasin.trees import is_below
@@ -47,12 +47,8 @@ class PairBlock(NamedTuple):
     @property
     def bound(self) -> float:
         """‖A‖‖B‖, which ⟨A, P[B]⟩ cannot exceed."""
-        return math.sqrt(_square(self.a) * _square(self.b))
-
-    @property
-    def epsilon(self) -> float:
-        """The rounding error of a sum of products of the two, relative to `bound`."""
-        return float(np.finfo(self.a.dtype).eps)
+        rows = (x.reshape(-1, x.shape[-1]) if x.ndim else x.reshape(1, 1) for x in (self.a, self.b))
+        return math.prod(math.sqrt(np.vecdot(x, x).sum(dtype=np.float64)) for x in rows)
 
     def value(self, permutation: Permutation) -> float:
         """Return ⟨A, P[B]⟩ over this block, in float64."""
@@ -82,19 +78,17 @@ def pair_blocks(
         below, the longest decides. A leaf of weight zero is left out.
     """
     for path, axes in spec.leaves:
-        if path not in leaves or not (weight := _leaf_weight(path, leaf_weights)):
+        names = [name for name in leaf_weights if is_below(path, name)]
+        weight = leaf_weights[max(names, key=len)] if names else 1.0
+        if path not in leaves or weight == 0:
             continue
         a, b = (_to_host(leaf) for leaf in leaves[path])
         if weight != 1:
             a = a * a.dtype.type(weight)
         for block in iter_blocks(axes, a.shape):
             outer_dims = tuple(() if g is None else index_dims(block.labels, g, spec) for g in block.labels)
-            yield PairBlock(path, _cut(a, block), _cut(b, block), block.labels, outer_dims)
-
-
-def _leaf_weight(path: str, leaf_weights: Mapping[str, float]) -> float:
-    names = [name for name in leaf_weights if is_below(path, name)]
-    return leaf_weights[max(names, key=len)] if names else 1.0
+            block_a, block_b = (leaf[block.slices].reshape(block.shape) for leaf in (a, b))
+            yield PairBlock(path, block_a, block_b, block.labels, outer_dims)
 
 
 def _to_host(leaf: Any) -> np.ndarray:
@@ -102,10 +96,6 @@ def _to_host(leaf: Any) -> np.ndarray:
         return np.asarray(leaf)
     dtype = jnp.promote_types(jnp.result_type(leaf), jnp.float32)
     return np.asarray(jax.device_get(leaf)).astype(dtype, copy=False)
-
-
-def _cut(leaf: np.ndarray, block: Block) -> np.ndarray:
-    return leaf[block.slices].reshape(block.shape)
 
 
 class UnitRows(NamedTuple):
@@ -187,12 +177,6 @@ def _aligned(rows: np.ndarray, outer: tuple[int, ...], dim: int, shape: tuple[in
     dims = (*outer, dim)
     rows = np.transpose(rows, np.argsort(dims))
     return rows.reshape([size if d in dims else 1 for d, size in enumerate(shape)])
-
-
-def _square(values: np.ndarray) -> float:
-    """Return ‖values‖² to a few digits."""
-    rows = values.reshape(-1, values.shape[-1]) if values.ndim else values.reshape(1, 1)
-    return float(np.vecdot(rows, rows).sum(dtype=np.float64))
 
 
 def _inner_product(a: np.ndarray, b: np.ndarray) -> float:

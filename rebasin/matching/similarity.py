@@ -31,7 +31,6 @@ __all__ = [
     "RowStack",
     "Similarity",
     "Sources",
-    "compute_similarity",
     "gathers_on_device",
     "pair_products",
     "panel_products",
@@ -106,52 +105,30 @@ def gathers_on_device() -> bool:
     return jax.default_backend() != "cpu"
 
 
-def compute_similarity(
-    layouts: Sequence[UnitRows],
-    shape: tuple[int, int],
-    permutation: Permutation,
-    *,
-    counted: Sequence[bool] | None = None,
-    stack: RowStack | None = None,
-) -> Similarity:
-    """Compute the similarities of one group as a whole.
-
-    Args:
-      layouts: all layouts of the group.
-      shape: number of positions of the outer groups, and of units.
-      permutation: permutations of the other groups; a group without one stays.
-      counted: which layouts count; by default all.
-      stack: the layouts on the device, where rows are gathered there.
-    """
-    nothing = Similarity(np.zeros((shape[0], shape[1], shape[1])), (None,) * len(layouts), 0)
-    return update_similarity(nothing, layouts, permutation, counted=counted, stack=stack)
-
-
 def update_similarity(
     last: Similarity,
     layouts: Sequence[UnitRows],
     permutation: Permutation,
     *,
-    counted: Sequence[bool] | None = None,
+    counted: Sequence[bool],
     stack: RowStack | None = None,
 ) -> Similarity:
-    """Bring similarities up to new permutations of the other groups.
+    """Bring the similarities of one group up to the permutations of the other groups.
 
     Args:
-      last: the similarities so far, of the same layouts. Their matrix is changed in place, and must not be
-        used any more.
-      layouts: as in `compute_similarity`.
-      permutation: as in `compute_similarity`.
-      counted: as in `compute_similarity`.
-      stack: as in `compute_similarity`.
+      last: the similarities so far, of the same layouts; at first a matrix of zeros that contains none. The
+        matrix is changed in place, so `last` must not be used any more.
+      layouts: all layouts of the group.
+      permutation: permutations of the other groups; a group without one stays.
+      counted: which layouts count.
+      stack: the layouts on the device, where rows are gathered there.
 
     Returns:
       The new similarities, by correcting the last ones where that takes fewer products, else computed anew.
     """
-    wanted = counted or [True] * len(layouts)
     sources = tuple(
         _find_sources(units, permutation, before) if use else None
-        for units, before, use in zip(layouts, last.sources, wanted, strict=True)
+        for units, before, use in zip(layouts, last.sources, counted, strict=True)
     )
     batch = len(last.matrix)
     pairs = list(zip(layouts, last.sources, sources, strict=True))
@@ -194,12 +171,12 @@ def _find_sources(units: UnitRows, permutation: Permutation, last: Sources | Non
 def _find_change(units: UnitRows, old: Sources | None, new: Sources, batch: int) -> _Change:
     """Return the rows of a layout that change between two sources, or all where there are no old ones."""
     target = new.rows.reshape(batch, -1)
-    every = np.arange(target.size, dtype=np.int32).reshape(batch, -1)
+    first = np.arange(0, target.size, target.shape[1], dtype=np.int32)[:, None]
     if old is None:
-        return _Change(units, every, target, None)
+        return _Change(units, first + np.arange(target.shape[1], dtype=np.int32), target, None)
     before = old.rows.reshape(batch, -1)
     changed = np.flatnonzero((target != before).any(axis=0))
-    return _Change(units, every[:, changed], target[:, changed], before[:, changed])
+    return _Change(units, first + changed, target[:, changed], before[:, changed])
 
 
 def _add_products(matrix: np.ndarray, changes: Sequence[_Change], stack: RowStack | None) -> None:
@@ -210,32 +187,31 @@ def _add_products(matrix: np.ndarray, changes: Sequence[_Change], stack: RowStac
         rows_a, rows_b, steps = _stacked_indices(stack, changes)
         matrix += np.asarray(_gather_and_multiply(stack.a, stack.b, rows_a, rows_b, steps))
         return
+    batch, n = matrix.shape[:2]
+    length = max(_PANEL_ROWS, _PANEL_VALUES // (batch * n))
     pending: collections.deque[jax.Array] = collections.deque()
-    for start in range(0, sum(change.rows.shape[1] for change in changes), _panel_length(matrix)):
-        pending.append(panel_products(*_gather_panel(changes, start, matrix)))
+    for start in range(0, sum(change.rows.shape[1] for change in changes), length):
+        pending.append(panel_products(*_gather_panel(changes, start, (batch, length, n))))
         if len(pending) > 1:  # the next panel is gathered while this one is multiplied
             matrix += np.asarray(pending.popleft())
     for product in pending:
         matrix += np.asarray(product)
 
 
-def _panel_length(matrix: np.ndarray) -> int:
-    return max(_PANEL_ROWS, _PANEL_VALUES // (matrix.shape[0] * matrix.shape[1]))
-
-
 def _gather_panel(
-    changes: Sequence[_Change], start: int, matrix: np.ndarray
+    changes: Sequence[_Change], start: int, shape: tuple[int, int, int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Gather the rows from `start` of all changes together, filled up with zeros, ``[batch, panel, n]``."""
+    """Gather the rows from `start` of all changes together, filled up with zeros, as panels of one shape."""
+    batch, length, _ = shape
     dtype = np.result_type(*(change.units.a.dtype for change in changes))
     # New arrays for each panel: a product that is still being computed may read the last ones.
-    a, b = np.zeros((2, len(matrix), length := _panel_length(matrix), matrix.shape[-1]), dtype)
+    a, b = np.zeros((2, *shape), dtype)
     first = 0
     for change in changes:
         low, high = max(start - first, 0), min(start + length - first, change.rows.shape[1])
         if low < high:
             part = np.s_[first + low - start : first + high - start]
-            for i in range(len(matrix)):
+            for i in range(batch):
                 np.take(change.units.a, change.rows[i, low:high], axis=0, out=a[i, part], mode="clip")
                 np.take(change.units.b, change.new[i, low:high], axis=0, out=b[i, part], mode="clip")
                 if change.old is not None:

@@ -245,40 +245,35 @@ def _check_and_cut(
         names = (f"trees_a[{number}]", f"trees_b[{number}]") if many else ("params_a", "params_b")
         if number:
             check_same_shapes(trees_a[0], params_a, names=("trees_a[0]", names[0]))
-        leaves = _checked_leaves(spec, params_a, params_b, method.predicate, names)
-        _check_leaf_weights(dict(method.leaf_weights), leaves)
+        leaves = _check_pair(method, spec, params_a, params_b, names)
         blocks += pair_blocks(spec, leaves, dict(method.leaf_weights))
     if isinstance(method.start, Mapping):
         check_permutation(spec, trees_a[0], method.start)
     return blocks
 
 
-def _checked_leaves(
-    spec: PermutationSpec, params_a: Any, params_b: Any, predicate: LeafPredicate, names: tuple[str, str]
+def _check_pair(
+    method: WeightMatching, spec: PermutationSpec, params_a: Any, params_b: Any, names: tuple[str, str]
 ) -> LeafPairs:
     """Return the leaves that count of both networks, after all checks."""
     check_same_shapes(params_a, params_b, names=names)
     spec.group_sizes(params_a, name=names[0])  # and so it fits B
     tables = []
     for tree, name in zip((params_a, params_b), names, strict=True):
-        table = {p: leaf for p, leaf in leaf_table(tree).items() if predicate(p, leaf)}
+        table = {p: leaf for p, leaf in leaf_table(tree).items() if method.predicate(p, leaf)}
         # On the host, where nothing is compiled; the check on the device then says where and how many.
         if not all(np.isfinite(np.asarray(leaf)).all() for leaf in table.values()):
             check_finite(table, name)
         tables.append(table)
     a, b = tables
-    return {path: (leaf, b[path]) for path, leaf in a.items()}
-
-
-def _check_leaf_weights(leaf_weights: Mapping[str, float], paths: Iterable[str]) -> None:
-    paths = list(paths)
     unknown = [
         f"{name!r} names no leaf that counts"
-        for name in leaf_weights
-        if not any(is_below(path, name) for path in paths)
+        for name, _ in method.leaf_weights
+        if not any(is_below(path, name) for path in a)
     ]
     if unknown:
         raise ConfigError(problem_list("leaf_weights cannot work:", unknown))
+    return {path: (leaf, b[path]) for path, leaf in a.items()}
 
 
 def _ascend(
