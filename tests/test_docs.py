@@ -5,6 +5,8 @@ import re
 
 import pytest
 
+import rebasin
+
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = sorted(
     page for folder in (".", "docs", "benchmarks", "experiments") for page in (ROOT / folder).glob("*.md")
@@ -12,6 +14,9 @@ PAGES = sorted(
 
 # Where a name of a file in a page may begin, beside the folder of the page.
 FOLDERS = [ROOT, ROOT / "rebasin"]
+
+# Files that the worked examples of CONTRIBUTING.md make.
+EXAMPLES = {"rebasin/matching/best_of.py", "experiments/distances.py", "experiments/distances_figures.py"}
 
 
 def anchors(page):
@@ -42,7 +47,21 @@ def test_every_file_that_is_named_exists(page):
         pytest.skip("it names files of the past")
     names = re.findall(r"`([\w.-]+(?:/[\w.-]+)+\.(?:py|md|json|txt|yml|toml))`", page.read_text())
     missing = [name for name in names if not any((f / name).exists() for f in (page.parent, *FOLDERS))]
-    assert missing == []
+    assert set(missing) <= EXAMPLES
+
+
+def test_every_test_that_is_named_exists():
+    tests = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    for page in PAGES:
+        for name in re.findall(r"`(test_\w+)`", page.read_text()):
+            assert f"def {name}(" in tests, f"{page_id(page)}: {name}"
+
+
+def test_the_public_names_are_those_of_the_readme():
+    text = (ROOT / "README.md").read_text()
+    table = text[text.index("All public names:") : text.index("## Matching methods")]
+    rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    assert {name for row in rows for name in re.findall(r"`(\w+)`", row)} == set(rebasin.__all__)
 
 
 def test_build_notes_stay_short():
