@@ -24,7 +24,7 @@ from rebasin.inference.values import Dims
 TEST_IMPORTS = """
 import jax
 import jax.numpy as jnp
-from helpers import X, build_case, check, tree
+from helpers import X, build_case, check, random_tree
 import rebasin
 
 def reasons(spec):
@@ -54,7 +54,7 @@ def load_module(monkeypatch, name, code):
 
 def test_the_rule():
     with temporary_rules():
-        run(RULE_IMPORTS + example('@register_rule("fft")'))
+        run(RULE_IMPORTS + example('@register_rule("fft"'))
         tests = run(TEST_IMPORTS + example("def test_a_fourier_transform_over_tokens"))
         for name in [name for name in tests if name.startswith("test_")]:
             tests[name]()
