@@ -24,7 +24,7 @@ test: $(STAMP)  ## the test suite, at most five minutes on two cores
 test-slow: $(STAMP)  ## full widths and many seeds
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m slow
 
-zoo-table: $(STAMP)  ## verify the spec of every architecture of the zoo and write their table in BUILD_NOTES.md
+zoo-table: $(STAMP)  ## verify the spec of every architecture of the zoo and write their table in docs/architectures.md
 	PYTHONPATH=tests/inference $(BIN)/python tests/inference/zoo_table.py
 
 check: $(STAMP)  ## lint, format and types

@@ -1,6 +1,9 @@
-"""The table of architectures in BUILD_NOTES.md; run as a program, it verifies every spec and writes it anew.
+"""The table of docs/architectures.md: what inference finds on every architecture of the zoo.
 
-make zoo-table
+  make zoo-table
+
+Run as a program, it verifies every spec in float64 and writes the table anew. A test compares the table with
+what inference finds today.
 """
 
 import collections
@@ -18,13 +21,13 @@ import rebasin
 from rebasin.axis import iter_blocks
 from rebasin.trees import leaf_table
 
-BUILD_NOTES = pathlib.Path(__file__).parents[2] / "BUILD_NOTES.md"
+ARCHITECTURES = pathlib.Path(__file__).parents[2] / "docs/architectures.md"
 BEGIN, END = "<!-- zoo-table begins -->\n", "<!-- zoo-table ends -->\n"
 HEAD = ["architecture", "groups", "sizes", "moves", "stays put: reason × axes", "ms"]
 
 
 def row(name):
-    """All columns but the last."""
+    """Return the cells of an architecture's row, without its time."""
     specimen = ZOO[name].build()
     spec = _infer(specimen)()
     sizes = sorted(spec.group_sizes(specimen.tree).values(), key=sort_key)
@@ -36,7 +39,7 @@ def row(name):
 
 
 def moving_share(spec, tree):
-    """The part of all numbers in the tree that lie on an axis which moves."""
+    """Return the share of all numbers in a tree that lie on an axis which some group permutes."""
     shapes = {path: np.shape(leaf) for path, leaf in leaf_table(tree).items()}
     moving = total = 0
     for path, axes in spec.leaves:
@@ -48,13 +51,14 @@ def moving_share(spec, tree):
 
 
 def _short(reason):
-    """A reason without its source line and numbers."""
+    """Return the reason of a pin without its source line and numbers."""
     reason = re.sub(r" \([^()]*:\d+\)", "", reason)
     kinds = {r"meets an axis of input \d+": "input", r"reaches an axis of output \d+": "output"}
     return next((short for long, short in kinds.items() if re.fullmatch(long, reason)), reason)
 
 
 def _infer(specimen):
+    """Return a function that infers the spec of a specimen."""
     return functools.partial(
         rebasin.infer_spec,
         specimen.function,
@@ -65,7 +69,7 @@ def _infer(specimen):
 
 
 def _milliseconds(name):
-    """Inference and tracing together, the median of five."""
+    """Return the time of tracing and inference together, the median of five calls."""
     infer = _infer(ZOO[name].build())
     times = []
     for _ in range(5):
@@ -76,6 +80,7 @@ def _milliseconds(name):
 
 
 def _verify(name):
+    """Verify the spec of an architecture in float64, and free what that compiled."""
     specimen = ZOO[name].build()
     tree, inputs = arrays(specimen.tree), arrays(specimen.inputs)
     spec = _infer(specimen)()
@@ -88,19 +93,19 @@ def _line(cells):
 
 
 def section(text):
-    """The rows of the table in a text."""
+    """Return the rows of the table in a text, without its head."""
     return text[text.index(BEGIN) + len(BEGIN) : text.index(END)].strip().splitlines()[2:]
 
 
 def main():
-    """Writes the table."""
+    """Verify every spec and write the table."""
     lines = [_line(HEAD), _line(["---"] * len(HEAD))]
     for name in ZOO:
         _verify(name)
         lines.append(_line([*row(name), _milliseconds(name)]))
-    text = BUILD_NOTES.read_text()
+    text = ARCHITECTURES.read_text()
     begin, end = text.index(BEGIN) + len(BEGIN), text.index(END)
-    BUILD_NOTES.write_text(text[:begin] + "".join(itertools.chain(lines)) + text[end:])
+    ARCHITECTURES.write_text(text[:begin] + "".join(itertools.chain(lines)) + text[end:])
 
 
 if __name__ == "__main__":
