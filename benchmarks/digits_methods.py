@@ -59,11 +59,7 @@ def build_setting() -> Setting:
 
 def print_pairs(setting: Setting) -> None:
     """Barriers, mean over independent pairs ± half of the 95 % interval, errors in percent."""
-
-    def loss_fn(params: Any, batch: Any) -> jax.Array:
-        return setting.metrics_fn(params, batch)["loss"]
-
-    learned = {"loss_fn": loss_fn, "data": setting.train, "key": KEY}
+    learned = {"metrics_fn": setting.metrics_fn, "data": setting.train, "key": KEY}
     rows: dict[str, tuple[str, dict[str, Any]] | None] = {
         "unaligned": None,
         "weights": ("weights", {"key": KEY}),
@@ -100,7 +96,7 @@ def print_sets(setting: Setting) -> None:
     """Merged networks of three to five: means over the sets, with their accuracy in percent."""
     weights = functools.partial(rebasin.weight_matching, key=KEY)
     ways: dict[str, Callable[[Any, Any], rebasin.UniverseResult]] = {
-        "weights to a reference": functools.partial(rebasin.match_to_reference, matcher=weights),
+        "weights to a reference": functools.partial(rebasin.match_to_reference, key=KEY),
         "merge_many": functools.partial(rebasin.merge_many, key=KEY),
         "universe_matching": rebasin.universe_matching,
     }

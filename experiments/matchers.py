@@ -50,20 +50,16 @@ def build_matchers(
     metrics = build_metrics(model, mean, std)
 
     # One function for all pairs of networks, so that it is traced once.
-    def function(variables: Any, batch: jax.Array) -> jax.Array:
-        return model.apply(variables, normalise(batch, mean, std))
-
-    def loss_fn(variables: Any, batch: Any) -> jax.Array:
-        return metrics(variables, batch)["loss"]
+    def apply_fn(variables: Any, images: jax.Array) -> jax.Array:
+        return model.apply(variables, normalise(images, mean, std))
 
     def build(name: str) -> Matcher:
-        method = rebasin.METHODS[name]
-        takes = (*method.needs, *method.options)
+        needs = rebasin.METHODS[name]().needs
         options: dict[str, Any] = {}
-        if "function" in takes:
-            options = {"function": function, "data": examples.images}
-        elif "loss_fn" in takes:
-            options = {"loss_fn": loss_fn, "data": examples}
+        if "apply_fn" in needs:
+            options = {"apply_fn": apply_fn, "data": examples.images}
+        elif "metrics_fn" in needs:
+            options = {"metrics_fn": metrics, "data": examples}
             if num_steps is not None:
                 options["num_steps"] = num_steps
         key = jax.random.key(config.seed)

@@ -14,15 +14,21 @@ from rebasin.landscape import SimplexBarrier, SimplexSurface, build_simplex_swee
 from rebasin.matching.activations import activation_matching
 from rebasin.matching.assignment import maximise_assignment
 from rebasin.matching.covariance import apply_metric, covariance_matching
-from rebasin.matching.frank_wolfe import frank_wolfe_matching, universe_matching
-from rebasin.matching.many import UniverseResult
+from rebasin.matching.frank_wolfe import FrankWolfeMatching, frank_wolfe_matching
+from rebasin.matching.many import (
+    UniverseResult,
+    cycle_error,
+    match_to_reference,
+    merge_many,
+    universe_matching,
+)
 from rebasin.matching.partial import partial_weight_matching, widen
 from rebasin.matching.registry import METHODS, match
 from rebasin.matching.result import MatchResult
-from rebasin.matching.sinkhorn import sinkhorn_matching
-from rebasin.matching.straight_through import straight_through_matching
+from rebasin.matching.sinkhorn import SinkhornMatching, sinkhorn_matching
+from rebasin.matching.straight_through import StraightThroughMatching, straight_through_matching
 from rebasin.matching.weights import joint_weight_matching, weight_matching, weight_matchings
-from rebasin.merging import average, cycle_error, match_to_reference, merge_many
+from rebasin.merging import average
 from rebasin.permutation import (
     FixedPoints,
     Permutation,
@@ -48,6 +54,7 @@ __all__ = [
     "BarrierCurve",
     "Factor",
     "FixedPoints",
+    "FrankWolfeMatching",
     "METHODS",
     "MatchResult",
     "Permutation",
@@ -57,6 +64,8 @@ __all__ = [
     "Repair",
     "SimplexBarrier",
     "SimplexSurface",
+    "SinkhornMatching",
+    "StraightThroughMatching",
     "UniverseResult",
     "activation_matching",
     "apply_metric",

@@ -12,25 +12,27 @@ import numpy as np
 
 import rebasin
 from rebasin import PermutationSpec, infer_spec, verify_spec
+from rebasin.batches import Batch
 from rebasin.models import MLP, ViT
 from rebasin.permutation import random_permutation
 
 
 class Case(NamedTuple):
-    """A model with its spec, and data whose targets are the outputs of network A: A's loss is zero."""
+    """A model with its spec, two networks, and data whose labels are the outputs of network A.
+
+    The loss is the squared difference from the labels, so the loss of A is zero.
+    """
 
     spec: PermutationSpec
-    apply: Callable[[Any, Any], jax.Array]
+    apply_fn: Callable[..., jax.Array]
     params_a: Any
     params_b: Any  # another network
     planted: Any  # A with its units permuted
-    data: dict[str, np.ndarray]
+    data: Batch
 
-    def loss_fn(self, params, batch):
-        return jnp.mean((self.apply(params, batch["x"]) - batch["y"]) ** 2, axis=-1)
-
-    def function(self, params, batch):
-        return self.apply(params, batch["x"])
+    def metrics_fn(self, params, batch):
+        outputs = self.apply_fn(params, batch.inputs)
+        return {"loss": jnp.mean((outputs - batch.labels) ** 2, axis=-1)}
 
 
 class _ResidualBlock(nn.Module):
@@ -80,15 +82,9 @@ def build_case(name: str) -> Case:
     params_a, params_b = draw(), draw()
     spec = rebasin.infer_spec(model.apply, variables, x[:1])
     planted = rebasin.permute(spec, random_permutation(spec, params_a, key=jax.random.key(1)), params_a)
-    apply = jax.jit(model.apply)
-    data = {"x": x, "y": np.asarray(apply(params_a, x))}
-    return Case(spec, apply, params_a, params_b, planted, data)
-
-
-def inner_product(a: Any, b: Any) -> float:
-    """⟨A, B⟩ over all leaves, in float64."""
-    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-    return sum(float(np.sum(np.asarray(x, np.float64) * np.asarray(y, np.float64))) for x, y in pairs)
+    apply_fn = jax.jit(model.apply)
+    data = Batch(x, np.asarray(apply_fn(params_a, x)))
+    return Case(spec, apply_fn, params_a, params_b, planted, data)
 
 
 X = jnp.asarray(np.random.default_rng(0).normal(size=(5, 3)), jnp.float32)

@@ -17,8 +17,7 @@ ROOMS = [
     ["rebasin"],  # the public names of all that follows
     ["rebasin.align"],
     ["rebasin.landscape"],
-    ["rebasin.merging"],
-    ["rebasin.matching", "rebasin.barrier", "rebasin.repair", "rebasin.batchnorm"],
+    ["rebasin.matching", "rebasin.barrier", "rebasin.merging", "rebasin.repair", "rebasin.batchnorm"],
     ["rebasin.tracing"],
     ["rebasin.inference"],
     ["rebasin.permutation"],

@@ -1,24 +1,25 @@
-"""The loss of a network over data, for methods that learn a permutation by it."""
+"""What the methods share that learn a permutation by gradient descent on a loss."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rebasin.batches import check_batch_size, check_data, num_examples, to_batches
+from rebasin.barrier import MetricsFn
+from rebasin.batches import batch_shapes, check_batch_size, check_data, num_examples, to_batches
 from rebasin.errors import DataError, NonFiniteError, RebasinError
-from rebasin.matching.result import MatchResult
+from rebasin.matching.result import MatchResult, same_permutation
 from rebasin.permutation import Permutation
 from rebasin.trees import LeafPredicate, leaf_table, map_leaves
 
 __all__ = [
-    "LossFn",
-    "Search",
-    "check_loss",
+    "LossHistory",
+    "check_metrics",
     "check_step",
     "import_optax",
     "iter_batches",
@@ -28,40 +29,57 @@ __all__ = [
 ]
 
 
-LossFn: TypeAlias = Callable[[Any, Any], jax.Array]  # (params, batch) -> one loss for each example, [n]
+def check_metrics(metrics_fn: MetricsFn, params: Any, data: Any, batch_size: int, *, user: str) -> None:
+    """Check data, batch size and what `metrics_fn` returns, before anything is computed.
 
-
-def check_loss(loss_fn: LossFn, params: Any, data: Any, batch_size: int, *, user: str) -> None:
-    """Checks data, batch size and what `loss_fn` returns, before anything is computed.
+    Args:
+      metrics_fn: ``(params, batch) -> {"loss": [n], …}``.
+      params: a tree that `metrics_fn` takes.
+      data: tree of arrays ``[n, …]``.
+      batch_size: number of examples of a batch.
+      user: name of the function that needs the data, for the message.
 
     Raises:
-      DataError: data are empty or of different lengths, or `loss_fn` does not return one floating number for
-        each example.
+      DataError: the data are empty or of different lengths, or `metrics_fn` does not return a mapping whose
+        "loss" is one floating number for each example.
       ConfigError: `batch_size` is below 1.
     """
     check_data(data, user=user)
     check_batch_size(batch_size)
     size = min(batch_size, num_examples(data))
-    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((size, *np.shape(x)[1:]), jnp.result_type(x)), data)
-    losses = jax.eval_shape(loss_fn, params, batch)
-    is_array = isinstance(losses, jax.ShapeDtypeStruct)
-    if not is_array or losses.shape != (size,) or not jnp.issubdtype(losses.dtype, jnp.floating):
-        got = f"{losses.dtype} array of shape {losses.shape}" if is_array else f"a {type(losses).__name__}"
+    metrics = jax.eval_shape(metrics_fn, params, batch_shapes(data, size))
+    if not isinstance(metrics, Mapping) or "loss" not in metrics:
+        got = f"the keys {list(metrics)}" if isinstance(metrics, Mapping) else _describe(metrics)
+        raise DataError(f'metrics_fn must return a dictionary with the key "loss"; got {got}')
+    losses = metrics["loss"]
+    is_floating = isinstance(losses, jax.ShapeDtypeStruct) and jnp.issubdtype(losses.dtype, jnp.floating)
+    if not is_floating or losses.shape != (size,):
         raise DataError(
-            f"loss_fn must return one loss for each example, a floating array of shape ({size},) "
-            f"for a batch of {size}; got {got}"
+            f'metrics_fn must return one "loss" for each example, a floating array of shape ({size},) '
+            f"for a batch of {size}; got {_describe(losses)}"
         )
 
 
-@functools.partial(jax.jit, static_argnames=("loss_fn", "batch_size"))
-def mean_loss(params: Any, data: Any, *, loss_fn: LossFn, batch_size: int) -> jax.Array:
-    """Mean of `loss_fn` over all data, batch by batch in one compiled pass."""
-    losses = jax.lax.map(lambda batch: loss_fn(params, batch), to_batches(data, batch_size))
+def _describe(value: Any) -> str:
+    """Return what kind of value a function returned, for a message."""
+    if isinstance(value, jax.ShapeDtypeStruct):
+        return f"{value.dtype} array of shape {value.shape}"
+    return f"a {type(value).__name__}"
+
+
+@functools.partial(jax.jit, static_argnames=("metrics_fn", "batch_size"))
+def mean_loss(params: Any, data: Any, *, metrics_fn: MetricsFn, batch_size: int) -> jax.Array:
+    """Return the mean loss over all data, computed batch by batch in one compiled program."""
+    losses = jax.lax.map(lambda batch: metrics_fn(params, batch)["loss"], to_batches(data, batch_size))
     return jnp.mean(losses.reshape(-1)[: num_examples(data)])
 
 
 def iter_batches(key: jax.Array, data: Any, batch_size: int) -> Iterator[Any]:
-    """Shuffled batches without end, of equal size; what does not fill a last batch sits an epoch out."""
+    """Yield shuffled batches of equal size without end.
+
+    Each epoch is a new shuffle of all data. Examples at its end that do not fill a whole batch are left out,
+    since a batch of another size would be compiled separately.
+    """
     n = num_examples(data)
     size = min(batch_size, n)
     epoch = 0
@@ -74,58 +92,83 @@ def iter_batches(key: jax.Array, data: Any, batch_size: int) -> Iterator[Any]:
 
 
 def weights_of(tree: Any, predicate: LeafPredicate) -> dict[str, Any]:
-    """The leaves that count, by path."""
+    """Return the leaves that `predicate` accepts, by path name."""
     return {path: leaf for path, leaf in leaf_table(tree).items() if predicate(path, leaf)}
 
 
 def with_weights(tree: Any, weights: Mapping[str, Any]) -> Any:
-    """The tree with some of its leaves, by path, in place of its own."""
+    """Return the tree with the leaves in `weights`, given by path name, in place of its own."""
     return map_leaves(lambda path, leaf: weights.get(path, leaf), tree)
 
 
-class Search:
-    """Keeps the best of all permutations that a method meets, by their loss.
+@dataclasses.dataclass(frozen=True)
+class LossHistory:
+    """The losses of the permutations that a method has reached, and the best of these permutations.
+
+    A history is never changed: `begin` makes the first one, and `after_step` returns the next.
 
     Attributes:
-      current: the permutation offered last, int32 rows.
+      current: the permutation reached last, int32 rows.
+      best: the permutation with the least loss; the first of several.
+      losses: the loss at the start and after each step.
+      evaluations: how often the loss was computed; it is not computed again for an unchanged permutation.
+      converged: whether the last step left the permutation unchanged; true before the first step.
     """
 
-    def __init__(self, loss: Callable[[Permutation], float], start: Permutation) -> None:
-        self._loss = loss
-        self.current = _rows(start)
-        value = self._evaluate(self.current)
-        self._best, self._best_loss = self.current, value
-        self._losses, self._objective, self._evaluations = [value], [-value], 1
-        self._unchanged = True
+    current: dict[str, np.ndarray]
+    best: dict[str, np.ndarray]
+    losses: tuple[float, ...]
+    evaluations: int
+    converged: bool
 
-    def offer(self, permutation: Permutation) -> None:
-        """Takes the permutation that a step ended at."""
-        rows = _rows(permutation)
-        self._unchanged = all(np.array_equal(row, self.current[group]) for group, row in rows.items())
-        value = self._losses[-1]
-        if not self._unchanged:
-            self.current, value = rows, self._evaluate(rows)
-            self._evaluations += 1
-        if value < self._best_loss:
-            self._best, self._best_loss = rows, value
-        self._losses.append(value)
-        self._objective.append(-self._best_loss)
+    @classmethod
+    def begin(cls, start: Permutation, loss: Callable[[Permutation], float]) -> "LossHistory":
+        """Make the history that holds nothing but the start.
+
+        Raises:
+          NonFiniteError: the loss of the start is NaN or infinite.
+        """
+        rows = _int32_rows(start)
+        return cls(rows, rows, (_finite(loss(rows)),), 1, True)
+
+    def after_step(self, permutation: Permutation, loss: Callable[[Permutation], float]) -> "LossHistory":
+        """Return the history with one more step, which ended at `permutation`.
+
+        Raises:
+          NonFiniteError: the loss of the permutation is NaN or infinite.
+        """
+        rows = _int32_rows(permutation)
+        if same_permutation(rows, self.current):
+            return LossHistory(
+                self.current, self.best, (*self.losses, self.losses[-1]), self.evaluations, True
+            )
+        value = _finite(loss(rows))
+        best = rows if value < min(self.losses) else self.best
+        return LossHistory(rows, best, (*self.losses, value), self.evaluations + 1, False)
 
     def result(self, stats: Mapping[str, Any]) -> MatchResult:
-        """The match, with ``losses`` and ``evaluations`` added to `stats`."""
-        stats = {**stats, "losses": np.array(self._losses), "evaluations": self._evaluations}
-        num_iterations = len(self._objective) - 1
-        return MatchResult(self._best, np.array(self._objective), num_iterations, self._unchanged, stats)
+        """Return the match: the best permutation, and the best objective so far after each step.
 
-    def _evaluate(self, permutation: Permutation) -> float:
-        value = self._loss(permutation)
-        if not math.isfinite(value):
-            raise NonFiniteError(f"the loss between the networks is {value}: nothing can be learned from it")
-        return value
+        ``losses`` and ``evaluations`` are added to `stats`.
+        """
+        losses = np.array(self.losses)
+        objective = np.maximum.accumulate(-losses)
+        stats = {**stats, "losses": losses, "evaluations": self.evaluations}
+        return MatchResult(self.best, objective, len(losses) - 1, self.converged, stats)
+
+
+def _int32_rows(permutation: Permutation) -> dict[str, np.ndarray]:
+    return {group: np.asarray(row, np.int32) for group, row in permutation.items()}
+
+
+def _finite(loss: float) -> float:
+    if not math.isfinite(loss):
+        raise NonFiniteError(f"the loss between the networks is {loss}: nothing can be learned from it")
+    return loss
 
 
 def check_step(step: int, gradient: Mapping[str, Any], loss: Any) -> None:
-    """Raises `NonFiniteError` if the loss of a step, or its gradient in any array, is not finite."""
+    """Raise `NonFiniteError` if the loss of a step, or any array of its gradient, is not finite."""
     if not math.isfinite(float(loss)):
         raise NonFiniteError(f"step {step}: the loss is {float(loss)}")
     wrong = [name for name, values in gradient.items() if not np.isfinite(values).all()]
@@ -134,7 +177,14 @@ def check_step(step: int, gradient: Mapping[str, Any], loss: Any) -> None:
 
 
 def import_optax(user: str) -> Any:
-    """Optax, which only methods that learn need."""
+    """Import Optax, which only the methods that learn need, and return it.
+
+    Args:
+      user: name of the function that needs Optax, for the message.
+
+    Raises:
+      RebasinError: Optax is not installed.
+    """
     try:
         import optax
     except ImportError as error:
@@ -142,7 +192,3 @@ def import_optax(user: str) -> Any:
             f"{user} needs Optax, which is not installed: pip install 'rebasin-jax[sinkhorn]', or optax alone"
         ) from error
     return optax
-
-
-def _rows(permutation: Permutation) -> dict[str, np.ndarray]:
-    return {group: np.asarray(row, np.int32) for group, row in permutation.items()}

@@ -15,7 +15,7 @@ from rebasin.permutation import identity_permutation
 from rebasin.spec import PermutationSpec
 from rebasin.trees import leaf_table, map_leaves
 
-__all__ = ["partial_weight_matching", "widen"]
+__all__ = ["partial_weight_matching", "rest_in_order", "widen"]
 
 
 def partial_weight_matching(
@@ -27,25 +27,27 @@ def partial_weight_matching(
     spec_a: PermutationSpec | None = None,
     **options: Any,
 ) -> MatchResult:
-    """Finds, for each unit of A, one of a wider B.
+    """Find a unit of a wider network B for each unit of A.
 
-    A is padded with units whose weights are all zero, for the matching only: they are similar to none, so
-    each group is a rectangular assignment, and the objective is ⟨A, P[B]⟩ over the weights of A.
+    For the matching alone, A is padded with units whose weights are all zero. Their similarity to every unit
+    of B is zero. So the assignment of each group is a rectangular one, and the objective is ⟨A, P[B]⟩ over
+    the weights of A.
 
     Args:
       spec: the symmetries of B.
-      params_a: tree of A, in no group wider than B.
+      params_a: tree of A, which is in no group wider than B.
       params_b: tree of B, with the leaves and dtypes of A.
-      key: PRNG key for the order of groups.
-      spec_a: the symmetries of A, where axes of several parts give them other sizes; by default `spec`.
-      **options: those of `weight_matching`, but for `start` only ``"depth"`` and ``"identity"``.
+      key: PRNG key for the order of the groups.
+      spec_a: the symmetries of A; by default `spec`. The two differ where an axis has several segments or
+        factors, whose sizes a spec states.
+      **options: options of `weight_matching`; `start` must be ``"depth"`` or ``"identity"``.
 
     Returns:
-      The match; of B's units in each group the first as many as A has are matched to A's, and the rest follow
-      in B's own order.
+      The match. In each group, the first units of the permuted B are matched to the units of A in A's order.
+      The rest follow in B's own order.
 
     Raises:
-      TreeMismatchError: A is wider than B somewhere, or they differ in more than the sizes of groups.
+      TreeMismatchError: A is wider than B in some group, or they differ in more than the sizes of groups.
 
     Examples:
       >>> spec = PermutationSpec.from_axes({"w": (None, "P0")})
@@ -56,7 +58,7 @@ def partial_weight_matching(
     narrow = identity_permutation(spec_a or spec, params_a)
     padded = _pad(spec_a or spec, params_a, spec, params_b)
     match = weight_matching(spec, padded, params_b, key=key, **options)
-    rows = {group: _rest_in_order(row, narrow[group].shape) for group, row in match.permutation.items()}
+    rows = {group: rest_in_order(row, narrow[group].shape) for group, row in match.permutation.items()}
     return MatchResult(rows, match.objective, match.num_iterations, match.converged, match.stats)
 
 
@@ -64,47 +66,48 @@ def widen(
     spec: PermutationSpec,
     params_a: Any,
     params_b: Any,
-    function: Callable[..., Any],
+    apply_fn: Callable[..., Any],
     *inputs: Any,
     spec_a: PermutationSpec | None = None,
     tolerance: float = 1e-5,
 ) -> Any:
-    """Pads A with zeros to the widths of B, where that leaves its function as it is.
+    """Pad A with zeros to the widths of B, and check that its function stays the same.
 
-    A unit whose weights are all zero neither gets nor gives anything, unless something is computed over all
-    units of its group: a normalisation takes its mean and variance over more of them. So the function is
-    evaluated with each group widened alone, and then with all of them.
+    A unit whose weights are all zero receives nothing and passes nothing on. It can still change the function
+    where something is computed over all units of its group: a normalisation, for example, takes its mean and
+    variance over more units. So the function is evaluated with each group widened alone, and then with all of
+    them widened.
 
     Args:
       spec: the symmetries of B.
       params_a: tree of A.
       params_b: tree of B, or its shapes.
-      function: ``function(tree, *inputs)`` for a tree of any widths, such as ``lambda tree, x:
-        MLP(widths_of(tree)).apply(tree, x)``.
+      apply_fn: ``(params, *inputs) -> outputs`` for a tree of any widths, such as ``lambda params, x:
+        MLP(widths_of(params)).apply(params, x)``.
       *inputs: examples on which the outputs are compared.
-      spec_a: the symmetries of A, where axes of several parts give them other sizes; by default `spec`.
-      tolerance: largest difference of an output, relative to the largest output.
+      spec_a: the symmetries of A, as in `partial_weight_matching`; by default `spec`.
+      tolerance: largest difference of an output that is accepted, relative to the largest output.
 
     Returns:
-      A tree with the shapes of B's and the function of A.
+      A tree with the shapes of B and the function of A.
 
     Raises:
-      TreeMismatchError: A is wider than B somewhere, or they differ in more than the sizes of groups.
-      VerificationError: widening changes the function, by group and by how much.
+      TreeMismatchError: A is wider than B in some group, or they differ in more than the sizes of groups.
+      VerificationError: widening changes the function; the message says in which group and by how much.
 
     Examples:
       >>> spec = PermutationSpec.from_axes({"w": (None, "P0"), "v": ("P0", None)})
       >>> a, b = ({"w": np.ones((2, n)), "v": np.ones((n, 1))} for n in (2, 3))
-      >>> def function(tree, x):
-      ...     return jnp.tanh(x @ tree["w"]) @ tree["v"]
-      >>> widen(spec, a, b, function, np.ones((4, 2)))["v"].T.tolist()
+      >>> def apply_fn(params, x):
+      ...     return jnp.tanh(x @ params["w"]) @ params["v"]
+      >>> widen(spec, a, b, apply_fn, np.ones((4, 2)))["v"].T.tolist()
       [[1.0, 1.0, 0.0]]
     """
     spec_a = spec_a or spec
-    expected = jax.tree.map(np.asarray, function(params_a, *inputs))
+    expected = jax.tree.map(np.asarray, apply_fn(params_a, *inputs))
 
-    def change(tree: Any) -> float:
-        outputs = jax.tree.map(np.asarray, function(tree, *inputs))
+    def change(params: Any) -> float:
+        outputs = jax.tree.map(np.asarray, apply_fn(params, *inputs))
         pairs = zip(jax.tree.leaves(outputs), jax.tree.leaves(expected), strict=True)
         return max((_relative(new, old) for new, old in pairs), default=0.0)
 
@@ -126,7 +129,18 @@ def widen(
 def _pad(
     spec_a: PermutationSpec, params_a: Any, spec: PermutationSpec, params_b: Any, only: str | None = None
 ) -> Any:
-    """A with zeros for the units that only B has, in all groups or in one."""
+    """Pad A with zeros for the units that only B has.
+
+    Args:
+      spec_a: the symmetries of A.
+      params_a: tree of A.
+      spec: the symmetries of B.
+      params_b: tree of B, or its shapes.
+      only: the group to pad; by default all groups.
+
+    Raises:
+      TreeMismatchError: A is wider than B in some group, or they differ in more than the sizes of groups.
+    """
     spec_a.group_sizes(params_a, name="params_a")
     spec.group_sizes(params_b, name="params_b")
     a, b = leaf_table(params_a), leaf_table(params_b)
@@ -172,7 +186,15 @@ def _pad(
 def _places(
     segments: list[list[tuple[SizedFactor, SizedFactor]]], only: str | None
 ) -> tuple[np.ndarray, int]:
-    """Where the positions of an axis of A lie in the padded axis, and its length."""
+    """Find where the positions of an axis of A lie in the padded axis.
+
+    Args:
+      segments: the factors of each segment of the axis, in A and in B.
+      only: the group to pad; `None` pads all groups.
+
+    Returns:
+      The position in the padded axis of each position of A's axis, and the length of the padded axis.
+    """
     parts, start = [], 0
     for segment in segments:
         place, length = np.zeros(1, int), 1
@@ -185,14 +207,18 @@ def _places(
     return np.concatenate(parts), start
 
 
-def _rest_in_order(rows: np.ndarray, narrow: tuple[int, ...]) -> np.ndarray:
-    """Rows whose first units are those matched to A's, and the others in B's own order.
+def rest_in_order(rows: np.ndarray, narrow: tuple[int, ...]) -> np.ndarray:
+    """Put the units that are matched to A's first, and the others behind them in B's own order.
 
     Args:
-      rows: ``[index…, n]``.
-      narrow: the shape of the rows in A.
+      rows: the permutation of one group of B, ``[outer…, n]``.
+      narrow: shape of the permutation of this group in A.
+
+    Examples:
+      >>> rest_in_order(np.array([3, 0, 2, 1]), (2,)).tolist()
+      [3, 0, 1, 2]
     """
-    ordered = np.sort(rows, axis=-1)  # units of an index that A does not have keep B's order
+    ordered = np.sort(rows, axis=-1)  # at outer positions that A does not have, all units keep B's order
     for where in np.ndindex(*narrow[:-1]):
         matched = rows[where][: narrow[-1]]
         rest = np.setdiff1d(rows[where], matched)  # ascending
@@ -201,4 +227,5 @@ def _rest_in_order(rows: np.ndarray, narrow: tuple[int, ...]) -> np.ndarray:
 
 
 def _relative(new: np.ndarray, old: np.ndarray) -> float:
+    """Return the largest difference, relative to the largest of the old values."""
     return float(np.max(np.abs(new - old), initial=0.0) / max(np.max(np.abs(old), initial=0.0), 1e-30))

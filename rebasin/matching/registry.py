@@ -1,82 +1,112 @@
 """Matching methods by name."""
 
+import dataclasses
 import inspect
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 
-from rebasin.errors import ConfigError, problem_list
+from rebasin.batches import inputs_of
+from rebasin.errors import ConfigError
 from rebasin.matching.activations import activation_matching
 from rebasin.matching.covariance import covariance_matching
-from rebasin.matching.frank_wolfe import frank_wolfe_matching
+from rebasin.matching.frank_wolfe import FrankWolfeMatching
+from rebasin.matching.method import Method, build_method
 from rebasin.matching.result import MatchResult
-from rebasin.matching.sinkhorn import sinkhorn_matching
-from rebasin.matching.straight_through import straight_through_matching
-from rebasin.matching.weights import weight_matching
+from rebasin.matching.sinkhorn import SinkhornMatching
+from rebasin.matching.straight_through import StraightThroughMatching
+from rebasin.matching.weights import WeightMatching
 from rebasin.spec import PermutationSpec
 
-__all__ = ["METHODS", "Method", "match"]
-
-_NETWORKS = ("spec", "params_a", "params_b")
+__all__ = ["METHODS", "as_method", "match"]
 
 
-class Method(NamedTuple):
-    """A matching method.
+@dataclasses.dataclass(frozen=True)
+class _OfBatch:
+    """A network as a function of a batch."""
 
-    Attributes:
-      function: ``(spec, params_a, params_b, …) -> MatchResult``; its signature says what else it takes.
-      objective: what it maximises.
-    """
+    apply_fn: Callable[..., Any]
 
-    function: Callable[..., MatchResult]
-    objective: str
+    def __call__(self, params: Any, batch: Any) -> Any:
+        return self.apply_fn(params, *inputs_of(batch))
 
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """Arguments without a default, besides spec and networks."""
-        parameters = inspect.signature(self.function).parameters.values()
-        return tuple(p.name for p in parameters if p.default is p.empty and p.name not in _NETWORKS)
 
-    @property
-    def options(self) -> tuple[str, ...]:
-        """Arguments with a default."""
-        parameters = inspect.signature(self.function).parameters.values()
-        return tuple(p.name for p in parameters if p.default is not p.empty)
+def _class_of(name: str, function: Callable[..., MatchResult], objective: str) -> type[Method]:
+    """Make the class of a method that is a function; its options are the function's, its needs the rest."""
+    parameters = list(inspect.signature(function).parameters.values())[3:]
+    options = [(p.name, Any, p.default) for p in parameters if p.default is not p.empty]
+    required = [p.name for p in parameters if p.default is p.empty]
+    needs = tuple("apply_fn" if need == "function" else need for need in required)
+
+    def match(self: Any, spec: PermutationSpec, params_a: Any, params_b: Any, **needed: Any) -> MatchResult:
+        if "apply_fn" in needed:
+            needed["function"] = _OfBatch(needed.pop("apply_fn"))
+        chosen = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return function(spec, params_a, params_b, **needed, **chosen)
+
+    members = {"name": name, "objective": objective, "needs": property(lambda self: needs), "_match": match}
+    return dataclasses.make_dataclass(
+        f"{name.capitalize()}Matching", options, bases=(Method,), namespace=members, frozen=True
+    )
 
 
 # To add a method is to add a line here; tests/matching/test_every_method.py then runs for it as well.
-METHODS: dict[str, Method] = {
-    "weights": Method(weight_matching, "⟨A, P[B]⟩"),
-    "activations": Method(activation_matching, "Σ of paired units' mean products over the data"),
-    "covariance": Method(covariance_matching, "⟨A, P[B]⟩ in the metric of the activations"),
-    "frank_wolfe": Method(frank_wolfe_matching, "⟨A, P[B]⟩"),
-    "straight_through": Method(straight_through_matching, "−ℓ(½A + ½P[B])"),
-    "sinkhorn": Method(sinkhorn_matching, "−ℓ(½A + ½P[B]), or by its option `loss`"),
+METHODS: dict[str, type[Method]] = {
+    "weights": WeightMatching,
+    "activations": _class_of(
+        "activations", activation_matching, "Σ of paired units' mean products over the data"
+    ),
+    "covariance": _class_of("covariance", covariance_matching, "⟨A, P[B]⟩ in the metric of the activations"),
+    "frank_wolfe": FrankWolfeMatching,
+    "straight_through": StraightThroughMatching,
+    "sinkhorn": SinkhornMatching,
 }
+
+
+def as_method(method: Method | str, **options: Any) -> Method:
+    """Return a method: the one given, or the one of that name with these options.
+
+    Raises:
+      ConfigError: no method has that name, an option is unknown to it or cannot work, or options come beside
+        a method that holds its own.
+    """
+    if isinstance(method, Method):
+        if options:
+            raise ConfigError(f"{method} holds its options; got {', '.join(options)} beside it")
+        return method
+    if method not in METHODS:
+        raise ConfigError(f"no matching method is called {method!r}; there are {', '.join(METHODS)}")
+    return build_method(METHODS[method], options)
 
 
 def match(
     spec: PermutationSpec,
     params_a: Any,
     params_b: Any,
-    method: str = "weights",
+    method: Method | str = "weights",
     *,
     key: jax.Array | None = None,
+    apply_fn: Callable[..., Any] | None = None,
+    metrics_fn: Callable[..., Mapping[str, jax.Array]] | None = None,
+    data: Any = None,
     **options: Any,
 ) -> MatchResult:
-    """Finds a permutation of B that aligns it with A, by the method of that name.
+    """Find a permutation of B that aligns it with A, by any method.
 
     Args:
-      spec: the symmetries.
+      spec: the symmetries of the networks.
       params_a: tree of A, which stays.
       params_b: tree of B, with the leaves, shapes and dtypes of A.
-      method: a name in `METHODS`.
-      key: PRNG key; a method that draws nothing at random does without, and ignores it.
-      **options: what else the method needs or takes, by name; its function documents them.
+      method: a method that holds its options, or the name of one in `METHODS`.
+      key: as in `Method.match`; ignored by a method that draws nothing at random.
+      apply_fn: as in `Method.match`.
+      metrics_fn: as in `Method.match`.
+      data: as in `Method.match`.
+      **options: options of the method of that name.
 
     Returns:
-      What the method's function returns.
+      What the method returns.
 
     Raises:
       ConfigError: no method has that name, or an argument is missing or not known to the method.
@@ -89,14 +119,7 @@ def match(
       >>> match(spec, a, b, "frank_wolfe").permutation["P0"].tolist()
       [1, 2, 0]
     """
-    if method not in METHODS:
-        raise ConfigError(f"no matching method is called {method!r}; there are {', '.join(METHODS)}")
-    chosen = METHODS[method]
-    if key is not None and "key" in (*chosen.needs, *chosen.options):
-        options["key"] = key
-    problems = [f"{name}: missing" for name in chosen.needs if name not in options]
-    problems += [f"{name}: not known" for name in options if name not in (*chosen.needs, *chosen.options)]
-    if problems:
-        takes = f"it needs {', '.join(chosen.needs) or 'nothing else'}; it takes {', '.join(chosen.options)}"
-        raise ConfigError(problem_list(f"method {method!r} cannot be called like this ({takes}):", problems))
-    return chosen.function(spec, params_a, params_b, **options)
+    chosen = as_method(method, **options)
+    return chosen.match(
+        spec, params_a, params_b, key=key, apply_fn=apply_fn, metrics_fn=metrics_fn, data=data
+    )

@@ -1,14 +1,16 @@
 """Soft permutations: doubly stochastic matrices in place of permutations, on any spec.
 
-A soft permutation maps each group to an array whose last two axes are ``[n, n]``: entry ``[i, j]`` is the
-share of old unit j in new unit i, and a permutation p has a one at ``[i, p[i]]``. The matrices of an indexed
-group stand for every *pair* of a new and an old position of each outer group that moves, and for every
-position of one that is fixed: head dimensions by head have the shape ``[new head, old head, n, n]``, so that
-new head h takes from old head k what the matrix of the heads says, in the arrangement that suits this pair:
+A soft permutation maps each group to an array whose last two axes are ``[n, n]``. Entry ``[i, j]`` is the
+fraction of old unit j in new unit i, and a permutation p has a one at ``[i, p[i]]``.
+
+An inner group has one matrix for every *pair* of a new and an old position of each outer group that moves,
+and one for every position of an outer group that is fixed. The matrices of head dimensions, for example, have
+the shape ``[new head, old head, n, n]``. New head h takes from old head k the fraction that the matrix of the
+heads says, with the head dimensions arranged by the matrix of this pair:
 
     new[h, d] = Σ_k outer[h, k] Σ_e inner[h, k, d, e] old[k, e].
 
-That is linear in the matrices of each group, and where all of them are permutations it is exactly
+That is linear in the matrices of each group. Where all matrices are permutations, it is exactly
 `rebasin.permute` with the inner rows of the pairs that the outer permutation makes.
 """
 
@@ -42,11 +44,12 @@ SoftPermutation: TypeAlias = Mapping[str, Any]  # group -> float array [pairs…
 
 
 class BlockMove(NamedTuple):
-    """How a block moves: its contraction with the matrices of its groups.
+    """How a block of a leaf moves: its contraction with the matrices of its groups.
 
     Attributes:
-      subscripts: for `jnp.einsum`, of the old values and then of the matrices.
-      groups: whose matrices, one for each dimension that moves; none for a block that stays.
+      subscripts: subscripts of `jnp.einsum`, whose operands are the old values and then the matrices.
+      groups: the groups whose matrices are the operands, one for each dimension that moves; empty for a block
+        that stays.
     """
 
     subscripts: str
@@ -54,7 +57,11 @@ class BlockMove(NamedTuple):
 
 
 def block_move(spec: PermutationSpec, labels: Sequence[str | None]) -> BlockMove:
-    """The move of a block whose dimensions have these labels.
+    """Make the contraction that moves a block.
+
+    Args:
+      spec: the axes that move.
+      labels: the group of each dimension of the block, `None` where the dimension stays.
 
     Examples:
       >>> spec = PermutationSpec.from_axes({"w": (None, "H", "D")}, indexed={"D": ["H"]})
@@ -78,7 +85,7 @@ def block_move(spec: PermutationSpec, labels: Sequence[str | None]) -> BlockMove
 
 
 def move_block(move: BlockMove, soft: SoftPermutation, values: jax.Array) -> jax.Array:
-    """The new values of a block, in the dtype of the matrices."""
+    """Move the values of a block; the result has the dtype of the matrices."""
     if not move.groups:
         return values
     matrices = [jnp.asarray(soft[group]) for group in move.groups]
@@ -87,10 +94,10 @@ def move_block(move: BlockMove, soft: SoftPermutation, values: jax.Array) -> jax
 
 
 def soft_permute(spec: PermutationSpec, soft: SoftPermutation, tree: Any) -> Any:
-    """Moves every floating leaf of a tree by a soft permutation; other leaves stay as they are.
+    """Move every floating leaf of a tree by a soft permutation; other leaves stay as they are.
 
-    Differentiable in `soft` and in `tree`; exactly `rebasin.permute` up to rounding where `soft` is a
-    permutation.
+    The result is differentiable in `soft` and in `tree`. Where `soft` is a permutation, it is that of
+    `rebasin.permute` up to rounding.
 
     Args:
       spec: the axes that move.
@@ -122,7 +129,7 @@ def soft_permute(spec: PermutationSpec, soft: SoftPermutation, tree: Any) -> Any
 
 
 def uniform_soft(spec: PermutationSpec, tree: Any) -> dict[str, np.ndarray]:
-    """The barycentre of all permutations: every matrix is 1/n throughout, float64."""
+    """Return the barycentre of all permutations, float64: every entry of every matrix is 1/n."""
     moving, outer = set(spec.groups), spec.outer_groups
     uniform = {}
     for group, size in spec.group_sizes(tree).items():
@@ -135,9 +142,9 @@ def uniform_soft(spec: PermutationSpec, tree: Any) -> dict[str, np.ndarray]:
 
 
 def soften(spec: PermutationSpec, permutation: Permutation, tree: Any) -> dict[str, np.ndarray]:
-    """The matrices of a permutation, float64.
+    """Return the matrices of a permutation, float64.
 
-    A permutation says nothing about the insides of outer units that it does not pair: their matrices are
+    A permutation says nothing about the inner groups of outer units that it does not pair; their matrices are
     uniform.
 
     Examples:
@@ -154,9 +161,10 @@ def soften(spec: PermutationSpec, permutation: Permutation, tree: Any) -> dict[s
 
 
 def harden(spec: PermutationSpec, soft: SoftPermutation) -> dict[str, np.ndarray]:
-    """The permutation nearest to a soft one: an assignment for each matrix that counts.
+    """Round a soft permutation to the nearest permutation, by one linear assignment for each matrix.
 
-    Outer groups come first; of an indexed group's matrices those of the pairs count that they make.
+    Outer groups are rounded first. Of the matrices of an inner group, only those are used that belong to the
+    pairs which the outer permutations make.
 
     Returns:
       int32 rows of every group, as `rebasin.permute` takes them.
@@ -173,9 +181,14 @@ def harden(spec: PermutationSpec, soft: SoftPermutation) -> dict[str, np.ndarray
 
 
 def assign_matrices(similarity: np.ndarray, current: np.ndarray) -> np.ndarray:
-    """The permutation matrices that maximise ⟨similarity, ·⟩, each of a stack ``[pairs…, n, n]``.
+    """Find the permutation matrices that maximise ⟨similarity, ·⟩, for each matrix of a stack.
 
-    A matrix about which the similarity says nothing, being constant, stays as in `current`.
+    Args:
+      similarity: the stack of similarities, ``[pairs…, n, n]``.
+      current: the matrices to keep where the similarity is constant, so that it prefers no permutation.
+
+    Returns:
+      The stack of permutation matrices, float64.
     """
     chosen = np.array(current, np.float64)
     for index in np.ndindex(similarity.shape[:-2]):
@@ -186,7 +199,7 @@ def assign_matrices(similarity: np.ndarray, current: np.ndarray) -> np.ndarray:
 
 
 def _outer_sizes(spec: PermutationSpec, outer: Sequence[str], shape: Sequence[int]) -> tuple[int, ...]:
-    """Sizes of the outer groups, from the shape of an indexed group's matrices."""
+    """Read the sizes of the outer groups from the shape of an inner group's matrices."""
     sizes, axis = [], 0
     for other in outer:
         sizes.append(shape[axis])
@@ -197,9 +210,10 @@ def _outer_sizes(spec: PermutationSpec, outer: Sequence[str], shape: Sequence[in
 def _pairs(
     spec: PermutationSpec, group: str, rows: Mapping[str, np.ndarray]
 ) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """New outer positions of a group, and where the matrix stands that the outer permutations choose.
+    """Yield every new outer position of a group, with the index of the matrix that belongs to it.
 
-    A group that no other indexes has one position, ``()``.
+    The outer permutations decide which old position is paired with a new one, and so which matrix it is. A
+    group without outer groups has one position, ``()``.
     """
     outer = spec.outer_groups.get(group, ())
     for position in np.ndindex(rows[group].shape[:-1]):

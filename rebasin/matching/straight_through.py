@@ -1,20 +1,26 @@
 """Matching by the straight-through estimator (git-re-basin, arXiv 2209.04836, section 3.3).
 
-A target network θ̃, at first A, is learned so that the permutation which brings B closest to it makes a good
-midpoint with A. Each step finds that permutation, P = argmax ⟨θ̃, P[B]⟩, by weight matching from the last one,
-and moves θ̃ down the gradient of the midpoint's loss ℓ(½A + ½P[B]) in P[B], as if θ̃ were P[B] itself.
+The method learns a target network θ̃, which is A at first. Each step has two parts:
+
+1. Weight matching, started from the permutation of the step before, finds P = argmax ⟨θ̃, P[B]⟩.
+2. The loss of the midpoint, ℓ(½A + ½P[B]), is differentiated with respect to P[B], and θ̃ moves down that
+   gradient as if it were P[B] itself. This is the straight-through estimate: a permutation has no gradient.
 """
 
+import dataclasses
 import functools
 import time
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import jax
 
+from rebasin.barrier import MetricsFn
+from rebasin.batches import check_batch_size
+from rebasin.errors import ConfigError
 from rebasin.matching.learned import (
-    LossFn,
-    Search,
-    check_loss,
+    LossHistory,
+    check_metrics,
     check_step,
     import_optax,
     iter_batches,
@@ -22,109 +28,167 @@ from rebasin.matching.learned import (
     weights_of,
     with_weights,
 )
-from rebasin.matching.method import check_at_least, check_networks
+from rebasin.matching.method import Method, check_at_least, check_networks
 from rebasin.matching.result import MatchResult
-from rebasin.matching.weights import AscentStart as Start
 from rebasin.matching.weights import weight_matching
 from rebasin.permutation import Permutation, compiled_permute
 from rebasin.spec import PermutationSpec
 from rebasin.trees import LeafPredicate, interpolate, is_weight
 
-__all__ = ["straight_through_matching"]
+__all__ = ["StraightThroughMatching", "midpoint_gradient", "straight_through_matching"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StraightThroughMatching(Method):
+    """The straight-through estimator with its options.
+
+    The objective is −ℓ(½A + ½P[B]), with the mean loss over all of the data. The steps use shuffled batches
+    and Adam. The result is the permutation with the best objective of all that were reached, not the last.
+
+    A value whose `start` is a permutation can be neither hashed nor compared, since it holds arrays.
+
+    Attributes:
+      start: the start of the first weight matching, ``"depth"`` or ``"identity"`` as in `weight_matching`; or
+        a permutation, from which the first weight matching begins.
+      num_steps: number of gradient steps, at least 1.
+      learning_rate: learning rate of Adam on θ̃.
+      batch_size: number of examples of a gradient step, and number of examples evaluated at once.
+      predicate: ``(path, leaf) -> bool``, the leaves that are matched, learned and averaged.
+
+    Raises:
+      ConfigError: an option has a value that cannot work.
+    """
+
+    name = "straight_through"
+    objective = "−ℓ(½A + ½P[B])"
+
+    start: Literal["depth", "identity"] | Permutation = "depth"
+    num_steps: int = 100
+    learning_rate: float = 3e-3
+    batch_size: int = 500
+    predicate: LeafPredicate = is_weight
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.start, Mapping) and self.start not in ("depth", "identity"):
+            raise ConfigError(f"unknown start {self.start!r}; known: 'depth', 'identity', or a permutation")
+        check_at_least(1, num_steps=self.num_steps)
+        check_batch_size(self.batch_size)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The arguments of `match` that this method cannot do without, beside the spec and the networks."""
+        return "metrics_fn", "data", "key"
+
+    def _match(
+        self,
+        spec: PermutationSpec,
+        params_a: Any,
+        params_b: Any,
+        *,
+        metrics_fn: MetricsFn,
+        data: Any,
+        key: jax.Array,
+    ) -> MatchResult:
+        began = time.perf_counter()
+        user = "straight_through_matching"
+        optax = import_optax(user)
+        check_networks(spec, {"params_a": params_a, "params_b": params_b}, self.predicate)
+        check_metrics(metrics_fn, params_a, data, self.batch_size, user=user)
+        loss = self._build_midpoint_loss(spec, params_a, params_b, metrics_fn, data)
+        match_key, batch_key = jax.random.split(key)
+        match = functools.partial(weight_matching, spec, params_b=params_b, predicate=self.predicate)
+        first = match(params_a=params_a, key=match_key, start=self.start).permutation
+        start = self.start if isinstance(self.start, Mapping) else first
+        history = LossHistory.begin(start, loss).after_step(first, loss)
+        target = weights_of(params_a, self.predicate)
+        optimizer = optax.adam(self.learning_rate)
+        state = optimizer.init(target)
+        batches = iter_batches(batch_key, data, self.batch_size)
+        for step, batch in zip(range(self.num_steps), batches, strict=False):
+            moved = weights_of(compiled_permute(spec, history.current, params_b), self.predicate)
+            step_loss, gradient = midpoint_gradient(
+                moved, params_a, batch, metrics_fn=metrics_fn, predicate=self.predicate
+            )
+            check_step(step, gradient, step_loss)
+            updates, state = optimizer.update(gradient, state)
+            target = optax.apply_updates(target, updates)
+            step_key = jax.random.fold_in(match_key, step)
+            tree = with_weights(params_a, target)
+            nearest = match(params_a=tree, key=step_key, start=history.current, restarts=0).permutation
+            history = history.after_step(nearest, loss)
+        return history.result({"seconds": time.perf_counter() - began})
+
+    def _build_midpoint_loss(
+        self, spec: PermutationSpec, params_a: Any, params_b: Any, metrics_fn: MetricsFn, data: Any
+    ) -> Callable[[Permutation], float]:
+        """Build the function from a permutation to the loss of the midpoint over all data."""
+
+        def midpoint_loss(permutation: Permutation) -> float:
+            moved = compiled_permute(spec, permutation, params_b)
+            middle = interpolate(params_a, moved, 0.5, predicate=self.predicate)
+            return float(mean_loss(middle, data, metrics_fn=metrics_fn, batch_size=self.batch_size))
+
+        return midpoint_loss
 
 
 def straight_through_matching(
     spec: PermutationSpec,
     params_a: Any,
     params_b: Any,
-    loss_fn: LossFn,
+    metrics_fn: MetricsFn,
     data: Any,
     *,
     key: jax.Array,
-    start: Start | Permutation = "depth",
-    num_steps: int = 100,
-    learning_rate: float = 3e-3,
-    batch_size: int = 500,
-    predicate: LeafPredicate = is_weight,
+    **options: Any,
 ) -> MatchResult:
-    """Finds a permutation of B whose midpoint with A has a low loss.
-
-    The objective is −ℓ(½A + ½P[B]), the mean over all of `data`. Steps use shuffled batches and Adam. Of all
-    permutations met, the best in the objective is returned, not the last.
+    """Find a permutation of B whose midpoint with A has a low loss.
 
     Args:
-      spec: the symmetries.
+      spec: the symmetries of the networks.
       params_a: tree of A, which stays.
       params_b: tree of B, with the leaves, shapes and dtypes of A.
-      loss_fn: ``(params, batch) -> [n]``, one loss for each example, differentiable in `params`.
-      data: tree of arrays ``[n, …]`` with one common n.
-      key: PRNG key for the batches and for the weight matching inside.
-      start: of the first weight matching; a permutation is where that one begins.
-      num_steps: gradient steps, at least 1.
-      learning_rate: of Adam on θ̃.
-      batch_size: examples for each step, and at once in an evaluation.
-      predicate: ``(path, leaf) -> bool``, the leaves that are matched, learned and averaged.
+      metrics_fn: ``(params, batch) -> {"loss": [n], …}``, one loss for each example, differentiable in
+        `params`.
+      data: a `Batch`, or whatever tree of arrays ``[n, …]`` `metrics_fn` takes as its batch.
+      key: PRNG key for the shuffled batches and for weight matching.
+      **options: fields of `StraightThroughMatching`, which documents them.
 
     Returns:
       The match. ``objective`` is the best so far: at the start, after the first weight matching, and after
-      each step. ``converged`` says whether the last step left the permutation as it was. ``stats`` has the
-      midpoint loss of every step's own permutation (``losses``), the ``evaluations`` of it, and ``seconds``.
+      each step. ``converged`` says whether the last step left the permutation unchanged. ``stats`` holds the
+      midpoint loss of each of these permutations (``losses``), the number of times that it was computed
+      (``evaluations``), and ``seconds``.
 
     Raises:
       RebasinError: Optax is not installed.
       SpecMismatchError: a tree does not fit the spec.
       TreeMismatchError: A and B differ in leaves, shapes or dtypes.
-      NonFiniteError: a weight, or the loss of a midpoint, is NaN or infinite.
-      DataError: the data are empty or of different lengths, or `loss_fn` returns something else than [n].
+      NonFiniteError: a weight, the loss of a midpoint, or a gradient is NaN or infinite.
+      DataError: the data are empty or of different lengths, or `metrics_fn` does not return one loss for each
+        example.
       PermutationError: `start` is a permutation that does not fit.
       ConfigError: an option has a value that cannot work.
     """
-    began = time.perf_counter()
-    optax = import_optax("straight_through_matching")
-    check_at_least(1, num_steps=num_steps)
-    check_networks(spec, {"params_a": params_a, "params_b": params_b}, predicate)
-    check_loss(loss_fn, params_a, data, batch_size, user="straight_through_matching")
-
-    def midpoint_loss(permutation: Permutation) -> float:
-        middle = interpolate(
-            params_a, compiled_permute(spec, permutation, params_b), 0.5, predicate=predicate
-        )
-        return float(mean_loss(middle, data, loss_fn=loss_fn, batch_size=batch_size))
-
-    match_key, batch_key = jax.random.split(key)
-    match = weight_matching(spec, params_a, params_b, key=match_key, start=start, predicate=predicate)
-    search = Search(midpoint_loss, match.permutation if isinstance(start, str) else start)
-    search.offer(match.permutation)
-    target = weights_of(params_a, predicate)
-    optimizer = optax.adam(learning_rate)
-    state = optimizer.init(target)
-    for step, batch in zip(range(num_steps), iter_batches(batch_key, data, batch_size), strict=False):
-        moved = weights_of(compiled_permute(spec, search.current, params_b), predicate)
-        loss, gradient = _loss_and_gradient(moved, params_a, batch, loss_fn=loss_fn, predicate=predicate)
-        check_step(step, gradient, loss)
-        updates, state = optimizer.update(gradient, state)
-        target = optax.apply_updates(target, updates)
-        match = weight_matching(
-            spec,
-            with_weights(params_a, target),
-            params_b,
-            key=jax.random.fold_in(match_key, step),
-            start=search.current,
-            restarts=0,
-            predicate=predicate,
-        )
-        search.offer(match.permutation)
-    return search.result({"seconds": time.perf_counter() - began})
+    method = StraightThroughMatching(**options)
+    return method.match(spec, params_a, params_b, key=key, metrics_fn=metrics_fn, data=data)
 
 
-@functools.partial(jax.jit, static_argnames=("loss_fn", "predicate"))
-def _loss_and_gradient(
-    moved: dict[str, Any], params_a: Any, batch: Any, *, loss_fn: LossFn, predicate: LeafPredicate
+@functools.partial(jax.jit, static_argnames=("metrics_fn", "predicate"))
+def midpoint_gradient(
+    moved: Mapping[str, Any], params_a: Any, batch: Any, *, metrics_fn: MetricsFn, predicate: LeafPredicate
 ) -> tuple[jax.Array, dict[str, Any]]:
-    """The midpoint's mean loss, and its gradient in the weights of P[B]."""
+    """Return the mean loss of the midpoint, and its gradient with respect to the weights of P[B].
 
-    def loss(moved: dict[str, Any]) -> jax.Array:
+    Args:
+      moved: the weights of P[B], by path name.
+      params_a: tree of A.
+      batch: what `metrics_fn` takes as its batch.
+      metrics_fn: ``(params, batch) -> {"loss": [n], …}``.
+      predicate: ``(path, leaf) -> bool``, the leaves that are averaged.
+    """
+
+    def loss(moved: Mapping[str, Any]) -> jax.Array:
         middle = interpolate(params_a, with_weights(params_a, moved), 0.5, predicate=predicate)
-        return loss_fn(middle, batch).mean()
+        return metrics_fn(middle, batch)["loss"].mean()
 
     return jax.value_and_grad(loss)(moved)

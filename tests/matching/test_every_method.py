@@ -1,4 +1,6 @@
-"""What holds for every matching method of the registry; a new one is tried here without a change."""
+"""What holds for every matching method; a new one in `METHODS` is tested here without a change."""
+
+import dataclasses
 
 import chex
 import jax
@@ -8,31 +10,31 @@ import pytest
 from helpers import build_case
 
 import rebasin
+from rebasin.batches import Batch
 from rebasin.errors import ConfigError, DataError, NonFiniteError, PermutationError, TreeMismatchError
 from rebasin.matching.registry import METHODS
+from rebasin.permutation import check_permutation
 
 KEY = jax.random.key(0)
 
 every_method = pytest.mark.parametrize("method", METHODS)
 
 
-def options_of(method, case, **changes):
-    """What a method takes of all that a case has to give, with few steps where it has that choice."""
-    known = (*METHODS[method].needs, *METHODS[method].options)
-    offered = {
-        "loss_fn": case.loss_fn,
-        "function": case.function,
-        "data": case.data,
-        "num_steps": 3,
-        "batch_size": 16,
-    } | changes
-    return {name: value for name, value in offered.items() if name in known}
+def has(method, option):
+    return option in (field.name for field in dataclasses.fields(METHODS[method]))
 
 
 def run(method, case, params_a, params_b, **changes):
-    return rebasin.match(
-        case.spec, params_a, params_b, method, key=KEY, **options_of(method, case, **changes)
-    )
+    """Match with all that a case has to give, and with few steps where the method has that choice."""
+    options = {"num_steps": 3, "batch_size": 16}
+    arguments = {
+        "key": KEY,
+        "apply_fn": case.apply_fn,
+        "metrics_fn": case.metrics_fn,
+        "data": case.data,
+        **{name: value for name, value in options.items() if has(method, name)},
+    }
+    return rebasin.match(case.spec, params_a, params_b, method, **arguments | changes)
 
 
 @every_method
@@ -41,10 +43,10 @@ def run(method, case, params_a, params_b, **changes):
     ["mlp", pytest.param("resnet", marks=pytest.mark.slow), pytest.param("vit", marks=pytest.mark.slow)],
 )
 def test_a_planted_permutation_is_recovered(method, name):
-    """Exactly; a method that goes by responses cannot tell units apart that are silent on all the data."""
+    """Exactly, unless the method compares activations, which are all zero for some units."""
     case = build_case(name)
     match = run(method, case, case.params_a, case.planted)
-    if "function" in METHODS[method].needs:
+    if "apply_fn" in METHODS[method]().needs:
         alike = run(method, case, case.params_a, case.params_a)
         assert match.objective[-1] == pytest.approx(alike.objective[-1], rel=1e-5)
     else:
@@ -57,7 +59,7 @@ def test_a_planted_permutation_is_recovered(method, name):
 def test_the_result_keeps_its_contract(method, name):
     case = build_case(name)
     match = run(method, case, case.params_a, case.params_b)
-    rebasin.check_permutation(case.spec, case.params_a, match.permutation)
+    check_permutation(case.spec, case.params_a, match.permutation)
     assert tuple(match.permutation) == case.spec.groups
     assert {row.dtype for row in match.permutation.values()} == {np.dtype(np.int32)}
     assert match.objective.dtype == np.float64
@@ -72,7 +74,7 @@ def test_the_result_keeps_its_contract(method, name):
 @every_method
 def test_never_worse_than_the_start(method):
     """The objective of a given start stands first, and starting from a result begins at its objective."""
-    if "start" not in METHODS[method].options:
+    if not has(method, "start"):
         pytest.skip(f"{method} takes no start")
     case = build_case("mlp")
     start = rebasin.random_permutation(case.spec, case.params_a, key=jax.random.key(3))
@@ -115,7 +117,7 @@ def test_state_moves_but_does_not_count(method):
     spec = rebasin.PermutationSpec.from_axes({**case.spec.table, **axes})
     a, b = ({**tree, **state} for tree in (case.params_a, case.planted))
     b["batch_stats"] = {"mean": np.full(9, np.nan, np.float32)}
-    without = case._replace(spec=spec, apply=lambda t, x: case.apply({"params": t["params"]}, x))
+    without = case._replace(spec=spec, apply_fn=lambda tree, x: case.apply_fn({"params": tree["params"]}, x))
     match = run(method, without, a, b)
     restored = rebasin.permute(spec, match.permutation, b)
     chex.assert_trees_all_equal(restored["params"], jax.tree.map(jnp.asarray, case.params_a["params"]))
@@ -142,17 +144,21 @@ def test_networks_of_different_shapes_are_refused(method):
 
 @every_method
 def test_data_that_cannot_be_used_are_refused(method):
-    if "data" not in (*METHODS[method].needs, *METHODS[method].options):
+    if "data" not in METHODS[method]().needs:
         pytest.skip(f"{method} takes no data")
     case = build_case("mlp")
     empty = jax.tree.map(lambda x: x[:0], case.data)
     with pytest.raises(DataError, match="data hold no examples"):
         run(method, case, case.params_a, case.params_b, data=empty)
-    uneven = {"x": case.data["x"], "y": case.data["y"][:7]}
+    inputs, labels = case.data
+    if "metrics_fn" in METHODS[method]().needs:
+        uneven, names = Batch(inputs, labels[:7]), ("inputs", "labels")
+    else:
+        uneven, names = (inputs, inputs[:7]), ("0", "1")
     with pytest.raises(DataError) as info:
         run(method, case, case.params_a, case.params_b, data=uneven)
     assert str(info.value) == (
-        "data must be arrays [n, …] with one common n:\n  x: 40 examples\n  y: 7 examples"
+        f"data must be arrays [n, …] with one common n:\n  {names[0]}: 40 examples\n  {names[1]}: 7 examples"
     )
     with pytest.raises(ConfigError, match="batch_size must be at least 1, got 0"):
         run(method, case, case.params_a, case.params_b, batch_size=0)
@@ -160,14 +166,21 @@ def test_data_that_cannot_be_used_are_refused(method):
 
 @every_method
 def test_a_loss_of_the_wrong_shape_is_named(method):
-    if "loss_fn" not in (*METHODS[method].needs, *METHODS[method].options):
+    if "metrics_fn" not in METHODS[method]().needs:
         pytest.skip(f"{method} takes no loss")
     case = build_case("mlp")
-    with pytest.raises(DataError) as info:
-        run(method, case, case.params_a, case.params_b, loss_fn=lambda p, b: jnp.mean(case.loss_fn(p, b)))
-    assert str(info.value) == (
-        "loss_fn must return one loss for each example, a floating array of shape (16,) for a batch of 16; "
-        "got float32 array of shape ()"
+
+    def refusal(metrics_fn):
+        with pytest.raises(DataError) as info:
+            run(method, case, case.params_a, case.params_b, metrics_fn=metrics_fn)
+        return str(info.value)
+
+    assert refusal(lambda p, b: {"loss": jnp.mean(case.metrics_fn(p, b)["loss"])}) == (
+        'metrics_fn must return one "loss" for each example, a floating array of shape (16,) for a batch of '
+        "16; got float32 array of shape ()"
     )
-    with pytest.raises(DataError, match="got a dict"):
-        run(method, case, case.params_a, case.params_b, loss_fn=lambda p, b: {"loss": case.loss_fn(p, b)})
+    assert refusal(lambda p, b: {"loss": case.metrics_fn(p, b)}).endswith("got a dict")
+    assert refusal(lambda p, b: case.metrics_fn(p, b)["loss"]) == (
+        'metrics_fn must return a dictionary with the key "loss"; got float32 array of shape (16,)'
+    )
+    assert refusal(lambda p, b: {"error": case.metrics_fn(p, b)["loss"]}).endswith("got the keys ['error']")

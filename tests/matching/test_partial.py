@@ -9,7 +9,8 @@ from scipy.optimize import linear_sum_assignment
 import rebasin
 from rebasin import Axis, PermutationSpec
 from rebasin.errors import TreeMismatchError, VerificationError
-from rebasin.matching.partial import _rest_in_order
+from rebasin.matching.partial import partial_weight_matching, rest_in_order, widen
+from rebasin.permutation import check_permutation
 
 KEY = jax.random.key(0)
 SPEC = PermutationSpec.from_axes({"w0": (None, "P"), "b0": ("P",), "w1": ("P", "Q"), "w2": ("Q", None)})
@@ -33,7 +34,7 @@ def test_one_group_is_the_rectangular_assignment_of_scipy():
             {"w": rng.normal(size=(4, n)).astype(np.float32), "v": rng.normal(size=(n, 3)).astype(np.float32)}
             for n in (5, 9)
         )
-        match = rebasin.partial_weight_matching(spec, a, b, key=KEY)
+        match = partial_weight_matching(spec, a, b, key=KEY)
         similarity = a["w"].T @ b["w"] + a["v"] @ b["v"].T
         rows, columns = linear_sum_assignment(similarity, maximize=True)
         assert match.objective[-1] == pytest.approx(similarity[rows, columns].sum(), rel=1e-5)
@@ -49,18 +50,16 @@ def test_a_network_is_found_inside_a_wider_one(seed):
     for path, leaf in a.items():
         b[path][tuple(map(slice, leaf.shape))] = leaf
     b = rebasin.permute(SPEC, rebasin.random_permutation(SPEC, b, key=jax.random.key(seed)), b)
-    match = rebasin.partial_weight_matching(SPEC, a, b, key=KEY)
+    match = partial_weight_matching(SPEC, a, b, key=KEY)
     aligned = rebasin.permute(SPEC, match.permutation, b)
     for path, leaf in a.items():
         np.testing.assert_array_equal(aligned[path][tuple(map(slice, leaf.shape))], leaf)
-    rebasin.check_permutation(SPEC, b, match.permutation)
+    check_permutation(SPEC, b, match.permutation)
 
 
 def test_equal_widths_are_the_plain_matching():
     a, b = network(0, 8, 9), network(1, 8, 9)
-    assert rebasin.partial_weight_matching(SPEC, a, b, key=KEY) == rebasin.weight_matching(
-        SPEC, a, b, key=KEY
-    )
+    assert partial_weight_matching(SPEC, a, b, key=KEY) == rebasin.weight_matching(SPEC, a, b, key=KEY)
 
 
 def test_heads_of_a_wider_network():
@@ -75,8 +74,8 @@ def test_heads_of_a_wider_network():
     )
     b["q"][:, :2, :5], b["o"][:2, :5] = a["q"], a["o"]
     b = rebasin.permute(spec, rebasin.random_permutation(spec, b, key=KEY), b)
-    match = rebasin.partial_weight_matching(spec, a, b, key=KEY)
-    rebasin.check_permutation(spec, b, match.permutation)
+    match = partial_weight_matching(spec, a, b, key=KEY)
+    check_permutation(spec, b, match.permutation)
     aligned = rebasin.permute(spec, match.permutation, b)
     np.testing.assert_array_equal(aligned["q"][:, :2, :5], a["q"])
 
@@ -95,16 +94,16 @@ def test_axes_of_several_parts_are_padded_where_their_units_are():
         units = jnp.concatenate([jnp.tile(x @ tree["conv"], 3), jnp.ones(2)])
         return units @ tree["dense"]
 
-    widened = rebasin.widen(flat_spec(4), a, b, function, jnp.ones(2), spec_a=flat_spec(2))
+    widened = widen(flat_spec(4), a, b, function, jnp.ones(2), spec_a=flat_spec(2))
     assert widened["dense"][:, 0].tolist() == [0, 2, 0, 0, 4, 6, 0, 0, 8, 10, 0, 0, 12, 14]
-    match = rebasin.partial_weight_matching(flat_spec(4), a, b, key=KEY, spec_a=flat_spec(2))
+    match = partial_weight_matching(flat_spec(4), a, b, key=KEY, spec_a=flat_spec(2))
     assert match.permutation["P"].shape == (4,)
 
 
 def test_widening_keeps_the_function_and_shapes():
     a, b = network(0, 8, 9), network(1, 12, 9)
     x = np.random.default_rng(0).normal(size=(3, 6)).astype(np.float32)
-    widened = rebasin.widen(SPEC, a, b, apply, x)
+    widened = widen(SPEC, a, b, apply, x)
     assert jax.tree.map(np.shape, widened) == jax.tree.map(np.shape, b)
     np.testing.assert_allclose(apply(widened, x), apply(a, x), rtol=1e-5)
 
@@ -119,7 +118,7 @@ def test_widening_under_a_normalisation_is_refused_and_the_group_named():
     a, b = network(0, 8, 9), network(1, 12, 14)
     x = np.random.default_rng(0).normal(size=(3, 6)).astype(np.float32)
     with pytest.raises(VerificationError) as info:
-        rebasin.widen(SPEC, a, b, normalised, x)
+        widen(SPEC, a, b, normalised, x)
     headline, *problems = str(info.value).splitlines()
     assert headline == "A cannot be widened without changing its function:"
     assert len(problems) == 1
@@ -129,7 +128,7 @@ def test_widening_under_a_normalisation_is_refused_and_the_group_named():
 
 def test_networks_that_do_not_fit_are_refused():
     with pytest.raises(TreeMismatchError) as info:
-        rebasin.partial_weight_matching(SPEC, network(0, 9, 4), network(0, 8, 5), key=KEY)
+        partial_weight_matching(SPEC, network(0, 9, 4), network(0, 8, 5), key=KEY)
     headline, *problems = str(info.value).splitlines()
     assert headline == "A cannot be padded to the widths of B:"
     assert problems == [
@@ -137,7 +136,7 @@ def test_networks_that_do_not_fit_are_refused():
     ]
     other = network(0, 9, 4) | {"w2": np.ones((4, 6), np.float32)}
     with pytest.raises(TreeMismatchError, match="w2 axis 1: what stays has size 5 in A, 6 in B"):
-        rebasin.partial_weight_matching(SPEC, network(0, 9, 4), other, key=KEY)
+        partial_weight_matching(SPEC, network(0, 9, 4), other, key=KEY)
 
 
 def test_brute_force_over_injections():
@@ -157,7 +156,7 @@ def test_brute_force_over_injections():
             for p in itertools.permutations(range(4), 2)
             for q in itertools.permutations(range(4), 3)
         )
-        match = rebasin.partial_weight_matching(spec, a, b, key=KEY)
+        match = partial_weight_matching(spec, a, b, key=KEY)
         assert match.objective[-1] == pytest.approx(best, rel=1e-5)
 
 
@@ -165,4 +164,4 @@ def test_units_that_nothing_of_a_is_matched_to_follow_in_the_order_of_b():
     rows = np.array(
         [[3, 0, 2, 1], [2, 3, 1, 0], [3, 2, 1, 0]], np.int32
     )  # of three heads, of which A has two
-    assert _rest_in_order(rows, (2, 2)).tolist() == [[3, 0, 1, 2], [2, 3, 0, 1], [0, 1, 2, 3]]
+    assert rest_in_order(rows, (2, 2)).tolist() == [[3, 0, 1, 2], [2, 3, 0, 1], [0, 1, 2, 3]]

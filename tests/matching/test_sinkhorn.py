@@ -6,12 +6,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import build_case, inner_product
+from helpers import build_case
 from scipy.special import logsumexp
 
 import rebasin
 from rebasin.errors import ConfigError, NonFiniteError, RebasinError
-from rebasin.matching.sinkhorn import _plan_backward, sinkhorn_matching, sinkhorn_plan
+from rebasin.matching.sinkhorn import (
+    SinkhornMatching,
+    plan_gradient,
+    sinkhorn_matching,
+    sinkhorn_plan,
+    sinkhorn_plans,
+)
+from rebasin.trees import inner_product
 
 KEY = jax.random.key(0)
 
@@ -50,7 +57,7 @@ def test_gradients_stay_finite_near_a_permutation():
     # At a permutation itself the answer is zero. With eight units 1/n is exact, and an elimination without
     # the ridge divides by zero.
     exact = jnp.eye(8)[jnp.array([2, 0, 1, 5, 3, 4, 7, 6])][None]
-    (gradient,) = _plan_backward(exact, jax.random.normal(KEY, (1, 8, 8)))
+    gradient = plan_gradient(exact, jax.random.normal(KEY, (1, 8, 8)))
     np.testing.assert_allclose(gradient, 0.0, atol=1e-5)
 
 
@@ -69,19 +76,16 @@ def match_case(case, params_b=None, **options):
         case.spec,
         case.params_a,
         case.params_b if params_b is None else params_b,
-        case.loss_fn,
+        case.metrics_fn,
         case.data,
         **{"key": KEY, "num_steps": 30, "learning_rate": 0.3, "batch_size": 40} | options,
     )
 
 
 def test_half_of_the_mass_starts_where_the_start_puts_it():
-    from rebasin.matching.sinkhorn import _start, sinkhorn_plans
-    from rebasin.trees import is_weight
-
     case = build_case("mlp")
     start = rebasin.random_permutation(case.spec, case.params_a, key=KEY)
-    _, x = _start(case.spec, case.params_a, case.params_b, start, KEY, is_weight)
+    _, x = SinkhornMatching(start=start).starting_point(case.spec, case.params_a, case.params_b, KEY)
     for group, plan in sinkhorn_plans(x).items():
         share = np.take_along_axis(np.asarray(plan), np.asarray(start[group])[:, None], axis=1)
         np.testing.assert_allclose(share, 0.5, atol=1e-3)
@@ -98,7 +102,7 @@ def test_the_objective_is_the_loss_that_the_docstring_says(loss):
     else:
         alphas = {"midpoint": [0.5], "random": [0.1, 0.3, 0.5, 0.7, 0.9]}[loss]
         points = [rebasin.interpolate(case.params_a, moved, alpha) for alpha in alphas]
-        expected = np.mean([float(case.loss_fn(p, case.data).mean()) for p in points])
+        expected = np.mean([float(case.metrics_fn(p, case.data)["loss"].mean()) for p in points])
     assert -match.objective[-1] == pytest.approx(expected, rel=1e-5)
     assert match.objective[-1] > match.objective[0]  # it learns
     np.testing.assert_array_equal(match.objective, np.maximum.accumulate(-match.stats["losses"]))
@@ -106,7 +110,7 @@ def test_the_objective_is_the_loss_that_the_docstring_says(loss):
 
 @pytest.mark.slow
 def test_a_planted_permutation_is_learned_by_distance_from_the_uniform_start():
-    """Heads and their insides too."""
+    """Heads and their inner groups too."""
     case = build_case("vit")
     match = sinkhorn_matching(
         case.spec,
@@ -137,12 +141,39 @@ def test_one_layer_by_distance_is_the_brute_force_optimum():
         assert reached == pytest.approx(best, rel=1e-5)
 
 
+def test_what_is_needed_follows_from_the_loss():
+    """The squared distance is computed from the networks; the other losses are measured on data."""
+    case = build_case("mlp")
+    assert SinkhornMatching().needs == SinkhornMatching(loss="random").needs == ("metrics_fn", "data", "key")
+    assert SinkhornMatching(loss="l2").needs == ("key",)
+    with pytest.raises(ConfigError) as info:
+        rebasin.match(case.spec, case.params_a, case.params_b, "sinkhorn", key=KEY)
+    assert str(info.value).splitlines() == [
+        "the method 'sinkhorn' needs metrics_fn, data, key:",
+        "  metrics_fn: missing",
+        "  data: missing",
+    ]
+    match = rebasin.match(
+        case.spec, case.params_a, case.params_b, "sinkhorn", key=KEY, loss="l2", num_steps=1
+    )
+    assert match == sinkhorn_matching(
+        case.spec, case.params_a, case.params_b, key=KEY, loss="l2", num_steps=1
+    )
+
+
+def test_options_are_a_value():
+    assert SinkhornMatching(loss="l2") == SinkhornMatching(loss="l2")
+    assert hash(SinkhornMatching(loss="l2")) == hash(SinkhornMatching(loss="l2"))
+    assert SinkhornMatching(loss="l2") != SinkhornMatching(loss="l2", num_steps=3)
+    assert "loss='l2', start='weights', num_steps=100" in repr(SinkhornMatching(loss="l2"))
+
+
 def test_what_cannot_work_is_refused(monkeypatch):
     case = build_case("mlp")
     with pytest.raises(ConfigError, match="unknown loss 'l1'; known: 'l2', 'midpoint', 'random'"):
         match_case(case, loss="l1")
     with pytest.raises(
-        ConfigError, match="loss='midpoint' needs loss_fn and data; only loss='l2' does without"
+        ConfigError, match="loss='midpoint' needs metrics_fn and data; only loss='l2' does without"
     ):
         sinkhorn_matching(case.spec, case.params_a, case.params_b, key=KEY)
     with pytest.raises(NonFiniteError, match="the loss between the networks is nan"):
@@ -150,7 +181,7 @@ def test_what_cannot_work_is_refused(monkeypatch):
             case.spec,
             case.params_a,
             case.params_b,
-            lambda p, batch: case.loss_fn(p, batch) * jnp.nan,
+            lambda p, batch: {"loss": case.metrics_fn(p, batch)["loss"] * jnp.nan},
             case.data,
             key=KEY,
         )

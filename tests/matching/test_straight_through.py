@@ -8,7 +8,8 @@ from helpers import build_case
 
 import rebasin
 from rebasin.errors import ConfigError, NonFiniteError, RebasinError
-from rebasin.matching.straight_through import straight_through_matching
+from rebasin.matching.straight_through import midpoint_gradient, straight_through_matching
+from rebasin.trees import is_weight, leaf_table
 
 KEY = jax.random.key(0)
 
@@ -16,13 +17,13 @@ KEY = jax.random.key(0)
 def midpoint_loss(case, permutation, params_b):
     moved = rebasin.permute(case.spec, permutation, params_b)
     middle = rebasin.interpolate(case.params_a, moved, 0.5)
-    return float(case.loss_fn(middle, case.data).mean())
+    return float(case.metrics_fn(middle, case.data)["loss"].mean())
 
 
 def match_case(case, **options):
     arguments = {"key": KEY, "num_steps": 20, "learning_rate": 0.1, "batch_size": 16} | options
     return straight_through_matching(
-        case.spec, case.params_a, case.params_b, case.loss_fn, case.data, **arguments
+        case.spec, case.params_a, case.params_b, case.metrics_fn, case.data, **arguments
     )
 
 
@@ -50,16 +51,13 @@ def test_it_learns_what_weight_matching_does_not_find():
 
 def test_the_first_gradient_is_half_of_the_midpoints():
     """The closed form of the estimator: ∂ℓ(½A + ½P[B])/∂P[B] = ½∇ℓ at the midpoint."""
-    from rebasin.matching.straight_through import _loss_and_gradient
-    from rebasin.trees import is_weight, leaf_table
-
     case = build_case("mlp")
     moved = leaf_table(case.params_b)
-    loss, gradient = _loss_and_gradient(
-        moved, case.params_a, case.data, loss_fn=case.loss_fn, predicate=is_weight
+    loss, gradient = midpoint_gradient(
+        moved, case.params_a, case.data, metrics_fn=case.metrics_fn, predicate=is_weight
     )
     middle = jax.tree.map(lambda a, b: 0.5 * a + 0.5 * b, case.params_a, case.params_b)
-    value, full = jax.value_and_grad(lambda p: case.loss_fn(p, case.data).mean())(middle)
+    value, full = jax.value_and_grad(lambda p: case.metrics_fn(p, case.data)["loss"].mean())(middle)
     assert float(loss) == pytest.approx(float(value), rel=1e-5)
     for path, leaf in leaf_table(full).items():
         np.testing.assert_allclose(gradient[path], 0.5 * leaf, rtol=1e-4, atol=1e-5)
@@ -71,7 +69,7 @@ def test_a_good_start_is_never_given_up():
     answer = rebasin.weight_matching(case.spec, case.params_a, case.planted, key=KEY).permutation
     start = {group: jnp.asarray(row) for group, row in answer.items()}
     match = straight_through_matching(
-        case.spec, case.params_a, case.planted, case.loss_fn, case.data, key=KEY, num_steps=5, start=start
+        case.spec, case.params_a, case.planted, case.metrics_fn, case.data, key=KEY, num_steps=5, start=start
     )
     assert rebasin.fixed_points(match.permutation, answer).total == 1.0
     assert match.objective[0] == pytest.approx(0.0, abs=1e-9)
@@ -79,6 +77,12 @@ def test_a_good_start_is_never_given_up():
 
 def test_what_cannot_work_is_refused(monkeypatch):
     case = build_case("mlp")
+
+    def root_of_zero(params, batch):
+        """√0: a finite loss whose gradient is not."""
+        loss = case.metrics_fn(params, batch)["loss"]
+        return {"loss": loss + jnp.sqrt(0 * loss)}
+
     with pytest.raises(ConfigError, match="num_steps must be at least 1, got 0"):
         match_case(case, num_steps=0)
     with pytest.raises(NonFiniteError, match="the loss between the networks is nan"):
@@ -86,7 +90,7 @@ def test_what_cannot_work_is_refused(monkeypatch):
             case.spec,
             case.params_a,
             case.params_b,
-            lambda p, batch: case.loss_fn(p, batch) * jnp.nan,
+            lambda p, batch: {"loss": case.metrics_fn(p, batch)["loss"] * jnp.nan},
             case.data,
             key=KEY,
         )
@@ -95,8 +99,7 @@ def test_what_cannot_work_is_refused(monkeypatch):
             case.spec,
             case.params_a,
             case.params_b,
-            # √0: a finite loss whose gradient is not.
-            lambda p, batch: case.loss_fn(p, batch) + jnp.sqrt(0 * case.loss_fn(p, batch)),
+            root_of_zero,
             case.data,
             key=KEY,
         )
