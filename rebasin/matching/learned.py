@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rebasin.batches import check_batch_size, check_data, num_examples, to_batches
+from rebasin.batches import check_data, num_examples, to_batches
 from rebasin.errors import DataError, NonFiniteError, RebasinError
 from rebasin.matching.result import MatchResult
 from rebasin.permutation import Permutation
@@ -39,8 +39,7 @@ def check_loss(loss_fn: LossFn, params: Any, data: Any, batch_size: int, *, user
         each example.
       ConfigError: `batch_size` is below 1.
     """
-    check_data(data, user=user)
-    check_batch_size(batch_size)
+    check_data(data, batch_size)
     size = min(batch_size, num_examples(data))
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((size, *np.shape(x)[1:]), jnp.result_type(x)), data)
     losses = jax.eval_shape(loss_fn, params, batch)
