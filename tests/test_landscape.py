@@ -105,7 +105,7 @@ def test_what_cannot_work_is_refused():
         measure([trees[0], {"w": jnp.ones(2)}], data)
     with pytest.raises(NonFiniteError, match="network 1 is not finite"):
         measure([trees[0], {"w": jnp.full(3, jnp.nan)}], data)
-    with pytest.raises(DataError, match="data hold no examples: a simplex needs at least one"):
+    with pytest.raises(DataError, match="data hold no examples: at least one is needed"):
         measure(trees, data[:0])
     with pytest.raises(
         ConfigError, match=r"no metric 'accuracy' on this surface; it has \['error', 'loss'\]"
