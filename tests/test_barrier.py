@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rebasin
+from rebasin.barrier import Barrier, BarrierCurve
 from rebasin.errors import ConfigError, DataError, NonFiniteError, TreeMismatchError
 
 
@@ -37,14 +38,14 @@ def test_barrier_of_a_parabola_in_closed_form():
     curve = rebasin.sweep(
         scalar(1), scalar(-1), {"x": np.zeros(5)}, lambda p, batch: {"loss": 0 * batch["x"] - p["w"] ** 2}
     )
-    assert curve.loss_barrier == rebasin.Barrier(1.0, 0.0, 0.5)
+    assert curve.loss_barrier == Barrier(1.0, 0.0, 0.5)
     np.testing.assert_allclose(curve.loss, -((2 * curve.alphas - 1) ** 2), atol=1e-6)
 
 
 def test_conventions_differ_where_the_ends_do():
     """Ends 4 (A) and 0 (B), middle 5, maximum 5.5: the chord's middle and the ends' mean are both 2."""
     values = np.array([[0.0], [5.0], [5.0], [5.5], [4.0]])
-    curve = rebasin.BarrierCurve(np.linspace(0, 1, 5), {"loss": values})
+    curve = BarrierCurve(np.linspace(0, 1, 5), {"loss": values})
     assert curve.barrier("loss").value == 4.0
     assert curve.barrier("loss").alpha == 0.25
     assert curve.barrier("loss", convention="midpoint").value == 3.0
@@ -55,8 +56,8 @@ def test_conventions_differ_where_the_ends_do():
 def test_the_barrier_is_never_negative_and_mirrors(seed):
     rng = np.random.default_rng(seed)
     values = rng.normal(size=(6, 3))
-    curve = rebasin.BarrierCurve(np.linspace(0, 1, 6), {"loss": values})
-    mirrored = rebasin.BarrierCurve(np.linspace(0, 1, 6), {"loss": values[::-1]})
+    curve = BarrierCurve(np.linspace(0, 1, 6), {"loss": values})
+    mirrored = BarrierCurve(np.linspace(0, 1, 6), {"loss": values[::-1]})
     assert curve.loss_barrier.value >= 0
     np.testing.assert_allclose(curve.loss_barrier.value, mirrored.loss_barrier.value, atol=1e-12)
     if curve.loss_barrier.value > 0:  # a barrier of 0 stands at either end
@@ -66,10 +67,10 @@ def test_the_barrier_is_never_negative_and_mirrors(seed):
 def test_standard_error_is_paired():
     """Every example rises by exactly 1 at the middle: no spread, although the losses spread widely."""
     ends = np.array([0.0, 10.0, 20.0])
-    curve = rebasin.BarrierCurve(np.linspace(0, 1, 3), {"loss": np.stack([ends, ends + 1, ends])})
-    assert curve.loss_barrier == rebasin.Barrier(1.0, 0.0, 0.5)
+    curve = BarrierCurve(np.linspace(0, 1, 3), {"loss": np.stack([ends, ends + 1, ends])})
+    assert curve.loss_barrier == Barrier(1.0, 0.0, 0.5)
     np.testing.assert_allclose(curve.standard_errors["loss"], 10 / np.sqrt(3))
-    uneven = rebasin.BarrierCurve(np.linspace(0, 1, 3), {"loss": np.stack([ends, ends + [0, 1, 2], ends])})
+    uneven = BarrierCurve(np.linspace(0, 1, 3), {"loss": np.stack([ends, ends + [0, 1, 2], ends])})
     np.testing.assert_allclose(uneven.loss_barrier.standard_error, 1 / np.sqrt(3))
 
 
@@ -131,7 +132,7 @@ def test_bad_input_is_refused_before_anything_runs():
         measure(scalar(1), {"w": jnp.ones(2)}, {"x": np.zeros(3)})
     with pytest.raises(NonFiniteError, match="params_b is not finite"):
         measure(scalar(1), scalar(np.nan), {"x": np.zeros(3)})
-    curve = rebasin.BarrierCurve(np.linspace(0, 1, 4), {"loss": np.zeros((4, 2))})
+    curve = BarrierCurve(np.linspace(0, 1, 4), {"loss": np.zeros((4, 2))})
     with pytest.raises(ConfigError, match="the midpoint needs an odd number of alphas, got 4"):
         curve.barrier("loss", convention="midpoint")
     with pytest.raises(ConfigError, match=r"no metric 'accuracy' in this curve; it has \['loss'\]"):

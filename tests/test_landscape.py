@@ -7,6 +7,7 @@ import pytest
 
 import rebasin
 from rebasin.errors import ConfigError, DataError, NonFiniteError, TreeMismatchError
+from rebasin.landscape import simplex_grid
 
 
 def metrics_fn(params, batch):
@@ -23,7 +24,7 @@ def draw(count, n=7):
 @pytest.mark.parametrize("count", [2, 3, 4])
 @pytest.mark.parametrize("resolution", [1, 3, 4])
 def test_the_grid_is_every_composition(count, resolution):
-    grid = rebasin.simplex_grid(count, resolution)
+    grid = simplex_grid(count, resolution)
     np.testing.assert_array_equal(grid[:count], np.eye(count))
     np.testing.assert_allclose(grid[-1], 1 / count)
     compositions = {

@@ -4,8 +4,9 @@ import jax
 import numpy as np
 import pytest
 
-from rebasin import Axis, Factor, PermutationSpec, Pin
+from rebasin.axis import Axis, Factor
 from rebasin.errors import SpecError, SpecMismatchError
+from rebasin.spec import PermutationSpec, Pin
 
 MLP = PermutationSpec.from_axes(
     {
