@@ -5,7 +5,8 @@ the experiments (`rebasin.models`) need the extra ``rebasin-jax[experiments]``.
 """
 
 from rebasin.axis import Axis, Factor
-from rebasin.barrier import Barrier, BarrierCurve, build_sweep, sweep
+from rebasin.barrier import Barrier, BarrierCurve, build_sweep, classification_metrics, sweep
+from rebasin.batches import Batch
 from rebasin.batchnorm import build_norm_reset
 from rebasin.errors import RebasinError
 from rebasin.inference.infer import infer_spec, register_rule
@@ -52,6 +53,7 @@ __all__ = [
     "Axis",
     "Barrier",
     "BarrierCurve",
+    "Batch",
     "Factor",
     "FixedPoints",
     "FrankWolfeMatching",
@@ -75,6 +77,7 @@ __all__ = [
     "build_simplex_sweep",
     "build_sweep",
     "check_permutation",
+    "classification_metrics",
     "compose",
     "covariance_matching",
     "cycle_error",

@@ -1,4 +1,8 @@
-"""One axis of a leaf: concatenated segments, each a product of factors."""
+"""The structure of an axis, and the blocks of a leaf that follow from the structure of its axes.
+
+An axis is a concatenation of segments, and each segment is a product of factors, as a reshape makes it. A
+choice of one segment from each axis of a leaf is a block: an array with one dimension for each factor.
+"""
 
 import dataclasses
 import itertools
@@ -13,10 +17,12 @@ __all__ = ["Axis", "AxisLike", "Block", "Factor", "Segment", "SizedFactor", "cut
 
 
 class Factor(NamedTuple):
-    """One digit of an axis in mixed radix: `size` positions that `group` reorders, or that stay (`None`).
+    """One dimension of a segment before the reshape that flattened it.
 
-    `size` is `None` where the factor is its whole axis: then the axis' own length counts, and one spec serves
-    a model at every width.
+    Attributes:
+      size: number of positions; `None` if the factor is its whole axis. The length of the axis then counts,
+        so that one spec serves a model at every width.
+      group: the group that reorders the positions; `None` if they stay put.
     """
 
     size: int | None
@@ -24,7 +30,12 @@ class Factor(NamedTuple):
 
 
 class SizedFactor(NamedTuple):
-    """A factor of an axis whose length is known."""
+    """A factor of an axis whose length is known.
+
+    Attributes:
+      size: number of positions.
+      group: the group that reorders the positions; `None` if they stay put.
+    """
 
     size: int
     group: str | None
@@ -35,10 +46,13 @@ Segment: TypeAlias = tuple[Factor, ...]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Axis:
-    """One axis of a leaf: a sequence of segments (concatenation), each a product of factors (reshape).
+    """One axis of a leaf: a concatenation of segments, each of which is a product of factors.
 
     In a segment the first factor varies slowest, as in ``reshape``. The everyday axis is one segment of one
     factor, written `Axis.whole("P0")`, or `Axis.whole(None)` for an axis that stays put.
+
+    Attributes:
+      segments: the factors of each segment.
 
     Examples:
       >>> print(Axis.whole("P0"), Axis.whole(None))
@@ -53,38 +67,38 @@ class Axis:
 
     @classmethod
     def whole(cls, group: str | None) -> "Axis":
-        """The axis that one group reorders from end to end; `None` for one that stays put."""
+        """Make the axis that one group reorders from end to end; `None` for one that stays put."""
         return cls(((Factor(None, group),),))
 
     @classmethod
     def product(cls, *factors: int | tuple[str, int]) -> "Axis":
-        """One segment: each factor is ``(group, size)``, or a bare size for positions that stay."""
+        """Make an axis of one segment; a factor is ``(group, size)``, or a bare size if it stays put."""
         return cls((tuple(Factor(f) if isinstance(f, int) else Factor(f[1], f[0]) for f in factors),))
 
     @classmethod
     def concatenate(cls, *axes: "Axis") -> "Axis":
-        """The segments of `axes`, one after the other; all need sizes."""
+        """Make the axis that has the segments of `axes` one after the other; every factor needs a size."""
         return cls(tuple(itertools.chain.from_iterable(axis.segments for axis in axes)))
 
     @property
     def is_whole(self) -> bool:
-        """Whether the axis is one factor, of whatever size."""
+        """Whether the axis is a single factor."""
         return len(self.segments) == 1 and len(self.segments[0]) == 1
 
     @property
     def groups(self) -> tuple[str, ...]:
-        """The groups of the axis in order, each as often as it occurs."""
+        """The groups of the axis in their order; a group that occurs twice is listed twice."""
         return tuple(f.group for f in itertools.chain.from_iterable(self.segments) if f.group is not None)
 
     def sized(self, length: int) -> list[list[SizedFactor]]:
-        """The segments with every size known, for an axis of `length`."""
+        """Return the segments of an axis of this length, with all sizes known."""
         return [
             [SizedFactor(length if self.is_whole else factor.size or 0, factor.group) for factor in segment]
             for segment in self.segments
         ]
 
     def rename(self, names: Mapping[str, str]) -> "Axis":
-        """The axis with its groups renamed."""
+        """Return the axis with its groups renamed; `names` has the new name of each."""
         return Axis(
             tuple(
                 tuple(f if f.group is None else f._replace(group=names[f.group]) for f in segment)
@@ -101,16 +115,16 @@ class Axis:
         )
 
 
-AxisLike: TypeAlias = str | None | Axis
+AxisLike: TypeAlias = str | None | Axis  # a group that reorders the whole axis, or None, or an axis
 
 
 class Block(NamedTuple):
-    """Where a block lies in its leaf, and what its dimensions are.
+    """A part of a leaf in which each axis is one segment, seen as an array with one dimension per factor.
 
     Attributes:
-      slices: one slice per axis of the leaf.
-      shape: sizes of the dimensions, one per factor.
-      labels: the group of each dimension, `None` for one that stays.
+      slices: where the block lies in the leaf, one slice for each axis.
+      shape: size of each dimension.
+      labels: group of each dimension; `None` for one that stays put.
     """
 
     slices: tuple[slice, ...]
@@ -119,7 +133,19 @@ class Block(NamedTuple):
 
 
 def iter_blocks(axes: Sequence[Axis], shape: Sequence[int]) -> Iterator[Block]:
-    """The blocks of a leaf of `shape`, the last axis' segments varying fastest."""
+    """Yield the blocks of a leaf; the segments of its last axis vary fastest.
+
+    Args:
+      axes: the axes of the leaf.
+      shape: the shape of the leaf.
+
+    Examples:
+      >>> axes = (Axis.whole("P0"), Axis.concatenate(Axis.product(("H", 2), 3), Axis.product(1)))
+      >>> for block in iter_blocks(axes, (5, 7)):
+      ...     print(block.slices[1], block.shape, block.labels)
+      slice(0, 6, None) (5, 2, 3) ('P0', 'H', None)
+      slice(6, 7, None) (5, 1) ('P0', None)
+    """
     choices = []
     for axis, length in zip(axes, shape, strict=True):
         start, segments = 0, []
@@ -138,14 +164,31 @@ def iter_blocks(axes: Sequence[Axis], shape: Sequence[int]) -> Iterator[Block]:
 
 
 def cut(leaf: jax.Array, block: Block) -> jax.Array:
-    """The block's values, of shape `block.shape`."""
+    """Return the values of a block, of shape ``block.shape``.
+
+    Examples:
+      >>> axis = Axis.concatenate(Axis.product(1), Axis.product(("H", 2), 2))
+      >>> [cut(jnp.arange(5), block).tolist() for block in iter_blocks((axis,), (5,))]
+      [[0], [[1, 2], [3, 4]]]
+    """
     return jnp.asarray(leaf)[block.slices].reshape(block.shape)
 
 
 def join(leaf: jax.Array, pieces: Sequence[tuple[Block, jax.Array]]) -> jax.Array:
-    """A leaf like `leaf` made of the values of all its blocks."""
-    # Not written into `leaf` itself: XLA on CPU (jaxlib 0.10.2) updates it in place while it still reads the
-    # old values of the same block, and silently gets some of them wrong.
+    """Return a leaf of the shape and dtype of `leaf` from the values of its blocks.
+
+    Args:
+      leaf: a leaf with the shape and dtype wanted; its values are not read.
+      pieces: all blocks of the leaf with their values, of shapes ``block.shape``.
+
+    Examples:
+      >>> leaf = jnp.arange(6)
+      >>> blocks = iter_blocks((Axis.concatenate(Axis.product(2), Axis.product(("H", 2), 2)),), (6,))
+      >>> join(leaf, [(block, cut(leaf, block)[::-1]) for block in blocks]).tolist()
+      [1, 0, 4, 5, 2, 3]
+    """
+    # The values are not written into `leaf` itself: XLA on CPU (jaxlib 0.10.2) would update it in place while
+    # it still reads the old values of the same block, and would silently get some of them wrong.
     joined = jnp.zeros_like(leaf)
     for block, values in pieces:
         shape = tuple(s.stop - s.start for s in block.slices)

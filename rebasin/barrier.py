@@ -1,8 +1,12 @@
-"""Loss and error along the segment between two networks, and its barrier."""
+"""Paths between two networks: loss and error along them, and their barriers.
+
+The path between networks A and B is the line αA + (1−α)B. `build_sweep` makes the function that evaluates it
+at all alphas; its result is a `BarrierCurve`. `classification_metrics` makes the metrics of a classifier.
+"""
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
@@ -10,28 +14,102 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from rebasin.batches import check_batch_size, check_data, num_examples, to_batches
+from rebasin.batches import Batch, check_batch_size, check_data, inputs_of, num_examples, to_batches
 from rebasin.compilation import compiler_options
-from rebasin.errors import ConfigError
-from rebasin.trees import LeafPredicate, check_finite, check_same_shapes, interpolate, is_weight, leaf_table
+from rebasin.errors import ConfigError, DataError
+from rebasin.trees import LeafPredicate, check_finite, check_same_shapes, interpolate, is_weight
 
-__all__ = ["Barrier", "BarrierCurve", "Convention", "MetricsFn", "build_sweep", "sweep"]
+__all__ = [
+    "Barrier",
+    "BarrierCurve",
+    "Convention",
+    "MetricsFn",
+    "build_evaluation",
+    "build_sweep",
+    "classification_metrics",
+    "excess_over_chord",
+    "standard_error",
+    "sweep",
+]
 
-# (params, batch) -> per-example values, for example {"loss": [n], "error": [n]}; with `prepare`, its result
-# third.
+# ``(params, batch) -> {name: [n]}``, one value for each example, for example {"loss": [n], "error": [n]}.
+# With `prepare`, its result is the third argument.
 MetricsFn: TypeAlias = Callable[..., Mapping[str, jax.Array]]
 
 Convention = Literal["chord", "endpoint_mean", "midpoint"]
+
+
+def classification_metrics(apply_fn: Callable[..., jax.Array]) -> MetricsFn:
+    """Make the metrics of a classifier: softmax cross entropy and 0–1 error of each example.
+
+    Args:
+      apply_fn: ``(params, *inputs) -> logits``, the network; the logits have shape ``[n, classes]``.
+
+    Returns:
+      ``metrics_fn(params, batch, *extra) -> {"loss": [n], "error": [n]}``. `batch` is a `rebasin.Batch` whose
+      labels are integers ``[n]`` from 0 to the number of classes less 1. The network is called as
+      ``apply_fn(params, *inputs, *extra)``, where `extra` is what the ``prepare`` of a sweep returned, if the
+      sweep has one. Raises DataError, while it is traced, where labels are missing, or where labels or logits
+      have a wrong shape or dtype.
+
+    Examples:
+      >>> metrics_fn = classification_metrics(lambda params, x: x @ params["w"])
+      >>> batch = Batch(jnp.array([[0.0, 0.0], [9.0, 0.0]]), labels=jnp.array([0, 1]))
+      >>> metrics = metrics_fn({"w": jnp.eye(2)}, batch)
+      >>> [f"{loss:.4f}" for loss in metrics["loss"]], metrics["error"].tolist()
+      (['0.6931', '9.0001'], [0.0, 1.0])
+    """
+
+    def metrics_fn(params: Any, batch: Batch, *extra: Any) -> dict[str, jax.Array]:
+        labels = _integer_labels(batch)
+        logits = apply_fn(params, *inputs_of(batch), *extra)
+        _check_logits(logits, len(labels))
+        logits = jnp.asarray(logits)
+        # Half precision has too few digits for the difference of two numbers of nearly equal size.
+        logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+        # `logsumexp` subtracts the largest logit first, so that no exponential overflows.
+        label_logits = jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
+        loss = jax.nn.logsumexp(logits, axis=-1) - label_logits
+        return {"loss": loss, "error": (jnp.argmax(logits, axis=-1) != labels).astype(jnp.float32)}
+
+    return metrics_fn
+
+
+def _integer_labels(batch: Any) -> jax.Array:
+    """Return the labels of a batch; raise `DataError` if they are missing, or not integers of shape [n]."""
+    if not isinstance(batch, Batch) or batch.labels is None:
+        got = "a Batch without labels" if isinstance(batch, Batch) else f"a {type(batch).__name__}"
+        raise DataError(f"classification metrics need labels: wanted Batch(inputs, labels), got {got}")
+    labels = jnp.asarray(batch.labels)
+    if labels.ndim != 1 or not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise DataError(
+            f"classification metrics need integer labels of shape [n], "
+            f"got a {labels.dtype} array of shape {labels.shape}"
+        )
+    return labels
+
+
+def _check_logits(logits: Any, n: int) -> None:
+    """Raise `DataError` unless `logits` is a floating array of shape [n, classes]."""
+    is_array = hasattr(logits, "shape") and hasattr(logits, "dtype")
+    good = is_array and len(logits.shape) == 2 and logits.shape[0] == n
+    if not good or not jnp.issubdtype(logits.dtype, jnp.floating):
+        got = f"a {logits.dtype} array of shape {logits.shape}" if is_array else f"a {type(logits).__name__}"
+        raise DataError(
+            f"classification metrics need logits of shape [n, classes], a floating array of shape "
+            f"({n}, classes) for a batch of {n}; apply_fn returned {got}"
+        )
 
 
 class Barrier(NamedTuple):
     """The height of a barrier.
 
     Attributes:
-      value: in the unit of the metric (nats for cross entropy, a fraction for 0–1 error).
-      standard_error: of `value` over the examples, at the α of the maximum, paired: the endpoints were
-        measured on the same examples.
-      alpha: where on the segment the barrier stands; 1 is network A.
+      value: height of the barrier in the unit of the metric (nats for cross entropy, a fraction for 0–1
+        error).
+      standard_error: standard error of `value` over the examples. It is paired, because the networks at the
+        ends were measured on the same examples.
+      alpha: weight of A at the point of the path where the barrier stands.
     """
 
     value: float
@@ -40,7 +118,7 @@ class Barrier(NamedTuple):
 
 
 class BarrierCurve(NamedTuple):
-    """Per-example values of every metric along the segment αA + (1−α)B.
+    """Values of every metric along the path αA + (1−α)B between two networks, for each example.
 
     Attributes:
       alphas: weights of A, ``[k]``, from 0 (network B) to 1 (network A).
@@ -58,7 +136,7 @@ class BarrierCurve(NamedTuple):
     @property
     def standard_errors(self) -> dict[str, np.ndarray]:
         """Standard error of each of `means`, float64 ``[k]``; NaN for a single example."""
-        return {name: _standard_error(values) for name, values in self.examples.items()}
+        return {name: standard_error(values) for name, values in self.examples.items()}
 
     @property
     def loss(self) -> np.ndarray:
@@ -77,24 +155,24 @@ class BarrierCurve(NamedTuple):
 
     @property
     def error_barrier(self) -> Barrier:
-        """The barrier of Eq. 1 in 0–1 error; see `barrier`."""
+        """The error barrier of Eq. 1; see `barrier`."""
         return self.barrier("error")
 
     def barrier(self, metric: str, *, convention: Convention = "chord") -> Barrier:
-        """The height of the barrier in one metric.
+        """Return the height of the barrier in one metric.
 
         Args:
           metric: a name in `examples`.
           convention: ``"chord"`` is Eq. 1 of arXiv 2404.06498, max over α of ℓ(αA + (1−α)B) − αℓ(A) −
             (1−α)ℓ(B); never negative, since the ends belong to the curve. ``"endpoint_mean"`` is max over α
-            of ℓ(αA + (1−α)B) − ½(ℓ(A) + ℓ(B)). ``"midpoint"`` is the chord's height at α = ½ alone, which may
-            be negative and needs an odd number of alphas.
+            of ℓ(αA + (1−α)B) − ½(ℓ(A) + ℓ(B)). ``"midpoint"`` is the height above the chord at α = ½ alone,
+            which may be negative and needs an odd number of alphas.
 
         Returns:
-          The barrier with its standard error over the examples and its α.
+          The height, its standard error over the examples, and its α.
 
         Raises:
-          ConfigError: unknown metric or convention, or no α = ½.
+          ConfigError: the metric or the convention is unknown, or no α is ½.
 
         Examples:
           >>> losses = np.array([[1.0, 3.0], [6.0, 6.0], [1.0, 1.0]])
@@ -104,32 +182,59 @@ class BarrierCurve(NamedTuple):
         if metric not in self.examples:
             raise ConfigError(f"no metric {metric!r} in this curve; it has {sorted(self.examples)}")
         values = np.asarray(self.examples[metric], np.float64)
-        alphas = np.asarray(self.alphas, np.float64)[:, None]
-        chord = alphas * values[-1] + (1 - alphas) * values[0]
-        if convention == "chord":
-            excess = values - chord
-            at = int(excess.mean(axis=1).argmax())
-        elif convention == "endpoint_mean":
-            excess = values - 0.5 * (values[-1] + values[0])
-            at = int(excess.mean(axis=1).argmax())
-        elif convention == "midpoint":
-            excess, at = values - chord, len(alphas) // 2
-            if alphas[at, 0] != 0.5:
-                raise ConfigError(f"the midpoint needs an odd number of alphas, got {len(alphas)}")
-        else:
+        ends = values[[-1, 0]]
+        if convention not in ("chord", "endpoint_mean", "midpoint"):
             raise ConfigError(
                 f"unknown convention {convention!r}; known: 'chord', 'endpoint_mean', 'midpoint'"
             )
+        if convention == "endpoint_mean":
+            excess = values - 0.5 * (ends[0] + ends[1])
+        else:
+            alphas = np.asarray(self.alphas, np.float64)
+            excess = excess_over_chord(values, np.stack([alphas, 1 - alphas], axis=1), ends)
+        at = int(excess.mean(axis=1).argmax())
+        if convention == "midpoint":
+            at = len(self.alphas) // 2
+            if self.alphas[at] != 0.5:
+                raise ConfigError(f"the midpoint needs an odd number of alphas, got {len(self.alphas)}")
         return Barrier(
-            float(excess[at].mean()), float(_standard_error(excess[at : at + 1])[0]), float(self.alphas[at])
+            float(excess[at].mean()), float(standard_error(excess[at : at + 1])[0]), float(self.alphas[at])
         )
 
 
-def _standard_error(values: np.ndarray) -> np.ndarray:
-    n = values.shape[1]
+def excess_over_chord(values: np.ndarray, weights: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Return how far averages of networks lie above what the networks are on average.
+
+    Args:
+      values: values of a metric at m averages of k networks, float64 ``[m, n]`` for n examples.
+      weights: weights of the networks in each average, ``[m, k]``. A path has k = 2 and weights (α, 1 − α).
+      ends: values of the metric at the networks themselves, float64 ``[k, n]``.
+
+    Returns:
+      ℓ(Σ wᵢθᵢ) − Σ wᵢ ℓ(θᵢ) for each example, float64 ``[m, n]``.
+
+    Examples:
+      >>> excess_over_chord(np.array([[5.0]]), np.array([[0.25, 0.75]]), np.array([[4.0], [0.0]])).tolist()
+      [[4.0]]
+    """
+    # One product at a time rather than a matrix product, whose rounding depends on the shapes.
+    return values - sum(weights[:, i, None] * end for i, end in enumerate(ends))
+
+
+def standard_error(values: np.ndarray) -> np.ndarray:
+    """Return the standard error of the mean over the last axis, float64; NaN for a single example.
+
+    Args:
+      values: array ``[…, n]``.
+
+    Examples:
+      >>> standard_error(np.array([[1.0, 3.0], [2.0, 2.0]])).tolist()
+      [1.0, 0.0]
+    """
+    n = values.shape[-1]
     if n < 2:
-        return np.full(len(values), np.nan)
-    return values.std(axis=1, ddof=1, dtype=np.float64) / math.sqrt(n)
+        return np.full(values.shape[:-1], np.nan)
+    return values.std(axis=-1, ddof=1, dtype=np.float64) / math.sqrt(n)
 
 
 def build_sweep(
@@ -140,81 +245,124 @@ def build_sweep(
     prepare: Callable[[Any, jax.Array], Any] | None = None,
     predicate: LeafPredicate = is_weight,
 ) -> Callable[..., BarrierCurve]:
-    """Makes the function that measures a segment; build it once and call it often.
+    """Make the function that evaluates the path between two networks; build it once and call it often.
 
     The whole sweep is one compiled program: a loop over alphas around a loop over batches, over data that
-    stays on the device. It is compiled once for a shape of networks and data, whatever their values.
+    stay on the device. It is compiled once for networks and data of one shape, whatever their values.
 
     Args:
-      metrics_fn: ``(params, batch) -> {name: [n]}``, one value per example.
-      num_alphas: equally spaced points on the segment, both ends included; 25 in the paper.
-      batch_size: examples evaluated at once. The last batch is filled up with copies of the first example,
-        whose values are dropped.
-      prepare: ``(params, alpha) -> extra`` is called once per point, and its result passed to `metrics_fn` as
-        third argument: for REPAIR, or for statistics of BatchNorm. Arrays that it needs are best bound to it
-        by `jax.tree_util.Partial`, as `build_repair` and `build_norm_reset` do: they are then arguments of
-        the compiled program, where those of a closure are copied into it.
-      predicate: the leaves that are averaged; `trees.interpolate` tells what happens to the others.
+      metrics_fn: ``(params, batch) -> {name: [n]}``, one value for each example.
+      num_alphas: number of equally spaced points on the path, both ends included; 25 in the paper.
+      batch_size: number of examples evaluated at once. The last batch is filled up with copies of the first
+        example, whose values are dropped.
+      prepare: ``(params, alpha) -> extra``, called once at each point. `metrics_fn` gets its result as third
+        argument. REPAIR and the statistics of BatchNorm need it. Bind arrays to it by
+        `jax.tree_util.Partial`, as `build_repair` and `build_norm_reset` do: they are then arguments of the
+        compiled program, while arrays of a closure are copied into it.
+      predicate: ``(path, leaf) -> bool``, true for the leaves to average; `rebasin.interpolate` says what
+        happens to the others.
 
     Returns:
-      ``measure(params_a, params_b, data, ends=None) -> BarrierCurve``, where `data` is a tree of arrays
-      ``[n, …]`` with one common n. `ends` is a curve on the same data between networks that compute the same
-      functions as A and B, for example before a permutation: its values at both ends are taken, and only
-      what lies between is evaluated. It raises TreeMismatchError where A and B differ in shape,
-      NonFiniteError where a weight is NaN or infinite, DataError where the data are empty or of different
-      lengths, ConfigError where `ends` is a curve of other metrics or of another number of examples.
+      ``sweep(params_a, params_b, data, ends=None) -> BarrierCurve``. `data` is a `rebasin.Batch`, or another
+      tree of arrays ``[n, …]`` with one common n. `ends` is a curve on the same data between networks that
+      compute the same functions as A and B, for example before a permutation: the values at both ends are
+      taken from it, and only the points between them are evaluated. Raises TreeMismatchError where A and B
+      differ in shape, NonFiniteError where a weight is NaN or infinite, DataError where the data are empty
+      or of different lengths, and ConfigError where `ends` has other metrics or another number of examples.
 
     Raises:
-      ConfigError: fewer than two alphas, or an empty batch.
+      ConfigError: there are fewer than two alphas, or `batch_size` is below 1.
 
     Examples:
-      >>> measure = build_sweep(lambda params, batch: {"loss": (params["w"] - batch) ** 2}, num_alphas=3)
-      >>> measure({"w": jnp.ones(())}, {"w": -jnp.ones(())}, jnp.zeros((4,))).loss.tolist()
+      >>> sweep = build_sweep(lambda params, batch: {"loss": (params["w"] - batch) ** 2}, num_alphas=3)
+      >>> sweep({"w": jnp.ones(())}, {"w": -jnp.ones(())}, jnp.zeros((4,))).loss.tolist()
       [1.0, 0.0, 1.0]
     """
     if num_alphas < 2:
         raise ConfigError(
-            f"a sweep needs both ends of the segment: num_alphas must be at least 2, got {num_alphas}"
+            f"a sweep needs both ends of the path: num_alphas must be at least 2, got {num_alphas}"
         )
-    check_batch_size(batch_size)
-    # In float64 on the host and exact at both ends and at the middle.
+    # Made on the host in float64, alphas are exact at both ends and in the middle.
     alphas = np.linspace(0.0, 1.0, num_alphas)
 
+    def combine(trees: Sequence[Any], alpha: jax.Array) -> Any:
+        params_a, params_b = trees
+        return interpolate(params_a, params_b, alpha, predicate=predicate)
+
+    evaluate = build_evaluation(
+        metrics_fn, combine, batch_size=batch_size, prepare=prepare, predicate=predicate
+    )
+
+    def sweep(params_a: Any, params_b: Any, data: Any, ends: BarrierCurve | None = None) -> BarrierCurve:
+        """Evaluate the path between two networks; see `rebasin.build_sweep`."""
+        trees = {"params_a": params_a, "params_b": params_b}
+        if ends is None or num_alphas == 2:
+            return BarrierCurve(alphas, evaluate(trees, alphas, data))
+        return BarrierCurve(alphas, _join_ends(evaluate(trees, alphas[1:-1], data), ends))
+
+    return sweep
+
+
+def build_evaluation(
+    metrics_fn: MetricsFn,
+    combine: Callable[[Sequence[Any], jax.Array], Any],
+    *,
+    batch_size: int,
+    prepare: Callable[[Any, jax.Array], Any] | None,
+    predicate: LeafPredicate,
+) -> Callable[[Mapping[str, Any], np.ndarray, Any], dict[str, np.ndarray]]:
+    """Make the function that evaluates mixtures of networks on data, in one compiled program.
+
+    Args:
+      metrics_fn: ``(params, batch) -> {name: [n]}``, one value for each example.
+      combine: ``(trees, point) -> params``, the mixture of networks at a point.
+      batch_size: number of examples evaluated at once.
+      prepare: ``(params, point) -> extra``, called once at each point; `metrics_fn` gets its result as third
+        argument.
+      predicate: ``(path, leaf) -> bool``, true for the leaves that must be finite.
+
+    Returns:
+      ``evaluate(trees, points, data) -> {name: [m, n]}``. `trees` are the networks by the names that messages
+      call them. `points` is an array ``[m, …]``: alphas ``[m]`` on a path, or weights ``[m, k]`` of k
+      networks. Raises TreeMismatchError, NonFiniteError and DataError, as `build_sweep` says.
+
+    Raises:
+      ConfigError: `batch_size` is below 1.
+    """
+    check_batch_size(batch_size)
     if prepare is not None and not isinstance(prepare, Partial):
         prepare = Partial(prepare)
 
     @functools.partial(jax.jit, compiler_options=compiler_options())
-    def evaluate(
-        params_a: Any, params_b: Any, data: Any, alphas: Any, prepare: Partial | None
+    def compiled(
+        trees: tuple[Any, ...], points: jax.Array, data: Any, prepare: Partial | None
     ) -> Mapping[str, jax.Array]:
         n, batches = num_examples(data), to_batches(data, batch_size)
 
-        def at(alpha: jax.Array) -> Mapping[str, jax.Array]:
-            params = interpolate(params_a, params_b, alpha, predicate=predicate)
-            extra = () if prepare is None else (prepare(params, alpha),)
+        def at(point: jax.Array) -> Mapping[str, jax.Array]:
+            params = combine(trees, point)
+            extra = () if prepare is None else (prepare(params, point),)
             values = jax.lax.map(lambda batch: metrics_fn(params, batch, *extra), batches)
             return jax.tree.map(lambda x: x.reshape(-1)[:n], values)
 
-        # `vmap` over alphas would turn convolutions into grouped ones, nine times slower on the CPU.
-        return jax.lax.map(at, alphas)
+        # `vmap` over points would turn convolutions into grouped ones, nine times slower on the CPU.
+        return jax.lax.map(at, points)
 
-    def measure(params_a: Any, params_b: Any, data: Any, ends: BarrierCurve | None = None) -> BarrierCurve:
-        """Measures the segment between two networks; see `rebasin.build_sweep`."""
-        check_same_shapes(params_a, params_b)
-        for tree, name in ((params_a, "params_a"), (params_b, "params_b")):
-            check_finite({p: leaf for p, leaf in leaf_table(tree).items() if predicate(p, leaf)}, name)
-        check_data(data, user="a barrier")
-        if ends is None or num_alphas == 2:
-            between = evaluate(params_a, params_b, data, jnp.asarray(alphas), prepare)
-            return BarrierCurve(alphas, dict(jax.device_get(between)))
-        between = jax.device_get(evaluate(params_a, params_b, data, jnp.asarray(alphas[1:-1]), prepare))
-        return BarrierCurve(alphas, _join_ends(between, ends))
+    def evaluate(trees: Mapping[str, Any], points: np.ndarray, data: Any) -> dict[str, np.ndarray]:
+        (first, reference), *rest = trees.items()
+        for name, tree in rest:
+            check_same_shapes(reference, tree, names=(first, name))
+        for name, tree in trees.items():
+            check_finite(tree, name, predicate=predicate)
+        check_data(data)
+        values = compiled(tuple(trees.values()), jnp.asarray(points), data, prepare)
+        return dict(jax.device_get(values))
 
-    return measure
+    return evaluate
 
 
 def _join_ends(between: Mapping[str, np.ndarray], ends: BarrierCurve) -> dict[str, np.ndarray]:
-    """Values between two networks, with those at both ends from another curve."""
+    """Put the ends of another curve around the values that lie between them."""
     wanted = {name: values.shape[1] for name, values in between.items()}
     given = {name: values.shape[1] for name, values in ends.examples.items()}
     if wanted != given:
@@ -226,16 +374,27 @@ def _join_ends(between: Mapping[str, np.ndarray], ends: BarrierCurve) -> dict[st
 
 
 def sweep(params_a: Any, params_b: Any, data: Any, metrics_fn: MetricsFn, **options: Any) -> BarrierCurve:
-    """Builds a sweep and calls it once; every call compiles anew, so build it yourself for more than one.
+    """Evaluate the path between two networks once.
+
+    Every call compiles anew. For more than one path, use `build_sweep` and call its result.
 
     Args:
       params_a: tree of A.
-      params_b: tree of B.
-      data: tree of arrays ``[n, …]``.
-      metrics_fn: as in `build_sweep`.
-      **options: passed to `build_sweep`.
+      params_b: tree of B, with the leaves, shapes and dtypes of A.
+      data: a `rebasin.Batch`, or another tree of arrays ``[n, …]`` with one common n.
+      metrics_fn: ``(params, batch) -> {name: [n]}``, one value for each example.
+      **options: options of `build_sweep`.
 
     Returns:
       The curve.
+
+    Raises:
+      RebasinError: as `build_sweep` and its result.
+
+    Examples:
+      >>> a, b = {"w": jnp.ones(())}, {"w": -jnp.ones(())}
+      >>> metrics_fn = lambda params, batch: {"loss": (params["w"] - batch) ** 2}
+      >>> sweep(a, b, jnp.zeros(4), metrics_fn, num_alphas=3).loss.tolist()
+      [1.0, 0.0, 1.0]
     """
     return build_sweep(metrics_fn, **options)(params_a, params_b, data)

@@ -1,4 +1,8 @@
-"""Data as trees of ``[n, …]`` arrays: checked, and cut into batches of one shape."""
+"""Data as trees of ``[n, …]`` arrays: what a batch is, the checks of data, and passes over all batches.
+
+A pass either fills the last batch up (`to_batches`), where one value is wanted of every example, or makes it
+short (`Batches`), where batches are summed up.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -18,63 +22,12 @@ __all__ = [
     "batch_shapes",
     "check_batch_size",
     "check_data",
-    "check_examples",
     "inputs_of",
     "map_batches",
     "num_examples",
     "sum_batches",
     "to_batches",
 ]
-
-
-def check_data(data: Any, *, user: str) -> None:
-    """Raises `DataError` unless `data` is a tree of arrays ``[n, …]`` with one common n of at least 1.
-
-    Args:
-      data: the tree.
-      user: what needs the data, for the message.
-    """
-    lengths = {path: np.shape(leaf)[0] if np.ndim(leaf) else None for path, leaf in leaf_table(data).items()}
-    if len(set(lengths.values())) != 1 or None in lengths.values():
-        problems = [
-            f"{path or 'data'}: {'scalar' if n is None else f'{n} examples'}" for path, n in lengths.items()
-        ]
-        raise DataError(
-            problem_list("data must be arrays [n, …] with one common n:", problems or ["no arrays"])
-        )
-    if 0 in lengths.values():
-        raise DataError(f"data hold no examples: {user} needs at least one")
-
-
-def check_batch_size(batch_size: int) -> None:
-    """Raises `ConfigError` for an empty batch."""
-    if batch_size < 1:
-        raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
-
-
-def num_examples(data: Any) -> int:
-    """The common n of data that `check_data` accepts."""
-    return np.shape(jax.tree.leaves(data)[0])[0]
-
-
-def to_batches(data: Any, batch_size: int) -> Any:
-    """Every array ``[n, …]`` as ``[ceil(n / size), size, …]``, with size the smaller of `batch_size` and n.
-
-    Copies of the first example fill the last batch: real data rather than zeros, so that nothing can be NaN
-    that would not be NaN anyway. Whoever evaluates them drops their values.
-
-    Examples:
-      >>> to_batches(jnp.arange(5), 2).tolist()
-      [[0, 1], [2, 3], [4, 0]]
-    """
-    size = min(batch_size, num_examples(data))
-
-    def cut(x: jax.Array) -> jax.Array:
-        missing = -x.shape[0] % size
-        filled = jnp.concatenate([x, jnp.repeat(x[:1], missing, axis=0)]) if missing else x
-        return filled.reshape(-1, size, *x.shape[1:])
-
-    return jax.tree.map(cut, data)
 
 
 class Batch(NamedTuple):
@@ -104,14 +57,144 @@ def inputs_of(data: Any) -> tuple[Any, ...]:
     return inputs if isinstance(inputs, tuple) else (inputs,)
 
 
+def check_data(data: Any, batch_size: int | None = None) -> None:
+    """Raise an error unless `data` is a tree of arrays ``[n, …]`` with one common n of at least 1.
+
+    Args:
+      data: the tree, for example a `Batch`.
+      batch_size: the number of examples in a batch, if that is to be checked too.
+
+    Raises:
+      DataError: there are no arrays, there are no examples, or the arrays differ in n.
+      ConfigError: `batch_size` is below 1.
+
+    Examples:
+      >>> check_data(Batch(np.ones((3, 2)), labels=np.arange(4)))
+      Traceback (most recent call last):
+      rebasin.errors.DataError: data must be arrays [n, …] with one common n:
+        inputs: 3 examples
+        labels: 4 examples
+    """
+    if batch_size is not None:
+        check_batch_size(batch_size)
+    lengths = {path: np.shape(leaf)[0] if np.ndim(leaf) else None for path, leaf in leaf_table(data).items()}
+    if len(set(lengths.values())) != 1 or None in lengths.values():
+        problems = [
+            f"{path or 'data'}: {'scalar' if n is None else f'{n} examples'}" for path, n in lengths.items()
+        ]
+        raise DataError(
+            problem_list("data must be arrays [n, …] with one common n:", problems or ["no arrays"])
+        )
+    if 0 in lengths.values():
+        raise DataError("data hold no examples: at least one is needed")
+
+
+def check_batch_size(batch_size: int) -> None:
+    """Raise `ConfigError` if a batch would be empty.
+
+    Examples:
+      >>> check_batch_size(0)
+      Traceback (most recent call last):
+      rebasin.errors.ConfigError: batch_size must be at least 1, got 0
+    """
+    if batch_size < 1:
+        raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
+
+
+def num_examples(data: Any) -> int:
+    """Return the common n of data that `check_data` accepts.
+
+    Examples:
+      >>> num_examples(Batch(np.ones((3, 2))))
+      3
+    """
+    return np.shape(jax.tree.leaves(data)[0])[0]
+
+
+def to_batches(data: Any, batch_size: int) -> Any:
+    """Cut data into batches of one size, the last of them filled up, for use under ``jit``.
+
+    Copies of the first example fill the last batch. They are real data rather than zeros, so that a function
+    which is finite on the data stays finite; the caller drops their values.
+
+    Args:
+      data: tree of arrays ``[n, …]``.
+      batch_size: the number of examples in a batch; n if that is smaller.
+
+    Returns:
+      A tree of arrays ``[ceil(n / size), size, …]``.
+
+    Examples:
+      >>> to_batches(jnp.arange(5), 2).tolist()
+      [[0, 1], [2, 3], [4, 0]]
+    """
+    size = min(batch_size, num_examples(data))
+
+    def split(x: jax.Array) -> jax.Array:
+        missing = -x.shape[0] % size
+        filled = jnp.concatenate([x, jnp.repeat(x[:1], missing, axis=0)]) if missing else x
+        return filled.reshape(-1, size, *x.shape[1:])
+
+    return jax.tree.map(split, data)
+
+
+def batch_shapes(data: Any, size: int) -> Any:
+    """Return the shapes and dtypes of a batch of `size` examples.
+
+    Examples:
+      >>> batch_shapes(jnp.zeros((5, 3)), 2)
+      ShapeDtypeStruct(shape=(2, 3), dtype=float32)
+    """
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((size, *np.shape(x)[1:]), jnp.result_type(x)), data)
+
+
+class Batches(NamedTuple):
+    """The division of n examples into batches of which the last may be short.
+
+    The last batch is not filled up, because a sum must not count copies, and because they could not be told
+    apart in a value whose first axis is not that of the examples.
+
+    Attributes:
+      size: number of examples in each whole batch.
+      count: number of whole batches.
+      rest: number of examples in the short batch after them; 0 if there is none.
+    """
+
+    size: int
+    count: int
+    rest: int
+
+    @classmethod
+    def of(cls, data: Any, batch_size: int) -> "Batches":
+        """Divide data into batches of `batch_size` examples, or one of all where there are fewer.
+
+        Examples:
+          >>> Batches.of(np.zeros((7, 3)), 3)
+          Batches(size=3, count=2, rest=1)
+        """
+        n = num_examples(data)
+        size = min(batch_size, n)
+        return cls(size, n // size, n % size)
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """Number of examples of each batch."""
+        return np.array([self.size] * self.count + [self.rest] * (self.rest > 0))
+
+
 class Sum(NamedTuple):
-    """A running sum of Kahan's: `total` and what rounding has added to it too much, trees of equal shapes."""
+    """A compensated sum (Kahan's): float32 terms are added up nearly as exactly as in float64.
+
+    Attributes:
+      total: tree of the sums so far.
+      excess: tree of the amounts by which rounding has made `total` too large.
+    """
 
     total: Any
     excess: Any
 
     def add(self, values: Any) -> "Sum":
-        """The sum with one more term."""
+        """Return the sum with one more term, a tree like `total`."""
 
         def one(total: jax.Array, excess: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array]:
             corrected = value - excess
@@ -122,51 +205,28 @@ class Sum(NamedTuple):
         return Sum(*(jax.tree.map(lambda _, pair, i=i: pair[i], self.total, pairs) for i in range(2)))
 
     def value(self) -> Any:
-        """The sum on the host, in float64."""
+        """Return the sum on the host, in float64."""
         return jax.tree.map(
             lambda total, excess: np.asarray(total, np.float64) - np.asarray(excess, np.float64), *self
         )
 
 
-class Batches(NamedTuple):
-    """How a split falls into batches: `count` whole ones of `size`, and one of `rest` examples if not 0.
-
-    The last batch is short rather than filled up: a sum must not count what was filled in, and no mask would
-    tell it apart in a value whose first axis is not that of the examples.
-    """
-
-    size: int
-    count: int
-    rest: int
-
-    @classmethod
-    def of(cls, data: Any, batch_size: int) -> "Batches":
-        """The batches of a split."""
-        n = np.shape(jax.tree.leaves(data)[0])[0]
-        size = min(batch_size, n)
-        return cls(size, n // size, n % size)
-
-    @property
-    def sizes(self) -> np.ndarray:
-        """Number of examples of each batch."""
-        return np.array([self.size] * self.count + [self.rest] * (self.rest > 0))
-
-
-def batch_shapes(data: Any, size: int) -> Any:
-    """Shapes of a batch of `size` examples."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((size, *np.shape(x)[1:]), jnp.result_type(x)), data)
-
-
 def sum_batches(function: Callable[[Any], Any], data: Any, batches: Batches) -> Sum:
-    """The sum of ``function(batch)`` over the batches of a split, for use under ``jit``.
+    """Sum a function over the batches of data, for use under ``jit``.
 
     Args:
-      function: a batch to a tree of floating arrays whose shapes do not depend on the number of examples.
+      function: maps a batch to a tree of floating arrays whose shapes do not depend on the number of
+        examples.
       data: tree of arrays ``[n, …]``.
-      batches: how to cut it.
+      batches: the division of `data` into batches.
 
     Returns:
-      The sum. Its memory does not depend on the number of batches.
+      The sum of ``function(batch)``. The memory that it takes does not depend on the number of batches.
+
+    Examples:
+      >>> x = jnp.arange(5.0)
+      >>> float(sum_batches(jnp.sum, x, Batches.of(x, 2)).value())
+      10.0
     """
     shapes = jax.eval_shape(function, batch_shapes(data, batches.size))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
@@ -183,16 +243,23 @@ def sum_batches(function: Callable[[Any], Any], data: Any, batches: Batches) -> 
 def map_batches(
     function: Callable[[Any, Any], Any], data: Any, batches: Batches, *, extras: Any = None
 ) -> Any:
-    """``function(batch, extra)`` of every batch, stacked along a first axis, for use under ``jit``.
+    """Map a function over the batches of data and stack its results, for use under ``jit``.
 
     Args:
-      function: to a tree of arrays whose shapes do not depend on the number of examples.
+      function: maps a batch and its extra to a tree of arrays whose shapes do not depend on the number of
+        examples.
       data: tree of arrays ``[n, …]``.
-      batches: how to cut it.
-      extras: tree of arrays ``[number of batches, …]``, of which each batch gets its own; or `None`.
+      batches: the division of `data` into batches.
+      extras: tree of arrays ``[number of batches, …]``, of which each batch gets its own row; or `None`,
+        which each batch then gets.
 
     Returns:
       A tree of arrays ``[number of batches, …]``.
+
+    Examples:
+      >>> x = jnp.arange(5.0)
+      >>> map_batches(lambda batch, _: batch.max(), x, Batches.of(x, 2)).tolist()
+      [1.0, 3.0, 4.0]
     """
 
     def step(_: None, i: jax.Array) -> tuple[None, Any]:
@@ -208,23 +275,5 @@ def map_batches(
 
 
 def _take(data: Any, start: Any, size: int) -> Any:
+    """Return `size` examples from position `start` on, which may be traced."""
     return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(jnp.asarray(x), start, size), data)
-
-
-def check_examples(data: Any, batch_size: int) -> None:
-    """Raises `DataError` unless `data` is a tree of arrays ``[n, …]`` with one common n above zero.
-
-    A batch size below one is a ConfigError.
-    """
-    if batch_size < 1:
-        raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
-    lengths = {path: np.shape(leaf)[0] if np.ndim(leaf) else None for path, leaf in leaf_table(data).items()}
-    if len(set(lengths.values())) != 1 or None in lengths.values():
-        problems = [
-            f"{path or 'data'}: {'scalar' if n is None else f'{n} examples'}" for path, n in lengths.items()
-        ]
-        raise DataError(
-            problem_list("data must be arrays [n, …] with one common n:", problems or ["no arrays"])
-        )
-    if 0 in lengths.values():
-        raise DataError("data hold no examples: statistics need at least one")

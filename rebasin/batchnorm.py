@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
-from rebasin.batches import Batches, check_examples, map_batches
+from rebasin.batches import Batches, check_data, map_batches
 from rebasin.trees import LeafPredicate, check_finite, check_same_shapes, is_weight, leaf_table, map_leaves
 
 __all__ = ["build_norm_reset"]
@@ -54,7 +54,7 @@ def build_norm_reset(
       >>> reset(tree)["batch_stats"]["mean"].round(4).tolist()
       [2.0, 4.0]
     """
-    check_examples(data, batch_size)
+    check_data(data, batch_size)
     data = jax.tree.map(jnp.asarray, data)
     check_finite(data, "data")
     batches = Batches.of(data, batch_size)._replace(rest=0)

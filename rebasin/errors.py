@@ -1,8 +1,8 @@
-"""Every error that this package raises on purpose.
+"""The errors that this package raises on purpose.
 
-All of them derive from `RebasinError`, itself a `ValueError`, and each message says what is wrong, where,
-what was there and what was wanted. Messages that report several problems list them one a line, indented by
-two spaces, through `problem_list`.
+All of them derive from `RebasinError`, which is a `ValueError`. Each message says what is wrong, where it is
+wrong, what was found and what was wanted. A message about several problems is made by `problem_list`, which
+puts every problem on a line of its own.
 """
 
 from collections.abc import Iterable
@@ -24,7 +24,7 @@ __all__ = [
 
 
 class RebasinError(ValueError):
-    """Root of every error this package raises on purpose."""
+    """The base class of every error that this package raises on purpose."""
 
 
 class SpecError(RebasinError):
@@ -36,19 +36,19 @@ class SpecMismatchError(RebasinError):
 
 
 class TreeMismatchError(RebasinError):
-    """Two trees that should have equal leaves, shapes and dtypes do not."""
+    """Two trees that should have the same leaves, shapes and dtypes differ."""
 
 
 class NonFiniteError(RebasinError):
-    """A tree holds NaN or infinity where numbers are needed."""
+    """A tree holds NaN or infinity where finite numbers are needed."""
 
 
 class PermutationError(RebasinError):
-    """A permutation does not fit its spec, or is no permutation."""
+    """A permutation does not fit its spec, or its values are not a permutation."""
 
 
 class InferenceError(RebasinError):
-    """The symmetries of a function cannot be inferred from the arguments given."""
+    """The symmetries of a function cannot be inferred from the arguments that were given."""
 
 
 class VerificationError(RebasinError):
@@ -56,11 +56,11 @@ class VerificationError(RebasinError):
 
 
 class DataError(RebasinError):
-    """A dataset is unknown, not prepared, empty or of the wrong form."""
+    """Data are unknown, not prepared, empty or of the wrong form."""
 
 
 class TrajectoryError(RebasinError):
-    """A training run on disk is missing, damaged or of another recipe."""
+    """A training run on disk is missing, damaged, or was made with another recipe."""
 
 
 class ConfigError(RebasinError):
@@ -68,5 +68,16 @@ class ConfigError(RebasinError):
 
 
 def problem_list(headline: str, problems: Iterable[str]) -> str:
-    """One message from a headline and its problems, one a line."""
+    """Return one message made of a headline and a list of problems.
+
+    Args:
+      headline: the first line.
+      problems: the problems, each of which becomes a line that is indented by two spaces.
+
+    Examples:
+      >>> print(problem_list("the trees differ:", ["w: only in params_a", "b: only in params_b"]))
+      the trees differ:
+        w: only in params_a
+        b: only in params_b
+    """
     return "\n  ".join([headline, *problems])

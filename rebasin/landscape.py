@@ -1,29 +1,28 @@
-"""Loss and error on the simplex between several aligned networks, and the barrier of their average."""
+"""The simplex between several networks: loss and error at their weighted averages, and their barriers."""
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from rebasin.barrier import MetricsFn
-from rebasin.batches import check_batch_size, check_data, num_examples, to_batches
+from rebasin.barrier import MetricsFn, build_evaluation, excess_over_chord, standard_error
 from rebasin.errors import ConfigError
 from rebasin.merging import mix
-from rebasin.trees import LeafPredicate, check_finite, check_same_shapes, is_weight, leaf_table
+from rebasin.trees import LeafPredicate, is_weight
 
 __all__ = ["SimplexBarrier", "SimplexSurface", "build_simplex_sweep", "simplex_grid"]
 
 
 class SimplexBarrier(NamedTuple):
-    """How far one average of networks lies above what its networks are on average.
+    """The height of an average of networks above what the networks are on average.
 
     Attributes:
-      value: in the unit of the metric (nats for cross entropy, a fraction for 0–1 error).
-      standard_error: of `value` over the examples, paired; NaN for a single example.
-      weights: of the networks, where the barrier stands, ``[k]``.
+      value: height of the barrier in the unit of the metric (nats for cross entropy, a fraction for 0–1
+        error).
+      standard_error: standard error of `value` over the examples, paired; NaN for a single example.
+      weights: weights of the networks at the point where the barrier stands, ``[k]``.
     """
 
     value: float
@@ -32,11 +31,11 @@ class SimplexBarrier(NamedTuple):
 
 
 class SimplexSurface(NamedTuple):
-    """Per-example values of every metric at weighted averages of k networks.
+    """Values of every metric at weighted averages of k networks, for each example.
 
     Attributes:
-      weights: of the networks at each point, ``[m, k]``; the first k points are the networks themselves, the
-        last is their uniform average.
+      weights: weights of the networks at each point, ``[m, k]``. The first k points are the networks
+        themselves, and the last is their uniform average.
       examples: values of each metric, ``[m, n]``.
     """
 
@@ -49,21 +48,40 @@ class SimplexSurface(NamedTuple):
         return {name: values.mean(axis=1, dtype=np.float64) for name, values in self.examples.items()}
 
     def barrier(self, metric: str) -> SimplexBarrier:
-        """The highest point above the networks: max over w of ℓ(Σ wᵢθᵢ) − Σ wᵢ ℓ(θᵢ), never negative.
+        """Return the highest barrier on the simplex, max over w of ℓ(Σ wᵢθᵢ) − Σ wᵢ ℓ(θᵢ).
 
-        On an edge of the simplex this is Eq. 1 of arXiv 2404.06498.
+        It is never negative, since the networks themselves are among the points. On an edge of the simplex it
+        is Eq. 1 of arXiv 2404.06498.
+
+        Args:
+          metric: a name in `examples`.
 
         Raises:
-          ConfigError: unknown metric.
+          ConfigError: the metric is unknown.
+
+        Examples:
+          >>> weights = np.array([[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]])
+          >>> losses = np.array([[1.0], [2.0], [4.0]])
+          >>> SimplexSurface(weights, {"loss": losses}).barrier("loss").value
+          2.5
         """
         excess = self._excess(metric)
         return self._at(excess, int(excess.mean(axis=1).argmax()))
 
     def average_barrier(self, metric: str) -> SimplexBarrier:
-        """That of the uniform average alone, ℓ(mean of θᵢ) − mean of ℓ(θᵢ); it may be negative.
+        """Return the barrier at the uniform average, ℓ(mean of θᵢ) − mean of ℓ(θᵢ), which may be negative.
+
+        Args:
+          metric: a name in `examples`.
 
         Raises:
-          ConfigError: unknown metric.
+          ConfigError: the metric is unknown.
+
+        Examples:
+          >>> weights = np.array([[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]])
+          >>> losses = np.array([[3.0], [2.0], [2.0]])
+          >>> SimplexSurface(weights, {"loss": losses}).average_barrier("loss").value
+          -0.5
         """
         excess = self._excess(metric)
         return self._at(excess, len(excess) - 1)
@@ -72,21 +90,27 @@ class SimplexSurface(NamedTuple):
         if metric not in self.examples:
             raise ConfigError(f"no metric {metric!r} on this surface; it has {sorted(self.examples)}")
         values = np.asarray(self.examples[metric], np.float64)
-        return values - self.weights @ values[: self.weights.shape[1]]
+        return excess_over_chord(values, self.weights, values[: self.weights.shape[1]])
 
     def _at(self, excess: np.ndarray, point: int) -> SimplexBarrier:
-        n = excess.shape[1]
-        error = float(excess[point].std(ddof=1)) / n**0.5 if n > 1 else float("nan")
-        return SimplexBarrier(float(excess[point].mean()), error, self.weights[point])
+        return SimplexBarrier(
+            float(excess[point].mean()), float(standard_error(excess[point])), self.weights[point]
+        )
 
 
 def simplex_grid(num_networks: int, resolution: int) -> np.ndarray:
-    """All weights that are multiples of 1/resolution, float64 ``[m, k]``, and the uniform ones.
+    """Return all weights that are multiples of 1/resolution, and the uniform weights.
 
-    The corners of the simplex come first, in order, and the uniform weights last.
+    Args:
+      num_networks: number of networks k, at least 2.
+      resolution: number of steps along an edge of the simplex, at least 1.
+
+    Returns:
+      Weights of sum 1, float64 ``[m, k]``. The corners of the simplex come first, in the order of the
+      networks, and the uniform weights last.
 
     Raises:
-      ConfigError: fewer than two networks, or a resolution below 1.
+      ConfigError: there are fewer than two networks, or `resolution` is below 1.
 
     Examples:
       >>> simplex_grid(2, 2).tolist()
@@ -97,7 +121,8 @@ def simplex_grid(num_networks: int, resolution: int) -> np.ndarray:
             f"a grid needs at least two networks and a resolution of at least 1, "
             f"got {num_networks} networks and a resolution of {resolution}"
         )
-    # Bars between stars: where k − 1 bars stand among resolution + k − 1 places.
+    # Stars and bars: k − 1 bars stand among resolution + k − 1 places, the other places hold stars, and the
+    # numbers of stars between the bars, divided by the resolution, are the weights of one point.
     places = resolution + num_networks - 1
     bars = np.array(list(itertools.combinations(range(places), num_networks - 1)))
     edges = np.pad(bars, ((0, 0), (1, 1)), constant_values=((0, 0), (-1, places)))
@@ -115,55 +140,47 @@ def build_simplex_sweep(
     prepare: Callable[[Any, jax.Array], Any] | None = None,
     predicate: LeafPredicate = is_weight,
 ) -> Callable[[Sequence[Any], Any], SimplexSurface]:
-    """Makes the function that measures the simplex of networks; build it once and call it often.
+    """Make the function that evaluates the simplex between networks; build it once and call it often.
 
-    One compiled program for a shape of networks and data, as `rebasin.build_sweep`.
+    As `rebasin.build_sweep`, it is one compiled program for networks and data of one shape.
 
     Args:
-      metrics_fn: ``(params, batch) -> {name: [n]}``, one value per example.
-      resolution: of the grid, see `simplex_grid`.
-      batch_size: examples evaluated at once.
-      prepare: ``(params, weights) -> extra`` is called once per point, and its result passed to `metrics_fn`
-        as third argument: for REPAIR, or for statistics of BatchNorm.
-      predicate: the leaves that are averaged; `rebasin.average` tells what happens to the others.
+      metrics_fn: ``(params, batch) -> {name: [n]}``, one value for each example.
+      resolution: number of steps along an edge of the simplex; see `simplex_grid`.
+      batch_size: number of examples evaluated at once.
+      prepare: ``(params, weights) -> extra``, called once at each point. `metrics_fn` gets its result as
+        third argument. REPAIR and the statistics of BatchNorm need it.
+      predicate: ``(path, leaf) -> bool``, true for the leaves to average; `rebasin.average` says what happens
+        to the others.
 
     Returns:
-      ``measure(trees, data) -> SimplexSurface``, where `data` is a tree of arrays ``[n, …]`` with one common
-      n. It raises TreeMismatchError where networks differ in shape, NonFiniteError where a weight is NaN or
-      infinite, DataError where the data are empty or of different lengths, ConfigError for fewer than two
-      networks.
+      ``sweep(trees, data) -> SimplexSurface``. `data` is a `rebasin.Batch`, or another tree of arrays
+      ``[n, …]`` with one common n. Raises TreeMismatchError where networks differ in shape, NonFiniteError
+      where a weight is NaN or infinite, DataError where the data are empty or of different lengths, and
+      ConfigError for fewer than two networks.
 
     Raises:
-      ConfigError: a resolution or a batch size below 1.
+      ConfigError: `resolution` or `batch_size` is below 1.
 
     Examples:
-      >>> measure = build_simplex_sweep(lambda p, batch: {"loss": (p["w"] - batch) ** 2}, resolution=1)
-      >>> surface = measure([{"w": jnp.ones(())}, {"w": -jnp.ones(())}], jnp.zeros((4,)))
+      >>> sweep = build_simplex_sweep(lambda p, batch: {"loss": (p["w"] - batch) ** 2}, resolution=1)
+      >>> surface = sweep([{"w": jax.numpy.ones(())}, {"w": -jax.numpy.ones(())}], jax.numpy.zeros((4,)))
       >>> surface.means["loss"].tolist(), surface.average_barrier("loss").value
       ([1.0, 1.0, 0.0], -1.0)
     """
-    check_batch_size(batch_size)
-    simplex_grid(2, resolution)  # an impossible resolution is an error here
+    simplex_grid(2, resolution)  # raises the error of an impossible resolution now, not at the first call
 
-    @jax.jit
-    def evaluate(trees: tuple[Any, ...], data: Any, grid: jax.Array) -> Mapping[str, jax.Array]:
-        n, batches = num_examples(data), to_batches(data, batch_size)
+    def combine(trees: Sequence[Any], weights: jax.Array) -> Any:
+        return mix(trees, weights, predicate)
 
-        def at(weights: jax.Array) -> Mapping[str, jax.Array]:
-            params = mix(trees, weights, predicate)
-            extra = () if prepare is None else (prepare(params, weights),)
-            values = jax.lax.map(lambda batch: metrics_fn(params, batch, *extra), batches)
-            return jax.tree.map(lambda x: x.reshape(-1)[:n], values)
+    evaluate = build_evaluation(
+        metrics_fn, combine, batch_size=batch_size, prepare=prepare, predicate=predicate
+    )
 
-        return jax.lax.map(at, grid)
-
-    def measure(trees: Sequence[Any], data: Any) -> SimplexSurface:
-        """Measures the simplex of networks; see `rebasin.build_simplex_sweep`."""
+    def sweep(trees: Sequence[Any], data: Any) -> SimplexSurface:
+        """Evaluate the simplex between networks; see `rebasin.build_simplex_sweep`."""
         grid = simplex_grid(len(trees), resolution)
-        for i, tree in enumerate(trees):
-            check_same_shapes(trees[0], tree, names=("network 0", f"network {i}"))
-            check_finite({p: x for p, x in leaf_table(tree).items() if predicate(p, x)}, f"network {i}")
-        check_data(data, user="a simplex")
-        return SimplexSurface(grid, dict(jax.device_get(evaluate(tuple(trees), data, jnp.asarray(grid)))))
+        named = {f"network {i}": tree for i, tree in enumerate(trees)}
+        return SimplexSurface(grid, evaluate(named, grid, data))
 
-    return measure
+    return sweep

@@ -1,8 +1,8 @@
-"""Permutations of a spec's groups: make, check, invert, compose, apply, compare, save.
+"""Permutations of the groups of a spec: how to make, check, apply, invert, compose, compare and save them.
 
 A permutation is a plain mapping from group to integer array, in the *gather* convention of git-re-basin:
-along every axis of group g, ``new[i] = old[permutation[g][i]]``. The array of an indexed group has the shape
-``[outer…, n]`` and holds one inner permutation for each *new* position of its outer groups,
+along every axis of group g, ``new[i] = old[permutation[g][i]]``. The array of an inner group has the shape
+``[outer…, n]`` and holds one permutation for each *new* position of its outer groups,
 ``new[h, d] = old[outer[h], inner[h, d]]``.
 """
 
@@ -42,33 +42,53 @@ Permutation: TypeAlias = Mapping[str, Any]  # group -> integer array [n], or [ou
 
 
 def _shape(size: GroupSize) -> tuple[int, ...]:
+    """Return the shape of a group's permutation."""
     return size if isinstance(size, tuple) else (size,)
 
 
 def identity_permutation(spec: PermutationSpec, tree: Any) -> dict[str, np.ndarray]:
-    """The permutation that moves nothing.
+    """Return the permutation that moves nothing.
 
     Args:
-      spec: the groups.
+      spec: the symmetries of the network.
       tree: a tree that fits `spec`, or its shapes.
 
     Returns:
-      ``arange(n)`` for each group, int32, repeated over the outer positions of an indexed group.
+      ``arange(n)`` for each group, int32, repeated over the outer positions of an inner group.
+
+    Raises:
+      SpecMismatchError: the tree does not fit the spec.
+
+    Examples:
+      >>> spec = PermutationSpec.from_axes({"bias": ("P0",)})
+      >>> identity_permutation(spec, {"bias": np.zeros(3)})["P0"].tolist()
+      [0, 1, 2]
     """
     sizes = {group: _shape(size) for group, size in spec.group_sizes(tree).items()}
     return {g: np.broadcast_to(np.arange(s[-1], dtype=np.int32), s).copy() for g, s in sizes.items()}
 
 
 def random_permutation(spec: PermutationSpec, tree: Any, *, key: jax.Array) -> dict[str, jax.Array]:
-    """A permutation drawn uniformly, each group on its own.
+    """Draw a permutation uniformly and independently for each group.
+
+    The permutations of an inner group are drawn independently for each outer position.
 
     Args:
-      spec: the groups.
+      spec: the symmetries of the network.
       tree: a tree that fits `spec`, or its shapes.
       key: PRNG key.
 
     Returns:
-      Permutation of int32 arrays.
+      A permutation of int32 arrays.
+
+    Raises:
+      SpecMismatchError: the tree does not fit the spec.
+
+    Examples:
+      >>> spec = PermutationSpec.from_axes({"bias": ("P0",)})
+      >>> permutation = random_permutation(spec, {"bias": np.zeros(3)}, key=jax.random.key(0))
+      >>> sorted(permutation["P0"].tolist())
+      [0, 1, 2]
     """
     rows = identity_permutation(spec, tree)
     return {
@@ -80,17 +100,25 @@ def random_permutation(spec: PermutationSpec, tree: Any, *, key: jax.Array) -> d
 def check_permutation(
     spec: PermutationSpec, tree: Any, permutation: Permutation, *, values: bool = True
 ) -> None:
-    """Validates a permutation against spec and tree.
+    """Raise `PermutationError` unless a permutation fits a spec and a tree.
 
     Args:
-      spec: the groups.
+      spec: the symmetries of the network.
       tree: a tree that fits `spec`, or its shapes.
-      permutation: what to check.
-      values: also look at the values; under ``jit`` only shapes can be checked.
+      permutation: the permutation to check.
+      values: whether the values are checked too. Under ``jit`` only groups, shapes and dtypes can be.
 
     Raises:
-      PermutationError: listing every group that is missing, unknown, of another shape or dtype, or whose
-        values are not a permutation of 0 to n−1.
+      PermutationError: a group is missing or unknown, its array has a wrong shape or dtype, or its values
+        are not a permutation of 0 to n−1. The message lists every case.
+      SpecMismatchError: the tree does not fit the spec.
+
+    Examples:
+      >>> spec = PermutationSpec.from_axes({"bias": ("P0",)})
+      >>> check_permutation(spec, {"bias": np.zeros(3)}, {"P0": np.array([0, 2, 2])})
+      Traceback (most recent call last):
+      rebasin.errors.PermutationError: the permutation does not fit the spec:
+        group 'P0': not a permutation of 0 to 2
     """
     sizes = {group: _shape(size) for group, size in spec.group_sizes(tree).items()}
     problems = [f"group {group!r}: missing" for group in sizes if group not in permutation]
@@ -111,25 +139,25 @@ def check_permutation(
 
 
 def permute(spec: PermutationSpec, permutation: Permutation, tree: Any) -> Any:
-    """Reorders the units of a network without changing the function it computes.
+    """Reorder the units of a network without changing the function that it computes.
 
-    Along every axis of group g, ``new[i] = old[permutation[g][i]]``. For one hidden layer this is W₁ ← W₁[:,
-    p], b₁ ← b₁[p], W₂ ← W₂[p, :], and W₂ᵀ σ(W₁ᵀ x + b₁) is unchanged, because σ acts on each unit by itself.
-    A pure
-    function: it runs under ``jit``, ``vmap`` (over permutations, trees or both) and on sharded arrays.
+    Along every axis of group g, ``new[i] = old[permutation[g][i]]``. For one hidden layer this is
+    W₁ ← W₁[:, p], b₁ ← b₁[p], W₂ ← W₂[p, :], and W₂ᵀ σ(W₁ᵀ x + b₁) is unchanged, because σ acts on each unit
+    by itself. `permute` runs under ``jit``, under ``vmap`` (over permutations, trees or both) and on sharded
+    arrays.
 
     Args:
-      spec: the axes that move.
-      permutation: integer array for each group, as in the module's docstring.
-      tree: the tree to reorder; every leaf moves, whatever its dtype.
+      spec: the symmetries of the network.
+      permutation: an integer array for each group, ``[n]``, or ``[outer…, n]`` for an inner group.
+      tree: the tree to reorder. Leaves of every dtype are reordered.
 
     Returns:
       A new tree with the structure, shapes and dtypes of `tree`.
 
     Raises:
       SpecMismatchError: the tree does not fit the spec.
-      PermutationError: a group is missing or unknown, or an array has the wrong shape. Values are not looked
-        at; `check_permutation` does that.
+      PermutationError: a group is missing or unknown, or its array has a wrong shape or dtype. Values are
+        not checked; `check_permutation` does that.
 
     Examples:
       >>> spec = PermutationSpec.from_axes({"bias": ("P0",)})
@@ -145,7 +173,7 @@ def permute(spec: PermutationSpec, permutation: Permutation, tree: Any) -> Any:
         for i, axis in enumerate(axes):
             if any(group in permutation and group not in outer for group in axis.groups):
                 where = (slice(None),) * i + (_axis_index(axis, leaf.shape[i], permutation, outer),)
-                # Explicitly sharded arrays do not say by themselves how the result is laid out: as before.
+                # Under explicit sharding JAX cannot know how the result should be laid out: as the leaf was.
                 leaf = leaf.at[where].get(out_sharding=jax.typeof(leaf).sharding)
         if any(group in outer for axis in axes for group in axis.groups):
             leaf = _reorder_indexed(leaf, axes, permutation, spec)
@@ -154,10 +182,15 @@ def permute(spec: PermutationSpec, permutation: Permutation, tree: Any) -> Any:
     return map_leaves(reorder, tree)
 
 
+# `permute` as one compiled program, for callers outside `jit`: dispatching the gathers of a small network one
+# by one costs more than what a matching or a sweep computes with the result.
+compiled_permute = jax.jit(permute, static_argnums=0)
+
+
 def _axis_index(
     axis: Axis, length: int, permutation: Permutation, outer: Mapping[str, tuple[str, ...]]
 ) -> jax.Array:
-    """Old position of every new position along an axis, with indexed groups left where they are."""
+    """Return the old position of every new position along an axis, with inner groups left where they are."""
     start, parts = 0, []
     for segment in axis.sized(length):
         index = jnp.zeros((1,), jnp.int32)
@@ -172,15 +205,10 @@ def _axis_index(
     return jnp.concatenate(parts)
 
 
-# One compiled program: for small networks, gathers that are dispatched one by one cost more than what a
-# matching or a sweep computes with the result.
-compiled_permute = jax.jit(permute, static_argnums=0)
-
-
 def _reorder_indexed(
     leaf: jax.Array, axes: tuple[Axis, ...], permutation: Permutation, spec: PermutationSpec
 ) -> jax.Array:
-    """Applies the inner permutations, each at its new outer position."""
+    """Reorder the inner groups of a leaf, by the permutation at each new outer position."""
     pieces = []
     for block in iter_blocks(axes, leaf.shape):
         values = cut(leaf, block)
@@ -194,25 +222,59 @@ def _reorder_indexed(
 
 
 def index_dims(labels: Sequence[str | None], group: str, spec: PermutationSpec) -> tuple[int, ...]:
-    """The dimensions of a block that index a group, in the order of its index; none for most groups."""
+    """Return the dimensions of a block at whose positions a group is permuted differently.
+
+    Args:
+      labels: group of each dimension of the block.
+      group: a group among `labels`.
+      spec: the symmetries of the network.
+
+    Returns:
+      The dimensions of the outer groups, in the order of `PermutationSpec.outer_groups`; none for a group
+      that is not an inner group.
+
+    Examples:
+      >>> spec = PermutationSpec.from_axes({"w": ("H", None, "D")}, indexed={"D": ["H"]})
+      >>> index_dims(("H", None, "D"), "D", spec), index_dims(("H", None, "D"), "H", spec)
+      ((0,), ())
+    """
     return tuple(labels.index(outer) for outer in spec.outer_groups.get(group, ()))
 
 
 def take_indexed(values: jax.Array, rows: jax.Array, index: tuple[int, ...], dim: int) -> jax.Array:
-    """``take`` along one dimension, with rows of their own for each position along the dimensions `index`."""
+    """Reorder one dimension of a block, differently at each position of the dimensions `index`.
+
+    Args:
+      values: the block.
+      rows: positions to take along `dim`, ``[sizes of index…, n]``.
+      index: the dimensions at whose positions `rows` differ; with none, this is ``jnp.take``.
+      dim: the dimension to reorder.
+
+    Examples:
+      >>> values = jnp.array([[10, 11], [20, 21]])
+      >>> take_indexed(values, jnp.array([[0, 1], [1, 0]]), (0,), 1).tolist()
+      [[10, 11], [21, 20]]
+    """
     if not index:
         return jnp.take(values, rows, axis=dim)
     dims = (*index, dim)
-    # The rows' axes stand in the order of the index, the block's in that of the leaf.
+    # The axes of `rows` stand in the order of `index`, but must stand in the order of the block's dimensions.
     rows = jnp.transpose(jnp.asarray(rows), np.argsort(dims).tolist())
     shape = [size if d in dims else 1 for d, size in enumerate(values.shape)]
     return jnp.take_along_axis(values, rows.reshape(shape), axis=dim)
 
 
 def invert(spec: PermutationSpec, permutation: Permutation) -> dict[str, jax.Array]:
-    """The permutation that undoes `permutation`.
+    """Return the permutation that undoes a permutation.
 
     An inner permutation is undone at the old outer position: ``inverse[outer[h]] = inner[h]⁻¹``.
+
+    Args:
+      spec: the symmetries of the network.
+      permutation: the permutation to undo.
+
+    Returns:
+      A permutation of int32 arrays of the same groups.
 
     Examples:
       >>> spec = PermutationSpec.from_axes({"bias": ("P0",)})
@@ -227,10 +289,18 @@ def invert(spec: PermutationSpec, permutation: Permutation) -> dict[str, jax.Arr
 
 
 def compose(spec: PermutationSpec, first: Permutation, second: Permutation) -> dict[str, jax.Array]:
-    """The permutation that does `first`, then `second`.
+    """Return the permutation that does `first`, then `second`.
 
-    ``permute(compose(p, q), tree)`` equals ``permute(q, permute(p, tree))``: in the gather convention
-    ``p[q]``, and for an indexed group ``inner_p[outer_q[h]][inner_q[h]]``.
+    ``permute(spec, compose(spec, p, q), tree)`` equals ``permute(spec, q, permute(spec, p, tree))``. In the
+    gather convention this is ``p[q]``, and for an inner group ``inner_p[outer_q[h]][inner_q[h]]``.
+
+    Args:
+      spec: the symmetries of the network.
+      first: the permutation applied first.
+      second: the permutation applied to the result, of the same groups.
+
+    Returns:
+      A permutation of the same groups.
 
     Examples:
       >>> spec = PermutationSpec.from_axes({"bias": ("P0",)})
@@ -242,7 +312,7 @@ def compose(spec: PermutationSpec, first: Permutation, second: Permutation) -> d
 
 
 def _at_outer(rows: jax.Array, group: str, permutation: Permutation, spec: PermutationSpec) -> jax.Array:
-    """Inner permutations reordered with their outer positions; fixed outer groups stay."""
+    """Reorder the inner permutations of a group as its outer positions are; fixed outer groups stay put."""
     outer = spec.outer_groups.get(group, ())
     for axis, name in enumerate(outer):
         if name in permutation:
@@ -252,10 +322,10 @@ def _at_outer(rows: jax.Array, group: str, permutation: Permutation, spec: Permu
 
 
 class FixedPoints(NamedTuple):
-    """Where two permutations agree (arXiv 2404.06498, appendix G).
+    """The number of positions at which two permutations agree (arXiv 2404.06498, appendix G).
 
     Attributes:
-      counts: number of agreeing positions of each group, ``trace(P₁ᵀP₂)``.
+      counts: number of positions of each group at which the two agree, ``trace(P₁ᵀP₂)``.
       sizes: number of positions of each group.
     """
 
@@ -264,24 +334,24 @@ class FixedPoints(NamedTuple):
 
     @property
     def fractions(self) -> dict[str, float]:
-        """Share of agreeing positions in each group."""
+        """Fraction of the positions of each group at which the two agree."""
         return {group: self.counts[group] / self.sizes[group] for group in self.sizes}
 
     @property
     def total(self) -> float:
-        """Share of agreeing positions over all groups together; 1 where there is no group."""
+        """Fraction of the positions of all groups at which the two agree; 1 if there are no groups."""
         return sum(self.counts.values()) / sum(self.sizes.values()) if self.sizes else 1.0
 
 
 def fixed_points(first: Permutation, second: Permutation | None = None) -> FixedPoints:
-    """Compares two permutations position by position.
+    """Count the positions at which two permutations agree.
 
     Args:
       first: a permutation.
-      second: another of the same groups; by default the identity.
+      second: another permutation of the same groups; by default the identity.
 
     Returns:
-      Counts per group, with fractions and total.
+      The counts of each group, from which fractions follow.
 
     Raises:
       PermutationError: the two differ in groups or shapes.
@@ -303,14 +373,39 @@ def fixed_points(first: Permutation, second: Permutation | None = None) -> Fixed
 
 
 def save_permutation(path: str | pathlib.Path, spec: PermutationSpec, permutation: Permutation) -> None:
-    """Writes a permutation as JSON, with the hash of its spec."""
+    """Write a permutation to a file as JSON, together with the hash of its spec.
+
+    Args:
+      path: the file.
+      spec: the symmetries that the permutation belongs to.
+      permutation: the permutation.
+    """
     groups = {group: np.asarray(row).tolist() for group, row in permutation.items()}
     data = {"format": "rebasin.permutation", "version": 1, "spec_digest": spec.digest, "groups": groups}
     pathlib.Path(path).write_text(json.dumps(data) + "\n")
 
 
 def load_permutation(path: str | pathlib.Path, spec: PermutationSpec) -> dict[str, np.ndarray]:
-    """Reads what `save_permutation` wrote; raises `PermutationError` if it was for another spec."""
+    """Read a permutation that `save_permutation` wrote.
+
+    Args:
+      path: the file.
+      spec: the symmetries that the permutation must have been saved for.
+
+    Returns:
+      A permutation of int32 arrays.
+
+    Raises:
+      PermutationError: the file holds something else, or was saved for another spec.
+
+    Examples:
+      >>> import tempfile
+      >>> spec = PermutationSpec.from_axes({"bias": ("P0",)})
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     save_permutation(f"{folder}/p.json", spec, {"P0": np.array([2, 0, 1])})
+      ...     load_permutation(f"{folder}/p.json", spec)
+      {'P0': array([2, 0, 1], dtype=int32)}
+    """
     try:
         data = json.loads(pathlib.Path(path).read_text())
         digest, groups = data["spec_digest"], data["groups"]

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
-from rebasin.batches import Batches, batch_shapes, check_examples, map_batches
+from rebasin.batches import Batches, batch_shapes, check_data, map_batches
 from rebasin.errors import InferenceError
 from rebasin.spec import PermutationSpec
 from rebasin.tracing.evaluate import bind, evaluate
@@ -65,7 +65,7 @@ class Repair:
         for tree, name in ((params_a, "params_a"), (params_b, "params_b")):
             spec.group_sizes(tree, name=name)
             check_finite(tree, name)
-        check_examples(data, batch_size)
+        check_data(data, batch_size)
         self._data = jax.tree.map(jnp.asarray, data)
         check_finite(self._data, "data")
         self._spec, self._function = spec, Static(function)

@@ -1,4 +1,4 @@
-"""`PermutationSpec`: which axes of which leaves move together, as plain, hashable data."""
+"""Specs: which axes of which leaves move together, as plain, hashable data."""
 
 import collections
 import dataclasses
@@ -18,14 +18,21 @@ from rebasin.trees import leaf_table
 
 __all__ = ["NO_RULE", "GroupSize", "PermutationSpec", "Pin"]
 
-# How the reason of a pin ends that a primitive without a rule caused; before it stand primitive and line.
+# The end of a pin's reason where a primitive without a rule caused it. The name of the primitive and the line
+# of code stand before it, and `explain` counts these pins for each primitive.
 NO_RULE = ": this primitive has no rule"
 
-GroupSize: TypeAlias = int | tuple[int, ...]
+GroupSize: TypeAlias = int | tuple[int, ...]  # n, or (outer…, n) for an indexed group
 
 
 class Pin(NamedTuple):
-    """Why an axis of a leaf, or a part of it, stays put."""
+    """The reason why an axis of a leaf, or a part of it, stays put.
+
+    Attributes:
+      path: path name of the leaf.
+      axis: number of the axis.
+      reason: the reason as text.
+    """
 
     path: str
     axis: int
@@ -34,18 +41,20 @@ class Pin(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class PermutationSpec:
-    """Which axes of which leaves move together; a legal static argument under ``jit``.
+    """The permutation symmetries of a network: which axes of which leaves move together.
 
-    A spec covers every leaf of the tree it was made for, also those that never move. Equality and hash
-    include group names; `equivalent` ignores them.
+    Axes that carry one group are permuted by one permutation. A spec covers every leaf of the tree that it
+    was made for, also those that never move. It is hashable and so a legal static argument under ``jit``.
+    Equality and hash include the names of groups; `equivalent` ignores them.
 
     Attributes:
-      leaves: ``(path, axes)`` for each leaf; paths as in `trees.path_name`.
-      indexed: ``(group, outer groups)`` for each indexed group: one inner permutation for every position of
-        the outer groups, for example of head dimensions in each head. Its permutation has shape ``[outer…,
-        n]`` and is indexed by the *new* outer position, ``new[h, d] = old[outer[h], inner[h, d]]``.
-      fixed: names of groups that never move and only serve as an index, for example stacked layers.
-      pins: why axes stay, for the reader; outside equality, hash and digest.
+      leaves: ``(path, axes)`` for each leaf, with paths as `rebasin.trees.path_name` writes them.
+      indexed: ``(inner group, outer groups)`` for each inner group, which is permuted differently at each
+        position of its outer groups; for example the dimensions of a head, at each head. Its permutation has
+        shape ``[outer…, n]`` and is indexed by the *new* outer position, ``new[h, d] = old[outer[h], inner[h,
+        d]]``.
+      fixed: names of groups that never move and only serve as an outer group, for example stacked layers.
+      pins: reasons why axes stay put. They do not count in equality, hash and digest.
     """
 
     leaves: tuple[tuple[str, tuple[Axis, ...]], ...]
@@ -66,19 +75,19 @@ class PermutationSpec:
         indexed: Mapping[str, Sequence[str]] | None = None,
         fixed: Sequence[str] = (),
     ) -> "PermutationSpec":
-        """Makes a spec from a table of leaves, git-re-basin's form.
+        """Make a spec from a table of leaves, as git-re-basin writes it.
 
         Args:
-          table: path of each leaf to one entry per axis: a group's name, `None` for an axis that stays put,
-            or an `Axis`.
-          indexed: inner group to its outer groups.
-          fixed: groups that only serve as an index.
+          table: path name of each leaf, with one entry for each of its axes: the name of a group, `None` for
+            an axis that stays put, or an `Axis`.
+          indexed: each inner group with its outer groups.
+          fixed: groups that never move and only serve as an outer group.
 
         Returns:
           The spec.
 
         Raises:
-          SpecError: the table contradicts itself.
+          SpecError: the table contradicts itself; the message lists every case.
 
         Examples:
           >>> spec = PermutationSpec.from_axes({"in/kernel": (None, "P0"), "out/kernel": ("P0", None)})
@@ -94,17 +103,17 @@ class PermutationSpec:
 
     @classmethod
     def from_groups(cls, groups: Mapping[str, Sequence[tuple[str, int]]], tree: Any) -> "PermutationSpec":
-        """Makes a spec from the axes of each group, git-re-basin's transposed form.
+        """Make a spec from the axes of each group, the transposed form of git-re-basin's table.
 
         Args:
-          groups: group to ``(path, axis)`` pairs; axes that no group names stay put.
+          groups: each group with its ``(path, axis)`` pairs; axes that no group names stay put.
           tree: the tree, or its shapes.
 
         Returns:
-          The spec, covering every leaf of `tree`.
+          The spec, which covers every leaf of `tree`.
 
         Raises:
-          SpecError: an axis is named twice, or is not in the tree; every case is listed.
+          SpecError: an axis is named twice or is not in the tree; the message lists every case.
 
         Examples:
           >>> tree = {"w": np.ones((3, 8)), "v": np.ones((8, 2))}
@@ -134,38 +143,43 @@ class PermutationSpec:
 
     @property
     def table(self) -> dict[str, tuple[Axis, ...]]:
-        """Axes by path."""
+        """The axes of each leaf, by path name."""
         return dict(self.leaves)
 
     @property
     def outer_groups(self) -> dict[str, tuple[str, ...]]:
-        """Outer groups of each indexed group."""
+        """The outer groups of each inner group."""
         return dict(self.indexed)
 
     @property
     def outward(self) -> tuple[str, ...]:
-        """The groups with every index before what it indexes."""
+        """The groups that move, ordered so that outer groups come before their inner groups."""
         outer = self.outer_groups
         return tuple(sorted(self.groups, key=lambda group: len(outer.get(group, ()))))
 
     @property
     def groups(self) -> tuple[str, ...]:
-        """The groups that move, in the order of the leaves."""
+        """The groups that move, in the order in which the leaves name them."""
         seen = dict.fromkeys(g for _, axes in self.leaves for axis in axes for g in axis.groups)
         return tuple(group for group in seen if group not in self.fixed)
 
     def group_sizes(self, tree: Any, *, name: str = "params") -> dict[str, GroupSize]:
-        """Validates the spec against a tree.
+        """Check that the spec fits a tree, and return the sizes of its groups there.
 
         Args:
           tree: the tree, or its shapes (`jax.eval_shape`).
-          name: what to call it in the message.
+          name: what the message calls the tree.
 
         Returns:
-          Size of each group, in the order of `groups`; for an indexed group the shape ``(outer…, n)``.
+          The size of each group, in the order of `groups`; for an inner group the shape ``(outer…, n)``.
 
         Raises:
-          SpecMismatchError: listing *every* leaf and axis that does not fit.
+          SpecMismatchError: the spec does not fit; the message lists every leaf and axis at fault.
+
+        Examples:
+          >>> spec = PermutationSpec.from_axes({"w": ("heads", "inner")}, indexed={"inner": ["heads"]})
+          >>> spec.group_sizes({"w": np.ones((2, 3))})
+          {'heads': 2, 'inner': (2, 3)}
         """
         shapes = {path: tuple(np.shape(leaf)) for path, leaf in leaf_table(tree).items()}
         table = self.table
@@ -192,11 +206,17 @@ class PermutationSpec:
         }
 
     def equivalent(self, other: "PermutationSpec") -> bool:
-        """Whether two specs describe the same symmetry of the same tree, whatever their groups are called."""
+        """Return whether two specs describe the same symmetries of one tree, whatever they call the groups.
+
+        Examples:
+          >>> one, other = ({"w": (None, name), "b": (name,)} for name in ("P0", "hidden"))
+          >>> PermutationSpec.from_axes(one).equivalent(PermutationSpec.from_axes(other))
+          True
+        """
         return _canonical(self) == _canonical(other)
 
     def to_json(self) -> str:
-        """The spec as JSON text, one leaf a line."""
+        """Return the spec as JSON text with a line for each leaf."""
         leaves = [
             json.dumps([path, [[[list(f) for f in segment] for segment in axis.segments] for axis in axes]])
             for path, axes in self.leaves
@@ -213,7 +233,13 @@ class PermutationSpec:
 
     @classmethod
     def from_json(cls, text: str) -> "PermutationSpec":
-        """The spec that `to_json` wrote; raises `SpecError` for any other text."""
+        """Return the spec that `to_json` wrote; raise `SpecError` for any other text.
+
+        Examples:
+          >>> spec = PermutationSpec.from_axes({"w": (None, "P0")})
+          >>> PermutationSpec.from_json(spec.to_json()) == spec
+          True
+        """
         try:
             data = json.loads(text)
             if (data["format"], data["version"]) != ("rebasin.spec", 1):
@@ -233,12 +259,12 @@ class PermutationSpec:
             raise SpecError(f"not a saved spec: {error!r}") from error
 
     def save(self, path: str | pathlib.Path) -> None:
-        """Writes `to_json` to a file."""
+        """Write the spec to a file, as JSON."""
         pathlib.Path(path).write_text(self.to_json())
 
     @classmethod
     def load(cls, path: str | pathlib.Path) -> "PermutationSpec":
-        """Reads a spec that `save` wrote."""
+        """Read a spec that `save` wrote; raise `SpecError` for any other file."""
         try:
             return cls.from_json(pathlib.Path(path).read_text())
         except SpecError as error:
@@ -246,11 +272,22 @@ class PermutationSpec:
 
     @property
     def digest(self) -> str:
-        """Hash of all that counts for equality, as saved with a permutation."""
+        """Hash of everything that counts in equality; a saved permutation names its spec by it."""
         return hashlib.sha256(dataclasses.replace(self, pins=()).to_json().encode()).hexdigest()
 
     def explain(self) -> str:
-        """The groups with the axes that carry them, then every reason why axes stay put, and what it cost."""
+        """Return a text for the reader: which axes each group permutes, and why other axes stay put.
+
+        At its end stand the primitives that have no inference rule, with the number of axes that each pins.
+
+        Examples:
+          >>> spec = PermutationSpec.from_axes({"w": (None, "P0")})
+          >>> print(dataclasses.replace(spec, pins=(Pin("w", 0, "the axis of an input"),)).explain())
+          P0 moves
+            w axis 1: P0
+          stays put: the axis of an input
+            w axis 0
+        """
         axes = [(f"{path} axis {i}", axis) for path, row in self.leaves for i, axis in enumerate(row)]
         lines = []
         for group in self.groups:
@@ -286,7 +323,15 @@ def _count(number: int, singular: str, plural: str) -> str:
 def _axis_problems(
     where: str, axis: Axis, length: int, sizes: dict[str, int], origin: dict[str, str]
 ) -> Iterator[str]:
-    """Problems of one axis of `length`; enters new groups into `sizes`, and where each was first seen."""
+    """Yield the problems of one axis, and note the size and the first place of groups not seen before.
+
+    Args:
+      where: what messages call the axis.
+      axis: the axis.
+      length: its length in the tree.
+      sizes: size of each group seen so far; changed.
+      origin: the axis where each group was seen first; changed.
+    """
     segments = axis.sized(length)
     total = sum(math.prod(factor.size for factor in segment) for segment in segments)
     if total != length:
@@ -304,7 +349,7 @@ def _axis_problems(
 
 
 def _contradictions(spec: PermutationSpec) -> Iterator[str]:
-    """Everything wrong with a spec that can be seen without a tree."""
+    """Yield every problem of a spec that can be seen without a tree."""
     seen = set()
     outer = dict(spec.indexed)
     for path, axes in spec.leaves:
@@ -321,17 +366,20 @@ def _contradictions(spec: PermutationSpec) -> Iterator[str]:
             for group in dict.fromkeys(g for g in carried if g in outer):
                 missing = [o for o in outer[group] if carried.count(o) != 1]
                 if missing:
-                    yield f"{path}: group {group!r} is indexed by {missing}, which it must carry exactly once"
+                    yield f"{path}: carries {group!r}, but not its outer groups {missing} exactly once"
     for group, outers in outer.items():
         before: set[str] = set()
         for other in outers:
-            if other == group or not before.issuperset(outer.get(other, ())):
-                yield f"group {group!r}: indexed by {list(outers)}; {other!r} needs its own index before it"
+            if other == group:
+                yield f"group {group!r}: is an outer group of itself"
+            elif not before.issuperset(outer.get(other, ())):
+                needed = [o for o in outer[other] if o not in before]
+                yield f"group {group!r}: outer groups must name {needed} before {other!r}, which they index"
             before.add(other)
 
 
 def _canonical(spec: PermutationSpec) -> tuple[Any, ...]:
-    """Leaves sorted and groups numbered as they come, so that equal symmetries compare equal."""
+    """Return the spec with leaves sorted and groups numbered in that order, so that names do not count."""
     leaves = sorted(spec.leaves)
     order = dict.fromkeys(g for _, axes in leaves for axis in axes for g in axis.groups)
     names = {group: str(i) for i, group in enumerate(order)}

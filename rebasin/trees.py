@@ -1,6 +1,7 @@
-"""Path-named leaves of pytrees, and the checks that public functions make on the trees they are given."""
+"""Leaves of pytrees by path name, arithmetic of networks, and the checks of trees that users pass in."""
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -26,27 +27,33 @@ __all__ = [
 
 LeafPredicate = Callable[[str, Any], bool]
 
-# Collections of Flax (and names of common wrappers) whose leaves are estimates or bookkeeping, not weights:
-# the distance between two networks is not measured there, and averaging an optimiser's moments means nothing.
+# Collections of Flax (and names of common wrappers) whose leaves are estimates or bookkeeping, not weights.
+# They would distort the distance between two networks, and averaging an optimiser's moments means nothing.
 _STATE_COLLECTIONS = frozenset({"batch_stats", "opt_state", "cache", "intermediates"})
 
 
 def path_name(path: tuple[Any, ...]) -> str:
-    """Key path as text, for example ``"params/Dense_0/kernel"``."""
+    """Return a key path of JAX as text.
+
+    Examples:
+      >>> path_name((jax.tree_util.DictKey("params"), jax.tree_util.SequenceKey(0)))
+      'params/0'
+    """
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def leaf_table(tree: Any) -> dict[str, Any]:
-    """Leaves by path name, in the order of the tree.
+    """Return the leaves of a tree by path name, in the order of the tree.
 
     Args:
-      tree: any pytree of arrays, or of anything with a shape.
+      tree: any pytree.
 
     Returns:
       A dict from path name to leaf.
 
     Raises:
-      SpecError: two leaves have the same path name (keys that contain ``/``, or an int key beside its text).
+      SpecError: two leaves have the same path name, because a key contains ``/`` or because one key is the
+        number whose text another key is.
 
     Examples:
       >>> leaf_table({"Dense_0": {"kernel": 1, "bias": 2}})
@@ -62,16 +69,30 @@ def leaf_table(tree: Any) -> dict[str, Any]:
 
 
 def map_leaves(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
-    """Like `jax.tree.map`, with the path name of each leaf as first argument."""
+    """Map a function over the leaves of trees, as `jax.tree.map` does, together with their path names.
+
+    Args:
+      function: ``(path, leaf, *rest) -> leaf``.
+      tree: the tree whose structure the result has.
+      *rest: further trees of the same structure.
+
+    Examples:
+      >>> map_leaves(lambda path, leaf: f"{path} = {leaf}", {"w": 1, "b": 2})
+      {'b': 'b = 2', 'w': 'w = 1'}
+    """
     return jax.tree_util.tree_map_with_path(
         lambda path, *leaves: function(path_name(path), *leaves), tree, *rest
     )
 
 
 def is_weight(path: str, leaf: Any) -> bool:
-    """Whether a leaf is a weight: floating, and neither running statistics nor optimiser state.
+    """Return whether a leaf is a weight: floating, and neither a running statistic nor optimiser state.
 
     This is the default leaf predicate of matching and interpolation.
+
+    Args:
+      path: path name of the leaf.
+      leaf: the leaf, of which only the dtype counts.
 
     Examples:
       >>> [is_weight(path, jnp.zeros(3)) for path in ("params/Dense_0/kernel", "batch_stats/Norm_0/mean")]
@@ -83,16 +104,16 @@ def is_weight(path: str, leaf: Any) -> bool:
 
 
 def interpolate(params_a: Any, params_b: Any, alpha: Any, *, predicate: LeafPredicate = is_weight) -> Any:
-    """The network αA + (1−α)B.
+    """Return the network αA + (1−α)B on the path between two networks.
 
-    Leaves that `predicate` leaves out (counters, running statistics) are not averaged: they are taken whole
-    from the nearer network, A from α = ½ on, so that both ends of the segment are exactly the networks given.
+    Leaves for which `predicate` is false (counters, running statistics) are not averaged. They are those of
+    A where α is at least ½, and those of B elsewhere, so that the ends of the path are exactly A and B.
 
     Args:
       params_a: tree of A.
       params_b: tree of B, with the leaves, shapes and dtypes of A.
-      alpha: weight of A, a scalar in [0, 1].
-      predicate: ``(path, leaf) -> bool``, the leaves to average.
+      alpha: weight of A, a scalar in [0, 1]; it may be traced.
+      predicate: ``(path, leaf) -> bool``, true for the leaves to average; by default the weights.
 
     Returns:
       A tree like `params_a`.
@@ -102,42 +123,47 @@ def interpolate(params_a: Any, params_b: Any, alpha: Any, *, predicate: LeafPred
       [1.0]
     """
 
-    def mix(path: str, a: Any, b: Any) -> Any:
+    def combine(path: str, a: Any, b: Any) -> Any:
         if predicate(path, a):
             weight = jnp.asarray(alpha, jnp.result_type(a))
             return weight * a + (1 - weight) * b
         return jnp.where(jnp.asarray(alpha) >= 0.5, a, b)
 
-    return map_leaves(mix, params_a, params_b)
+    return map_leaves(combine, params_a, params_b)
 
 
 def inner_product(params_a: Any, params_b: Any, *, predicate: LeafPredicate = is_weight) -> float:
-    """Return ⟨A, B⟩ over the leaves that count, summed in float64.
+    """Return the inner product ⟨A, B⟩ of two networks, summed in float64.
 
     Args:
       params_a: tree of A.
       params_b: tree of B, with the leaves and shapes of A.
-      predicate: ``(path, leaf) -> bool``, the leaves that count; by default the weights.
+      predicate: ``(path, leaf) -> bool``, true for the leaves that count; by default the weights.
+
+    Raises:
+      TreeMismatchError: A and B differ in leaves or shapes.
 
     Examples:
       >>> inner_product({"w": np.array([1.0, 2.0])}, {"w": np.array([3.0, 4.0])})
       11.0
     """
-    a, b = leaf_table(params_a), leaf_table(params_b)
-    products = (np.multiply(a[path], b[path], dtype=np.float64) for path in a if predicate(path, a[path]))
-    return sum(float(np.sum(product)) for product in products)
+    pairs = _float64_pairs(params_a, params_b, predicate)
+    return sum((float(np.sum(a * b)) for a, b in pairs), 0.0)
 
 
 def distance(params_a: Any, params_b: Any, *, predicate: LeafPredicate = is_weight) -> float:
-    """Return the Euclidean distance ‖A − B‖ over the leaves that count, summed in float64.
+    """Return the Euclidean distance ‖A − B‖ between two networks, summed in float64.
 
-    Running statistics, counters and optimiser state are not part of it: they follow from the data and from
-    the weights, and would otherwise dominate the distance between networks with BatchNorm.
+    Running statistics, counters and optimiser state do not count by default. They follow from the data and
+    the weights, and they would dominate the distance between networks with BatchNorm.
 
     Args:
       params_a: tree of A.
       params_b: tree of B, with the leaves and shapes of A.
-      predicate: ``(path, leaf) -> bool``, the leaves that count; by default the weights.
+      predicate: ``(path, leaf) -> bool``, true for the leaves that count; by default the weights.
+
+    Raises:
+      TreeMismatchError: A and B differ in leaves or shapes.
 
     Examples:
       >>> a = {"w": np.array([3.0, 0.0]), "batch_stats": {"mean": np.array(100.0)}}
@@ -145,43 +171,75 @@ def distance(params_a: Any, params_b: Any, *, predicate: LeafPredicate = is_weig
       >>> distance(a, b)
       5.0
     """
-    a, b = leaf_table(params_a), leaf_table(params_b)
-    differences = (np.subtract(a[p], b[p], dtype=np.float64) for p in a if predicate(p, a[p]))
-    return float(np.sqrt(sum(float(np.sum(np.square(difference))) for difference in differences)))
+    pairs = _float64_pairs(params_a, params_b, predicate)
+    return math.sqrt(sum(float(np.sum(np.square(a - b))) for a, b in pairs))
+
+
+def _float64_pairs(
+    params_a: Any, params_b: Any, predicate: LeafPredicate
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield the leaves of two networks that count, side by side."""
+    check_same_shapes(params_a, params_b, dtypes=False)
+    b = leaf_table(params_b)
+    for path, leaf in leaf_table(params_a).items():
+        if predicate(path, leaf):
+            yield np.asarray(leaf, np.float64), np.asarray(b[path], np.float64)
 
 
 def check_same_shapes(
-    params_a: Any, params_b: Any, *, names: tuple[str, str] = ("params_a", "params_b")
+    params_a: Any,
+    params_b: Any,
+    *,
+    names: tuple[str, str] = ("params_a", "params_b"),
+    dtypes: bool = True,
 ) -> None:
-    """Raises `TreeMismatchError` with every leaf in which two trees differ in presence, shape or dtype."""
+    """Raise `TreeMismatchError` unless two trees have the same leaves, of the same shapes and dtypes.
+
+    Args:
+      params_a: the first tree.
+      params_b: the second tree.
+      names: what the message calls the two trees.
+      dtypes: whether dtypes are compared too.
+
+    Raises:
+      TreeMismatchError: the trees differ; the message lists every leaf in which they do.
+
+    Examples:
+      >>> check_same_shapes({"w": np.zeros(3)}, {"w": np.zeros(4)})
+      Traceback (most recent call last):
+      rebasin.errors.TreeMismatchError: params_a and params_b differ:
+        w: shape (3,) in params_a, (4,) in params_b
+    """
     a, b = leaf_table(params_a), leaf_table(params_b)
     problems = [f"{path}: only in {names[0]}" for path in a if path not in b]
     problems += [f"{path}: only in {names[1]}" for path in b if path not in a]
     for path in (path for path in a if path in b):
-        shapes = np.shape(a[path]), np.shape(b[path])
-        dtypes = jnp.result_type(a[path]), jnp.result_type(b[path])
-        if shapes[0] != shapes[1]:
-            problems.append(f"{path}: shape {shapes[0]} in {names[0]}, {shapes[1]} in {names[1]}")
-        elif dtypes[0] != dtypes[1]:
-            problems.append(f"{path}: dtype {dtypes[0]} in {names[0]}, {dtypes[1]} in {names[1]}")
+        shape_a, shape_b = np.shape(a[path]), np.shape(b[path])
+        dtype_a, dtype_b = jnp.result_type(a[path]), jnp.result_type(b[path])
+        if shape_a != shape_b:
+            problems.append(f"{path}: shape {shape_a} in {names[0]}, {shape_b} in {names[1]}")
+        elif dtypes and dtype_a != dtype_b:
+            problems.append(f"{path}: dtype {dtype_a} in {names[0]}, {dtype_b} in {names[1]}")
     if problems:
         raise TreeMismatchError(problem_list(f"{names[0]} and {names[1]} differ:", problems))
 
 
 def state_leaves(state_outputs: Mapping[str, str], outputs: Any, tree: Any) -> dict[str, str]:
-    """Which output of a function is the next value of which leaf of its tree.
+    """Return, for each output of a function that is a next state, the leaf whose next value it is.
 
     Args:
-      state_outputs: path name in `outputs` to path name in `tree`, of a leaf or of a whole subtree, whose
-        leaves then have the same names below it. ``""`` is all of `outputs` or `tree`.
+      state_outputs: path names in `outputs`, each with a path name in `tree`. A path names a leaf or a whole
+        subtree, whose leaves must have the same names on both sides; ``""`` names the whole of `outputs` or
+        `tree`.
       outputs: what the function returns, or its shapes.
       tree: the tree that the function takes, or its shapes.
 
     Returns:
-      A dict from path name of an output leaf to path name of a leaf of `tree`.
+      A dict from the path name of an output leaf to the path name of a leaf of `tree`.
 
     Raises:
-      TreeMismatchError: a path is not there, two leaves differ in shape, or two outputs claim one leaf.
+      TreeMismatchError: a path does not exist, an output and its leaf differ in shape, or two outputs are
+        given for one leaf. The message lists every case.
 
     Examples:
       >>> tree = {"params": {"w": jnp.ones(3)}, "batch_stats": {"mean": jnp.ones(3), "var": jnp.ones(3)}}
@@ -213,7 +271,11 @@ def state_leaves(state_outputs: Mapping[str, str], outputs: Any, tree: Any) -> d
 
 
 def is_below(path: str, prefix: str) -> bool:
-    """Whether a path name is that of `prefix` itself or of a leaf in its subtree; every path is below ``""``.
+    """Return whether a path name is `prefix` itself or lies in the subtree at `prefix`.
+
+    Args:
+      path: path name of a leaf.
+      prefix: path name of a leaf or subtree; every path is below ``""``.
 
     Examples:
       >>> [is_below("Dense_1/bias", prefix) for prefix in ("", "Dense_1", "Dense_1/bias", "Dense")]
@@ -224,18 +286,34 @@ def is_below(path: str, prefix: str) -> bool:
 
 @jax.jit
 def _finite_flags(leaves: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    # 0·x is 0 where x is finite, and NaN elsewhere. XLA's CPU backend sums that in one loop, while for
-    # `jnp.all(jnp.isfinite(x))` it first writes an array of flags, a quarter of the size of x.
+    # 0·x is 0 where x is finite, and NaN elsewhere. XLA's CPU backend sums 0·x in one loop. For
+    # `jnp.all(jnp.isfinite(x))` it would first write an array of flags, a quarter of the size of x.
     return {path: jnp.isfinite(jnp.sum(0 * leaf)) for path, leaf in leaves.items()}
 
 
-def check_finite(tree: Any, name: str) -> None:
-    """Raises `NonFiniteError` naming every floating leaf of `tree` that holds NaN or infinity.
+def check_finite(tree: Any, name: str, *, predicate: LeafPredicate | None = None) -> None:
+    """Raise `NonFiniteError` if a floating leaf of a tree holds NaN or infinity.
 
-    One compiled pass on the device; the message counts what was found in the leaves at fault.
+    The values are read in one compiled pass on the device.
+
+    Args:
+      tree: a tree of arrays.
+      name: what the message calls the tree.
+      predicate: ``(path, leaf) -> bool``, true for the leaves to look at; by default all of them.
+
+    Raises:
+      NonFiniteError: the message lists every such leaf, with the number of NaN and infinite values in it.
+
+    Examples:
+      >>> check_finite({"w": np.array([0.0, np.nan]), "b": np.ones(2)}, "params_b")
+      Traceback (most recent call last):
+      rebasin.errors.NonFiniteError: params_b is not finite:
+        w: 1 NaN and 0 infinite of 2 values
     """
     floating = {
-        path: leaf for path, leaf in leaf_table(tree).items() if jnp.issubdtype(leaf.dtype, jnp.inexact)
+        path: leaf
+        for path, leaf in leaf_table(tree).items()
+        if jnp.issubdtype(leaf.dtype, jnp.inexact) and (predicate is None or predicate(path, leaf))
     }
     flags = jax.device_get(_finite_flags(floating))
     problems = []

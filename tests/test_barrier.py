@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rebasin
+from rebasin.barrier import Barrier, BarrierCurve
 from rebasin.errors import ConfigError, DataError, NonFiniteError, TreeMismatchError
 
 
@@ -37,14 +38,14 @@ def test_barrier_of_a_parabola_in_closed_form():
     curve = rebasin.sweep(
         scalar(1), scalar(-1), {"x": np.zeros(5)}, lambda p, batch: {"loss": 0 * batch["x"] - p["w"] ** 2}
     )
-    assert curve.loss_barrier == rebasin.Barrier(1.0, 0.0, 0.5)
+    assert curve.loss_barrier == Barrier(1.0, 0.0, 0.5)
     np.testing.assert_allclose(curve.loss, -((2 * curve.alphas - 1) ** 2), atol=1e-6)
 
 
 def test_conventions_differ_where_the_ends_do():
     """Ends 4 (A) and 0 (B), middle 5, maximum 5.5: the chord's middle and the ends' mean are both 2."""
     values = np.array([[0.0], [5.0], [5.0], [5.5], [4.0]])
-    curve = rebasin.BarrierCurve(np.linspace(0, 1, 5), {"loss": values})
+    curve = BarrierCurve(np.linspace(0, 1, 5), {"loss": values})
     assert curve.barrier("loss").value == 4.0
     assert curve.barrier("loss").alpha == 0.25
     assert curve.barrier("loss", convention="midpoint").value == 3.0
@@ -55,8 +56,8 @@ def test_conventions_differ_where_the_ends_do():
 def test_the_barrier_is_never_negative_and_mirrors(seed):
     rng = np.random.default_rng(seed)
     values = rng.normal(size=(6, 3))
-    curve = rebasin.BarrierCurve(np.linspace(0, 1, 6), {"loss": values})
-    mirrored = rebasin.BarrierCurve(np.linspace(0, 1, 6), {"loss": values[::-1]})
+    curve = BarrierCurve(np.linspace(0, 1, 6), {"loss": values})
+    mirrored = BarrierCurve(np.linspace(0, 1, 6), {"loss": values[::-1]})
     assert curve.loss_barrier.value >= 0
     np.testing.assert_allclose(curve.loss_barrier.value, mirrored.loss_barrier.value, atol=1e-12)
     if curve.loss_barrier.value > 0:  # a barrier of 0 stands at either end
@@ -66,10 +67,10 @@ def test_the_barrier_is_never_negative_and_mirrors(seed):
 def test_standard_error_is_paired():
     """Every example rises by exactly 1 at the middle: no spread, although the losses spread widely."""
     ends = np.array([0.0, 10.0, 20.0])
-    curve = rebasin.BarrierCurve(np.linspace(0, 1, 3), {"loss": np.stack([ends, ends + 1, ends])})
-    assert curve.loss_barrier == rebasin.Barrier(1.0, 0.0, 0.5)
+    curve = BarrierCurve(np.linspace(0, 1, 3), {"loss": np.stack([ends, ends + 1, ends])})
+    assert curve.loss_barrier == Barrier(1.0, 0.0, 0.5)
     np.testing.assert_allclose(curve.standard_errors["loss"], 10 / np.sqrt(3))
-    uneven = rebasin.BarrierCurve(np.linspace(0, 1, 3), {"loss": np.stack([ends, ends + [0, 1, 2], ends])})
+    uneven = BarrierCurve(np.linspace(0, 1, 3), {"loss": np.stack([ends, ends + [0, 1, 2], ends])})
     np.testing.assert_allclose(uneven.loss_barrier.standard_error, 1 / np.sqrt(3))
 
 
@@ -117,7 +118,7 @@ def test_bad_input_is_refused_before_anything_runs():
     with pytest.raises(ConfigError, match="batch_size must be at least 1, got 0"):
         rebasin.build_sweep(never, batch_size=0)
     measure = rebasin.build_sweep(never)
-    with pytest.raises(DataError, match="data hold no examples: a barrier needs at least one"):
+    with pytest.raises(DataError, match="data hold no examples: at least one is needed"):
         measure(scalar(1), scalar(2), {"x": np.zeros((0, 3))})
     with pytest.raises(DataError) as info:
         measure(scalar(1), scalar(2), {"x": np.zeros((4, 3)), "y": np.zeros(5), "z": np.zeros(())})
@@ -131,7 +132,7 @@ def test_bad_input_is_refused_before_anything_runs():
         measure(scalar(1), {"w": jnp.ones(2)}, {"x": np.zeros(3)})
     with pytest.raises(NonFiniteError, match="params_b is not finite"):
         measure(scalar(1), scalar(np.nan), {"x": np.zeros(3)})
-    curve = rebasin.BarrierCurve(np.linspace(0, 1, 4), {"loss": np.zeros((4, 2))})
+    curve = BarrierCurve(np.linspace(0, 1, 4), {"loss": np.zeros((4, 2))})
     with pytest.raises(ConfigError, match="the midpoint needs an odd number of alphas, got 4"):
         curve.barrier("loss", convention="midpoint")
     with pytest.raises(ConfigError, match=r"no metric 'accuracy' in this curve; it has \['loss'\]"):
@@ -162,3 +163,101 @@ def test_shared_ends_are_taken_and_only_what_lies_between_is_evaluated():
     with pytest.raises(ConfigError, match=r"ends: wanted metrics and numbers of examples .*: 3.*, got .*: 4"):
         measure(scalar(4), scalar(0), {"x": jnp.arange(3.0)}, ends=full)
     assert measure(scalar(4), scalar(0), data, ends=full).alphas.tolist() == full.alphas.tolist()
+
+
+def linear(params, x):
+    return x @ params["w"]
+
+
+def classify(apply_fn, params, batch, *extra):
+    return jax.jit(rebasin.classification_metrics(apply_fn))(params, batch, *extra)
+
+
+def test_classification_metrics_are_cross_entropy_and_error():
+    rng = np.random.default_rng(0)
+    x, w = rng.normal(size=(20, 3)).astype(np.float32), rng.normal(size=(3, 4)).astype(np.float32)
+    labels = rng.integers(4, size=20)
+    metrics = classify(linear, {"w": w}, rebasin.Batch(x, labels))
+    logits = x.astype(np.float64) @ w
+    probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    # Logits of at most 10 in float32.
+    np.testing.assert_allclose(metrics["loss"], -np.log(probabilities[range(20), labels]), atol=1e-5)
+    np.testing.assert_array_equal(metrics["error"], (logits.argmax(axis=1) != labels).astype(float))
+    assert {m.dtype for m in metrics.values()} == {jnp.dtype("float32")}
+
+
+def test_classification_metrics_are_stable():
+    """Exponentials of these logits overflow, and those of their negatives vanish."""
+    logits = jnp.array([[1e4, 0.0], [-1e4, 0.0], [3e38, 3e38]])
+    batch = rebasin.Batch(logits, jnp.array([1, 0, 0]))
+    metrics = classify(lambda params, x: x, {}, batch)
+    np.testing.assert_allclose(metrics["loss"], [1e4, 1e4, 0.0], rtol=1e-6)
+    gradient = jax.grad(lambda x: classify(lambda p, x: x, {}, batch._replace(inputs=x))["loss"].sum())(
+        logits
+    )
+    np.testing.assert_allclose(gradient, [[1, -1], [-1, 1], [-0.5, 0.5]], atol=1e-6)
+    half = classify(
+        lambda params, x: x.astype(jnp.bfloat16), {}, rebasin.Batch(jnp.ones((1, 3)), jnp.array([0]))
+    )
+    np.testing.assert_allclose(half["loss"], np.log(3), rtol=1e-6)
+
+
+def test_classification_metrics_pass_every_input_and_what_prepare_returns():
+    def apply_fn(params, x, y, scale):
+        return scale * (x + y) * params["w"]
+
+    x, y, labels = jnp.array([[1.0, 0.0]]), jnp.array([[0.0, 2.0]]), jnp.array([0])
+    metrics_fn = rebasin.classification_metrics(apply_fn)
+    metrics = metrics_fn(scalar(1), rebasin.Batch((x, y), labels), 3.0)
+    assert metrics["error"].tolist() == [1.0]
+    np.testing.assert_allclose(metrics["loss"], np.log(1 + np.exp(3.0)), rtol=1e-6)
+    curve = rebasin.sweep(
+        scalar(1), scalar(0), rebasin.Batch((x, y), labels), metrics_fn, num_alphas=3, prepare=lambda p, a: a
+    )
+    np.testing.assert_allclose(curve.loss, np.log(1 + np.exp([0, 0.25, 1])), rtol=1e-6)
+
+
+def test_classification_metrics_of_a_sweep_do_not_depend_on_batches():
+    rng = np.random.default_rng(0)
+    a, b = ({"w": rng.normal(size=(3, 4)).astype(np.float32)} for _ in range(2))
+    data = rebasin.Batch(rng.normal(size=(7, 3)).astype(np.float32), rng.integers(4, size=7))
+    metrics_fn = rebasin.classification_metrics(linear)
+    whole, cut = (rebasin.sweep(a, b, data, metrics_fn, num_alphas=3, batch_size=size) for size in (7, 3))
+    for name in ("loss", "error"):
+        assert whole.examples[name].shape == (3, 7)
+        np.testing.assert_allclose(cut.examples[name], whole.examples[name], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        (jnp.ones((2, 3)), r"need labels: wanted Batch\(inputs, labels\), got a \w*Tracer"),
+        ((jnp.ones((2, 3)), jnp.arange(2)), r"need labels: wanted Batch\(inputs, labels\), got a tuple"),
+        (rebasin.Batch(jnp.ones((2, 3))), "need labels: .* got a Batch without labels"),
+        (rebasin.Batch(jnp.ones((2, 3)), jnp.ones(2)), r"integer labels of shape \[n\], got a float32 array"),
+        (rebasin.Batch(jnp.ones((2, 3)), jnp.eye(2, 4, dtype=int)), r"got a int32 array of shape \(2, 4\)"),
+        (
+            rebasin.Batch(jnp.ones((3, 3)), jnp.arange(2)),
+            r"a floating array of shape \(2, classes\) for a batch of 2; "
+            r"apply_fn returned a float32 array of shape \(3, 4\)",
+        ),
+    ],
+)
+def test_batches_without_proper_labels_are_refused_while_tracing(batch, message):
+    with pytest.raises(DataError, match=message):
+        jax.eval_shape(rebasin.classification_metrics(linear), {"w": jnp.ones((3, 4))}, batch)
+
+
+@pytest.mark.parametrize(
+    ("apply_fn", "message"),
+    [
+        (lambda params, x: x[:, 0], r"float32 array of shape \(2,\)"),
+        (lambda params, x: x[:, None], r"float32 array of shape \(2, 1, 3\)"),
+        (lambda params, x: x.argmax(axis=1, keepdims=True), r"int32 array of shape \(2, 1\)"),
+        (lambda params, x: (x, {}), "apply_fn returned a tuple"),
+    ],
+)
+def test_networks_that_are_no_classifiers_are_refused_while_tracing(apply_fn, message):
+    batch = rebasin.Batch(jnp.ones((2, 3)), jnp.arange(2))
+    with pytest.raises(DataError, match=rf"need logits of shape \[n, classes\].* .*{message}"):
+        jax.eval_shape(rebasin.classification_metrics(apply_fn), {}, batch)

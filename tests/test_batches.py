@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rebasin.batches import Batches, Sum, check_examples, map_batches, sum_batches
+from rebasin.batches import Batch, Batches, Sum, check_data, inputs_of, map_batches, sum_batches
 from rebasin.errors import ConfigError, DataError
 
 
@@ -42,20 +42,35 @@ def test_sum_of_trees():
     np.testing.assert_array_equal(two.value()["a"], [1, 1])
 
 
+def test_inputs_are_what_the_network_takes_after_its_parameters():
+    x, y, labels = jnp.ones(2), jnp.zeros(2), jnp.arange(2)
+    for data in (x, (x,), Batch(x), Batch((x,), labels)):
+        assert len(inputs_of(data)) == 1
+        assert inputs_of(data)[0] is x
+    assert inputs_of(Batch((x, y), labels)) == (x, y)
+    assert inputs_of(Batch({"image": x, "mask": y})) == ({"image": x, "mask": y},)
+
+
+def test_labels_may_be_left_out():
+    check_data(Batch(jnp.ones((2, 3))), 1)
+    check_data(Batch((jnp.ones((2, 3)), jnp.ones(2)), jnp.arange(2)), 1)
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
         ({"x": jnp.ones((2, 1)), "y": jnp.ones(3)}, "one common n:\n  x: 2 examples\n  y: 3 examples"),
         ({"x": jnp.ones(())}, "x: scalar"),
+        (Batch(jnp.ones((2, 1)), jnp.ones(3)), "one common n:\n  inputs: 2 examples\n  labels: 3 examples"),
         ({"x": jnp.ones((0, 3))}, "hold no examples"),
         ({}, "no arrays"),
     ],
 )
 def test_data_that_do_not_fit(data, message):
     with pytest.raises(DataError, match=message):
-        check_examples(data, 1)
+        check_data(data, 1)
 
 
 def test_empty_batch():
     with pytest.raises(ConfigError, match="batch_size must be at least 1, got 0"):
-        check_examples(jnp.ones(3), 0)
+        check_data(jnp.ones(3), 0)

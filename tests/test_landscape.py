@@ -7,6 +7,7 @@ import pytest
 
 import rebasin
 from rebasin.errors import ConfigError, DataError, NonFiniteError, TreeMismatchError
+from rebasin.landscape import simplex_grid
 
 
 def metrics_fn(params, batch):
@@ -23,7 +24,7 @@ def draw(count, n=7):
 @pytest.mark.parametrize("count", [2, 3, 4])
 @pytest.mark.parametrize("resolution", [1, 3, 4])
 def test_the_grid_is_every_composition(count, resolution):
-    grid = rebasin.simplex_grid(count, resolution)
+    grid = simplex_grid(count, resolution)
     np.testing.assert_array_equal(grid[:count], np.eye(count))
     np.testing.assert_allclose(grid[-1], 1 / count)
     compositions = {
@@ -105,7 +106,7 @@ def test_what_cannot_work_is_refused():
         measure([trees[0], {"w": jnp.ones(2)}], data)
     with pytest.raises(NonFiniteError, match="network 1 is not finite"):
         measure([trees[0], {"w": jnp.full(3, jnp.nan)}], data)
-    with pytest.raises(DataError, match="data hold no examples: a simplex needs at least one"):
+    with pytest.raises(DataError, match="data hold no examples: at least one is needed"):
         measure(trees, data[:0])
     with pytest.raises(
         ConfigError, match=r"no metric 'accuracy' on this surface; it has \['error', 'loss'\]"

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import rebasin
 from rebasin import Axis, PermutationSpec
 from rebasin.errors import PermutationError, SpecMismatchError
+from rebasin.permutation import check_permutation, compiled_permute
 
 # Every kind of axis at once: whole, segments, factors, a group on two axes, two indexed groups (one by a
 # group that stands on another axis of the leaf, one by stacked layers that never move), and a leaf that
@@ -129,6 +130,13 @@ def test_permute_under_jit_and_vmap(tree):
     chex.assert_trees_all_equal(together, jax.tree.map(lambda *leaves: jnp.stack(leaves), *one_by_one))
 
 
+def test_compiled_permute_is_permute(tree):
+    permutation = draw(tree, 0)
+    chex.assert_trees_all_equal(
+        compiled_permute(SPEC, permutation, tree), rebasin.permute(SPEC, permutation, tree)
+    )
+
+
 def test_permute_on_sharded_arrays():
     """Two devices, the permuted axis itself sharded, automatically or explicitly."""
     program = """
@@ -183,7 +191,7 @@ def test_every_problem_of_a_permutation_is_listed(tree):
         "layer": np.arange(2),
     }
     with pytest.raises(PermutationError) as info:
-        rebasin.check_permutation(SPEC, tree, broken)
+        check_permutation(SPEC, tree, broken)
     assert str(info.value).splitlines() == [
         "the permutation does not fit the spec:",
         "  group 'P0': missing",

@@ -4,8 +4,9 @@ import jax
 import numpy as np
 import pytest
 
-from rebasin import Axis, Factor, PermutationSpec, Pin
+from rebasin.axis import Axis, Factor
 from rebasin.errors import SpecError, SpecMismatchError
+from rebasin.spec import PermutationSpec, Pin
 
 MLP = PermutationSpec.from_axes(
     {
@@ -99,15 +100,25 @@ def test_a_spec_that_contradicts_itself():
         "  w axis 0: P0:None*3 has several parts, so each needs its size",
         "  w: named twice",
         "  v axis 0: no segments, or an empty one",
-        "  group 'P0': indexed by ['P0']; 'P0' needs its own index before it",
+        "  group 'P0': is an outer group of itself",
     ]
 
 
 def test_an_indexed_group_needs_its_index_in_every_leaf():
     with pytest.raises(
-        SpecError, match=r"v: group 'inner' is indexed by \['heads'\], which it must carry exactly once"
+        SpecError,
+        match=r"v: carries 'inner', but not its outer groups \['heads'\] exactly once",
     ):
         PermutationSpec.from_axes({"w": ("heads", "inner"), "v": ("inner",)}, indexed={"inner": ["heads"]})
+
+
+def test_outer_groups_name_their_own_outer_groups_first():
+    axes = {"w": ("layer", "heads", "inner")}
+    PermutationSpec.from_axes(axes, indexed={"heads": ["layer"], "inner": ["layer", "heads"]})
+    message = r"group 'inner': outer groups must name \['layer'\] before 'heads', which they index"
+    for outers in (["heads", "layer"], ["heads"]):
+        with pytest.raises(SpecError, match=message):
+            PermutationSpec.from_axes(axes, indexed={"heads": ["layer"], "inner": outers})
 
 
 def test_equivalent_ignores_names_and_order_of_leaves_but_nothing_else():
@@ -176,4 +187,18 @@ def test_printed_form():
         "  Dense_0/kernel axis 1: P0",
         "  Dense_0/bias axis 0: P0",
         "  Dense_1/kernel axis 0: P0",
+    ]
+    pins = [
+        Pin("Dense_0/kernel", 0, "input"),
+        Pin("Dense_2/bias", 0, "output"),
+        Pin("v", 1, "f (a.py:1): this primitive has no rule"),
+    ]
+    assert dataclasses.replace(MLP, pins=tuple(pins)).explain().splitlines()[-7:] == [
+        "stays put: input",
+        "  Dense_0/kernel axis 0",
+        "stays put: output",
+        "  Dense_2/bias axis 0",
+        "stays put: f (a.py:1): this primitive has no rule",
+        "  v axis 1",
+        "the primitive f has no rule, which pins 1 axis of 1 leaf; register_rule adds one",
     ]

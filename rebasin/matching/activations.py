@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 
 from rebasin.axis import cut, iter_blocks
-from rebasin.batches import Batches, batch_shapes, check_examples, sum_batches
+from rebasin.batches import Batches, batch_shapes, check_data, sum_batches
 from rebasin.errors import ConfigError, InferenceError, NonFiniteError, problem_list
 from rebasin.matching.assignment import maximise_assignment
 from rebasin.matching.result import MatchResult
@@ -397,7 +397,7 @@ def activation_matching(
     for tree, name in ((params_a, "params_a"), (params_b, "params_b")):
         spec.group_sizes(tree, name=name)
         check_finite({path: leaf for path, leaf in leaf_table(tree).items() if is_weight(path, leaf)}, name)
-    check_examples(data, batch_size)
+    check_data(data, batch_size)
     check_finite(jax.tree.map(jnp.asarray, data), "data")
 
     run = _Run(spec, params_a, params_b, Static(function), data, batch_size, sites, kernel)

@@ -19,7 +19,7 @@ import numpy as np
 from jax import lax
 
 from rebasin.axis import Axis
-from rebasin.batches import Batches, batch_shapes, check_examples, sum_batches
+from rebasin.batches import Batches, batch_shapes, check_data, sum_batches
 from rebasin.errors import ConfigError
 from rebasin.matching.result import MatchResult
 from rebasin.matching.weights import weight_matching
@@ -78,7 +78,7 @@ class Metric:
         batch_size: int,
         predicate: LeafPredicate,
     ) -> None:
-        check_examples(data, batch_size)
+        check_data(data, batch_size)
         check_finite(jax.tree.map(jnp.asarray, data), "data")
         self.batches = Batches.of(data, batch_size)
         self.spec, self.params, self.function, self.data = spec, params, function, data

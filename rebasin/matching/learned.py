@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rebasin.barrier import MetricsFn
-from rebasin.batches import batch_shapes, check_batch_size, check_data, num_examples, to_batches
+from rebasin.batches import batch_shapes, check_data, num_examples, to_batches
 from rebasin.errors import DataError, NonFiniteError, RebasinError
 from rebasin.matching.result import MatchResult, same_permutation
 from rebasin.permutation import Permutation
@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 
-def check_metrics(metrics_fn: MetricsFn, params: Any, data: Any, batch_size: int, *, user: str) -> None:
+def check_metrics(metrics_fn: MetricsFn, params: Any, data: Any, batch_size: int) -> None:
     """Check data, batch size and what `metrics_fn` returns, before anything is computed.
 
     Args:
@@ -37,15 +37,13 @@ def check_metrics(metrics_fn: MetricsFn, params: Any, data: Any, batch_size: int
       params: a tree that `metrics_fn` takes.
       data: tree of arrays ``[n, …]``.
       batch_size: number of examples of a batch.
-      user: name of the function that needs the data, for the message.
 
     Raises:
       DataError: the data are empty or of different lengths, or `metrics_fn` does not return a mapping whose
         "loss" is one floating number for each example.
       ConfigError: `batch_size` is below 1.
     """
-    check_data(data, user=user)
-    check_batch_size(batch_size)
+    check_data(data, batch_size)
     size = min(batch_size, num_examples(data))
     metrics = jax.eval_shape(metrics_fn, params, batch_shapes(data, size))
     if not isinstance(metrics, Mapping) or "loss" not in metrics:
