@@ -4,12 +4,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import jax
-import numpy as np
 
 import rebasin
 from experiments.experiment import Setup
-from rebasin.training.data import normalise
-from rebasin.training.loop import build_metrics
+from rebasin.barrier import classification_metrics
+from rebasin.training.loop import build_apply
 
 __all__ = ["PAPER_METHODS", "Matcher", "build_matchers", "check_methods"]
 
@@ -46,12 +45,9 @@ def build_matchers(
     config, model, dataset = setup.config, setup.model, setup.dataset
     size = min(config.num_match or len(dataset.train.labels), len(dataset.train.labels))
     examples = jax.device_put(dataset.take(num_train=size).train)
-    mean, std = np.asarray(dataset.mean), np.asarray(dataset.std)
-    metrics = build_metrics(model, mean, std)
-
     # One function for all pairs of networks, so that it is traced once.
-    def function(variables: Any, batch: jax.Array) -> jax.Array:
-        return model.apply(variables, normalise(batch, mean, std))
+    function = build_apply(model, dataset)
+    metrics = classification_metrics(function)
 
     def loss_fn(variables: Any, batch: Any) -> jax.Array:
         return metrics(variables, batch)["loss"]
@@ -61,7 +57,7 @@ def build_matchers(
         takes = (*method.needs, *method.options)
         options: dict[str, Any] = {}
         if "function" in takes:
-            options = {"function": function, "data": examples.images}
+            options = {"function": function, "data": examples.inputs}
         elif "loss_fn" in takes:
             options = {"loss_fn": loss_fn, "data": examples}
             if num_steps is not None:

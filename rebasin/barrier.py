@@ -10,12 +10,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from rebasin.batches import check_batch_size, check_data, num_examples, to_batches
+from rebasin.batches import Batch, check_batch_size, check_data, inputs_of, num_examples, to_batches
 from rebasin.compilation import compiler_options
 from rebasin.errors import ConfigError
 from rebasin.trees import LeafPredicate, check_finite, check_same_shapes, interpolate, is_weight, leaf_table
 
-__all__ = ["Barrier", "BarrierCurve", "Convention", "MetricsFn", "build_sweep", "sweep"]
+__all__ = [
+    "Barrier",
+    "BarrierCurve",
+    "Convention",
+    "MetricsFn",
+    "build_sweep",
+    "classification_metrics",
+    "sweep",
+]
 
 # (params, batch) -> per-example values, for example {"loss": [n], "error": [n]}; with `prepare`, its result
 # third.
@@ -130,6 +138,34 @@ def _standard_error(values: np.ndarray) -> np.ndarray:
     if n < 2:
         return np.full(len(values), np.nan)
     return values.std(axis=1, ddof=1, dtype=np.float64) / math.sqrt(n)
+
+
+def classification_metrics(apply_fn: Callable[..., jax.Array]) -> MetricsFn:
+    """Build the function that measures a classifier: cross entropy and 0–1 error of each example.
+
+    Args:
+      apply_fn: ``(params, *inputs) -> logits``, of shape [n, classes].
+
+    Returns:
+      ``metrics_fn(params, batch, *extra) -> {"loss": [n], "error": [n]}`` for a `rebasin.batches.Batch` with
+      integer labels [n]. The loss is the softmax cross entropy in nats. `extra` is passed on to `apply_fn`
+      after the inputs.
+
+    Examples:
+      >>> metrics_fn = classification_metrics(lambda params, x: x * params)
+      >>> batch = Batch(jnp.array([[0.0, 0.0], [0.0, 9.0]]), labels=jnp.array([0, 0]))
+      >>> {name: [round(float(x), 3) for x in values] for name, values in metrics_fn(1.0, batch).items()}
+      {'loss': [0.693, 9.0], 'error': [0.0, 1.0]}
+    """
+
+    def metrics_fn(params: Any, batch: Batch, *extra: Any) -> dict[str, jax.Array]:
+        logits = apply_fn(params, *inputs_of(batch), *extra)
+        labels = jnp.asarray(batch.labels)
+        chosen = jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
+        error = (jnp.argmax(logits, axis=-1) != labels).astype(jnp.float32)
+        return {"loss": jax.nn.logsumexp(logits, axis=-1) - chosen, "error": error}
+
+    return metrics_fn
 
 
 def build_sweep(

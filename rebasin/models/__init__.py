@@ -19,9 +19,9 @@ from rebasin.models.resnet import ResNet20
 from rebasin.models.vgg import VGG16
 from rebasin.models.vit import ViT
 
-__all__ = ["MLP", "BatchNorm", "ResNet20", "VGG16", "ViT", "build_model", "conv_general_dilated"]
+__all__ = ["MLP", "MODELS", "BatchNorm", "ResNet20", "VGG16", "ViT", "build_model", "conv_general_dilated"]
 
-_MODELS: Mapping[str, Callable[[int, int], nn.Module]] = {
+MODELS: Mapping[str, Callable[[int, int], nn.Module]] = {
     "mlp": lambda width, num_classes: MLP((width, width, width), num_classes),
     "resnet20": ResNet20,
     "resnet20_batchnorm": partial(ResNet20, norm=BatchNorm),
@@ -51,6 +51,6 @@ def build_model(name: str, *, width: int, num_classes: int) -> nn.Module:
       >>> build_model("mlp", width=128, num_classes=10).features
       (128, 128, 128)
     """
-    if name not in _MODELS:
-        raise ConfigError(f"no model is called {name!r}; the models are {', '.join(sorted(_MODELS))}")
-    return _MODELS[name](width, num_classes)
+    if name not in MODELS:
+        raise ConfigError(f"no model is called {name!r}; the models are {', '.join(sorted(MODELS))}")
+    return MODELS[name](width, num_classes)

@@ -28,9 +28,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from rebasin.batches import Batch
 from rebasin.errors import DataError, problem_list
 
-__all__ = ["DATASETS", "Dataset", "Split", "load_dataset", "normalise"]
+__all__ = ["DATASETS", "Dataset", "load_dataset", "normalise"]
 
 
 class _Form(NamedTuple):
@@ -56,18 +57,6 @@ _VERSION = re.compile(r"\d+\.\d+\.\d+")
 _TFDS_PACKAGES = ("tensorflow_datasets", "array_record", "PIL")
 
 
-class Split(NamedTuple):
-    """Examples of one split, in stored order.
-
-    Attributes:
-      images: uint8 array [n, h, w, c].
-      labels: int32 array [n].
-    """
-
-    images: np.ndarray
-    labels: np.ndarray
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class Dataset:
     """A training and a test split, checked when made.
@@ -79,20 +68,20 @@ class Dataset:
       test: examples held out.
 
     Raises:
-      DataError: a split is empty, or has arrays of another shape or dtype than `Split` says, or labels out of
+      DataError: a split is empty, or has arrays of another shape or dtype than `Batch` says, or labels out of
         range; all problems are listed.
     """
 
     name: str
     num_classes: int
-    train: Split
-    test: Split
+    train: Batch
+    test: Batch
 
     def __post_init__(self):
         problems = [*_split_problems("train", self.train, self.num_classes)]
         problems += _split_problems("test", self.test, self.num_classes)
-        if not problems and self.train.images.shape[1:] != self.test.images.shape[1:]:
-            got, wanted = self.test.images.shape[1:], self.train.images.shape[1:]
+        if not problems and self.train.inputs.shape[1:] != self.test.inputs.shape[1:]:
+            got, wanted = self.test.inputs.shape[1:], self.train.inputs.shape[1:]
             problems.append(f"test images: got shape {got}, wanted that of the train images, {wanted}")
         if problems:
             raise DataError(problem_list(f"dataset {self.name!r} is not usable:", problems))
@@ -116,7 +105,7 @@ class Dataset:
 
     @functools.cached_property
     def _moments(self) -> tuple[np.ndarray, np.ndarray]:
-        images = self.train.images
+        images = self.train.inputs
         count = images.size // images.shape[-1]
         # Integer sums are exact and need no copy of the images; squares sum to at most 2¹⁶ a pixel.
         mean = images.sum(axis=0, dtype=np.int64).sum(axis=(0, 1)) / count
@@ -181,7 +170,7 @@ def load_dataset(name: str, *, data_dir: str | os.PathLike[str] | None = None) -
 
     Examples:
       >>> dataset = load_dataset("digits")
-      >>> dataset.train.images.shape, dataset.test.images.shape
+      >>> dataset.train.inputs.shape, dataset.test.inputs.shape
       ((1437, 8, 8, 1), (360, 8, 8, 1))
     """
     if name not in _FORMS:
@@ -214,7 +203,7 @@ def normalise(images: ArrayLike, mean: ArrayLike, std: ArrayLike) -> jax.Array:
     return (images - mean) / std
 
 
-def _split_problems(name: str, split: Split, num_classes: int) -> list[str]:
+def _split_problems(name: str, split: Batch, num_classes: int) -> list[str]:
     images, labels = split
     problems = []
     if images.dtype != np.uint8 or images.ndim != 4:
@@ -230,7 +219,7 @@ def _split_problems(name: str, split: Split, num_classes: int) -> list[str]:
     return problems
 
 
-def _take(split: Split, num: int) -> Split:
+def _take(split: Batch, num: int) -> Batch:
     """The first examples of each class, as many as the first `num` slots of a fixed order of the classes.
 
     The order is the proportionate schedule of Baruah et al. (Algorithmica 15, 1996) on one processor: of N
@@ -247,16 +236,16 @@ def _take(split: Split, num: int) -> Split:
         taken[np.argmin(np.where(opens <= slot, closes, total + 1))] += 1
     by_class = [np.flatnonzero(split.labels == label)[:n] for label, n in zip(classes, taken, strict=True)]
     kept = np.sort(np.concatenate(by_class))
-    return Split(split.images[kept], split.labels[kept])
+    return Batch(split.inputs[kept], split.labels[kept])
 
 
-def _load_digits() -> tuple[Split, Split]:
+def _load_digits() -> tuple[Batch, Batch]:
     with np.load(pathlib.Path(__file__).with_name("digits.npz")) as arrays:
         images, labels = arrays["images"], arrays["labels"].astype(np.int32)
     # The stored order is that of collection, so a block of it would hold the hands of few writers.
     is_test = np.zeros(len(labels), bool)
     is_test[np.argsort(labels, kind="stable")[::5]] = True
-    return Split(images[~is_test], labels[~is_test]), Split(images[is_test], labels[is_test])
+    return Batch(images[~is_test], labels[~is_test]), Batch(images[is_test], labels[is_test])
 
 
 def _data_root(data_dir: str | os.PathLike[str] | None) -> pathlib.Path:
@@ -264,7 +253,7 @@ def _data_root(data_dir: str | os.PathLike[str] | None) -> pathlib.Path:
     return pathlib.Path(root).expanduser().absolute()
 
 
-def _load_prepared(name: str, root: pathlib.Path) -> tuple[Split, Split]:
+def _load_prepared(name: str, root: pathlib.Path) -> tuple[Batch, Batch]:
     # The folder is looked at before TFDS is asked: TFDS would start a download, which without a network hangs
     # for minutes, and its errors do not tell a missing dataset from one in another format.
     folder = _newest_version(name, root)
@@ -334,7 +323,7 @@ def _check_prepared(name: str, builder: Any, folder: pathlib.Path, root: pathlib
         raise DataError(problem_list(f"dataset {name!r} in {folder} is not complete:", problems))
 
 
-def _read_split(name: str, builder: Any, split: str) -> Split:
+def _read_split(name: str, builder: Any, split: str) -> Batch:
     """Decodes a split, shard by shard so that an error can name the file.
 
     Serial on purpose. Raw records, read a shard at a time and parsed here, take a fifth of the time that TFDS
@@ -360,7 +349,7 @@ def _read_split(name: str, builder: Any, split: str) -> Split:
             except Exception as error:  # protobuf and Pillow raise a dozen types
                 raise DataError(f"cannot use record {number} of {path}: {error}") from error
         start += length
-    return Split(images, labels)
+    return Batch(images, labels)
 
 
 def _build_decoder(image_shape: tuple[int, int, int]) -> Callable[[bytes], tuple[np.ndarray, int]]:

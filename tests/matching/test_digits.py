@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 import rebasin
+from rebasin.barrier import classification_metrics
 from rebasin.matching.registry import METHODS
 from rebasin.models import MLP
-from rebasin.training.data import load_dataset, normalise
-from rebasin.training.loop import build_metrics, train
+from rebasin.training.data import load_dataset
+from rebasin.training.loop import build_apply, train
 from rebasin.training.recipes import build_recipe
 
 KEY = jax.random.key(0)
@@ -37,12 +38,11 @@ LEARN = ("straight_through", "sinkhorn")
 )
 def test_the_error_barrier_nearly_vanishes(digits, method):
     model, spec, (a, b, _), dataset = digits
-    metrics_fn, data = build_metrics(model, dataset.mean, dataset.std), jax.device_put(dataset.train)
+    apply_fn, data = build_apply(model, dataset), jax.device_put(dataset.train)
+    metrics_fn = classification_metrics(apply_fn)
     offered = {
         "loss_fn": lambda params, batch: metrics_fn(params, batch)["loss"],
-        "function": lambda params, batch: model.apply(
-            params, normalise(batch.images, dataset.mean, dataset.std)
-        ),
+        "function": lambda params, batch: apply_fn(params, batch.inputs),
         "num_steps": 10,
         "data": data,
     }
@@ -57,7 +57,8 @@ def test_the_error_barrier_nearly_vanishes(digits, method):
 
 def test_a_universe_is_consistent_where_pairs_are_not(digits):
     model, spec, trees, dataset = digits
-    metrics_fn, data = build_metrics(model, dataset.mean, dataset.std), jax.device_put(dataset.train)
+    apply_fn, data = build_apply(model, dataset), jax.device_put(dataset.train)
+    metrics_fn = classification_metrics(apply_fn)
     pairs = list(itertools.combinations(range(3), 2))
     apart = {(i, j): rebasin.weight_matching(spec, trees[i], trees[j], key=KEY).permutation for i, j in pairs}
     assert rebasin.cycle_error(spec, apart) > 0.5

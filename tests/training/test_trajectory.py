@@ -14,7 +14,7 @@ import pytest
 
 from rebasin.errors import TrajectoryError
 from rebasin.training.data import load_dataset
-from rebasin.training.loop import Start, train
+from rebasin.training.loop import InitialState, train
 from rebasin.training.recipes import Recipe
 from rebasin.training.trajectory import Trajectory
 
@@ -160,7 +160,7 @@ def test_chosen_epochs_are_kept_and_are_those_of_a_whole_run(finished, tmp_path,
     for epoch in sparse:
         chex.assert_trees_all_equal(sparse[epoch], finished[epoch])
     # With a save due at every epoch, one beside the kept ones is there at any time, and none at the end.
-    monkeypatch.setattr("rebasin.training.loop._RESUME_SECONDS", 0.0)
+    monkeypatch.setattr("rebasin.training.loop.RESUME_SECONDS", 0.0)
     seen = []
     folder = tmp_path / "watched"
 
@@ -179,7 +179,7 @@ def test_a_sparse_run_resumes_at_the_same_bits(finished, tmp_path, monkeypatch):
         if epoch == 5:
             raise Killed
 
-    monkeypatch.setattr("rebasin.training.loop._RESUME_SECONDS", 0.0)
+    monkeypatch.setattr("rebasin.training.loop.RESUME_SECONDS", 0.0)
     arguments = {"seed": 0, "directory": tmp_path / "run", "keep": ()}
     with pytest.raises(Killed):
         train(RECIPE, DIGITS, progress=kill, **arguments)
@@ -392,9 +392,9 @@ def test_another_run_in_the_folder(finished, resume):
 
 
 def test_a_child_of_another_start(finished, tmp_path):
-    train(RECIPE, DIGITS, seed=1, directory=tmp_path, start=Start(finished[5], 5))
+    train(RECIPE, DIGITS, seed=1, directory=tmp_path, start=InitialState(finished[5], 5))
     with pytest.raises(TrajectoryError) as info:
-        train(RECIPE, DIGITS, seed=1, directory=tmp_path, start=Start(finished[4], 5))
+        train(RECIPE, DIGITS, seed=1, directory=tmp_path, start=InitialState(finished[4], 5))
     headline, difference = str(info.value).splitlines()
     assert headline == f"{tmp_path} holds another run:"
     assert difference.startswith("  start.sha256: stored '")
