@@ -403,7 +403,7 @@ def _to_device(tree: Any) -> Any:
 
 
 def _fingerprint(start: InitialState | None) -> dict[str, Any] | None:
-    """Return what ``run.json`` says of a start: its epoch, and a hash of its variables."""
+    """Return what ``run.json`` records of an initial state: its epoch and a hash of its variables."""
     if start is None:
         return None
     digest = hashlib.sha256()
@@ -424,7 +424,7 @@ def _check_fit(recipe: Recipe, dataset: Dataset, split: Batch) -> None:
 
 
 def _check_start(recipe: Recipe, start: InitialState, template: TrainState) -> None:
-    """Raise unless a start has an epoch before the last, and finite variables of the recipe's model."""
+    """Raise unless an initial state has finite variables of the recipe's model, and an epoch before the last."""
     if not 0 <= start.epoch < recipe.epochs:
         raise ConfigError(f"start.epoch: wanted at least 0 and less than {recipe.epochs}, got {start.epoch}")
     check_same_shapes(start.variables, template.variables, names=("start.variables", "the recipe's model"))
