@@ -424,7 +424,7 @@ def _check_fit(recipe: Recipe, dataset: Dataset, split: Batch) -> None:
 
 
 def _check_start(recipe: Recipe, start: InitialState, template: TrainState) -> None:
-    """Raise unless an initial state has finite variables of the recipe's model, and an epoch before the last."""
+    """Raise unless an initial state has finite variables of the model and an epoch before the last."""
     if not 0 <= start.epoch < recipe.epochs:
         raise ConfigError(f"start.epoch: wanted at least 0 and less than {recipe.epochs}, got {start.epoch}")
     check_same_shapes(start.variables, template.variables, names=("start.variables", "the recipe's model"))

@@ -95,7 +95,7 @@ def test_blocks_of_pixels_and_parts_of_the_batch_equal_the_plain_convolution(ima
     [(3 * 8, 32, 4), (3 * 8, 6, 2), (8 * 8, 32, 2), (8 * 8, 7, 1), (8 * 16, 16, 2), (16 * 16, 32, 1)],
 )
 def test_pixels_are_taken_together_between_few_channels(channels, width, expected):
-    assert cpu_convolution._pixels_in_block(channels, width) == expected
+    assert cpu_convolution.pixels_in_block(channels, width) == expected
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_pixels_are_taken_together_between_few_channels(channels, width, expecte
     [(128, 2**10, 64), (128, 2**15, 32), (128, 2**16, 16), (128, 2**24, 4), (127, 2**10, 127), (6, 2**10, 6)],
 )
 def test_a_part_of_the_batch_divides_it_and_fits_the_cache(n, num_bytes, expected):
-    assert cpu_convolution._part_of_batch(n, num_bytes) == expected
+    assert cpu_convolution.part_of_batch(n, num_bytes) == expected
 
 
 extents = st.integers(1, 6)
@@ -138,7 +138,7 @@ def test_each_platform_branch_equals_the_plain_convolution_in_float32(form):
     def branches(images, kernels):
         out, *gradients = values_and_gradients(lax.conv_general_dilated, images, kernels, stride, padding)
         forward = [f(images, kernels, window) for f in (cpu_convolution.convolve, cpu_convolution.plain)]
-        pullbacks = cpu_convolution.gradients, convolution._plain_gradients
+        pullbacks = cpu_convolution.gradients, convolution.plain_gradients
         backward = [f(images, kernels, cotangent_like(out), window) for f in pullbacks]
         return out, gradients, forward, backward
 
@@ -239,7 +239,7 @@ def test_other_forms_are_the_plain_convolution(form, monkeypatch):
     def refuse(*args):
         raise AssertionError("took the fast path")
 
-    monkeypatch.setattr(convolution, "_convolve", refuse)
+    monkeypatch.setattr(convolution, "fast_convolution", refuse)
     image_shape, kernel_shape, options = OTHER_FORMS[form]
     options = {
         "window_strides": (1, 1),
