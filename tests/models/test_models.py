@@ -1,4 +1,4 @@
-"""The models: names and shapes of leaves, sizes, and independence of how convolutions are computed."""
+"""Models have the leaves they should, and their outputs do not depend on how convolutions are computed."""
 
 import math
 import subprocess
@@ -157,7 +157,7 @@ RESNET_LEAVES = {
 
 
 def leaf_shapes(model, image):
-    """Shapes of all parameters by name; nothing is computed."""
+    """The shapes of all parameters by name, found without computing anything."""
     shapes = collection_shapes(model, image)
     assert list(shapes) == ["params"]
     return shapes["params"]
@@ -248,12 +248,12 @@ def test_logits_do_not_depend_on_how_convolutions_are_computed(name, monkeypatch
     monkeypatch.setattr(vgg, "conv_general_dilated", plain)
     monkeypatch.setattr(resnet, "conv_general_dilated", plain)
     slow = jax.jit(lambda v, x: model.apply(v, x))(variables, images)
-    # Rounding grows through some twenty layers, each of which normalises.
+    # Rounding errors grow through some twenty layers, each of which normalises.
     chex.assert_trees_all_close(fast, slow, rtol=1e-3, atol=1e-4)
 
 
 def randomised(model, images):
-    """Variables whose every leaf is random: zero biases and unit scales would hide an unused leaf."""
+    """Variables with random leaves: zero biases and unit scales would hide a leaf that is not used."""
     shapes = jax.eval_shape(model.init, jax.random.key(0), images)
     leaves, structure = jax.tree.flatten(shapes)
     rng = np.random.default_rng(0)

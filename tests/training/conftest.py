@@ -26,7 +26,7 @@ def copied(finished, tmp_path):
 
 @pytest.fixture
 def unfinished(finished, copied):
-    """A function that deletes all but the first epochs of the copy, and returns its folder."""
+    """A function that deletes all but the first `num_epochs` epochs of the copy and returns its folder."""
 
     def cut(num_epochs):
         for epoch in finished.epochs[num_epochs:]:

@@ -1,4 +1,4 @@
-"""What a trajectory says of files that are missing, damaged, or not those of its run."""
+"""Errors of trajectories whose files are missing, damaged, or of another run."""
 
 import json
 
@@ -55,7 +55,7 @@ def truncate(path):
     "pattern", ["state/ocdbt.process_0/d/*", "state/d/*", "state/manifest.ocdbt", "state/_METADATA"]
 )
 def test_a_damaged_checkpoint(finished, copied, unfinished, pattern, damage):
-    # All data files, as which leaf is in which of them is up to timing.
+    # All data files are damaged, because timing decides which of them holds a leaf.
     for path in (copied / "3").glob(pattern):
         damage(path)
     trajectory = Trajectory(copied)
@@ -67,7 +67,7 @@ def test_a_damaged_checkpoint(finished, copied, unfinished, pattern, damage):
     )
     chex.assert_trees_all_equal(trajectory[4], finished[4])
 
-    # What the message advises works.
+    # Following the advice of the message repairs the epoch.
     repaired = train(finished.recipe, DIGITS, seed=0, directory=unfinished(3), resume=True)
     chex.assert_trees_all_equal(repaired[3], finished[3])
 
@@ -81,7 +81,7 @@ def test_no_flipped_bit_goes_unnoticed(finished, copied):
             flipped = bytearray(content)
             flipped[position] ^= 1 << int(rng.integers(8))
             path.write_bytes(flipped)
-            # Bytes of the momentum are not read, nor is every byte of a header looked at.
+            # Some flips have no effect: the momentum is not read, and not all bytes of headers are used.
             try:
                 chex.assert_trees_all_equal(Trajectory(copied)[3], finished[3])
             except TrajectoryError as error:

@@ -48,14 +48,14 @@ def random_split(num, shape, seed):
 
 
 def write_prepared(root, name, splits, *, version="3.0.1"):
-    """Writes a dataset as TFDS would, in two ArrayRecord shards per split of (PNG bytes, label) pairs."""
+    """Write pairs (PNG bytes, label) as TFDS would, in two ArrayRecord shards per split."""
     tfds.disable_progress_bar()
 
     class Writer(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         VERSION = tfds.core.Version(version)
 
         def _info(self):
-            # Ready PNG bytes are stored as they are; only encoding an array would need TensorFlow.
+            # TFDS stores PNG bytes as they are. Only encoding an array would need TensorFlow.
             image = tfds.features.Image(shape=(None, None, 3 if name == "cifar10" else 1))
             label = tfds.features.ClassLabel(num_classes=10)
             features = tfds.features.FeaturesDict({"image": image, "label": label})
@@ -80,7 +80,7 @@ def encoded(split):
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    """A small MNIST: where TFDS would look for it, and what was written."""
+    """The folder of a small prepared MNIST, and the splits that were written to it."""
     root = tmp_path_factory.mktemp("tfds")
     written = {"train": random_split(11, MNIST_SHAPE, seed=0), "test": random_split(5, MNIST_SHAPE, seed=1)}
     write_prepared(root, "mnist", {split: encoded(examples) for split, examples in written.items()})
@@ -89,7 +89,7 @@ def prepared(tmp_path_factory):
 
 @pytest.fixture
 def folder(prepared, tmp_path):
-    """A copy of the small MNIST to damage: its version folder, below `tmp_path`."""
+    """The version folder of a copy of the small MNIST, below `tmp_path`, which a test may damage."""
     shutil.copytree(prepared[0], tmp_path, dirs_exist_ok=True)
     return tmp_path / "mnist/3.0.1"
 
@@ -123,9 +123,9 @@ def test_digits_are_the_published_images():
         images, labels = arrays["images"], arrays["labels"]
     assert (images.dtype, images.shape, images.min(), images.max()) == (np.uint8, (1797, 8, 8, 1), 0, 16)
     assert images.sum() == 561718
-    # Counts per class as the UCI documentation of the test part states them.
+    # The counts per class that the UCI documentation of the test part states.
     assert np.bincount(labels).tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
-    # Of the CSV file that scikit-learn ships, a second copy of the UCI file.
+    # Hashes of the CSV file that scikit-learn ships, an independent copy of the UCI file.
     assert hashlib.sha256(images.tobytes()).hexdigest() == (
         "8f26b2bd9d135c256808f68f14fdabddde6d9c7f869ae419704b051f0f14b3b3"
     )
@@ -319,7 +319,7 @@ def test_unusable_image_is_named(image, problem, tmp_path):
 
 
 def toy_dataset(labels, num_classes=10):
-    """One-pixel images that say which example they are."""
+    """A dataset of one-pixel images, whose pixel is the number of the example."""
     labels = np.asarray(labels, np.int32)
     split = Batch(np.arange(len(labels), dtype=np.uint8).reshape(-1, 1, 1, 1), labels)
     return Dataset("toy", num_classes, split, split)
@@ -349,7 +349,7 @@ def test_mean_and_std_are_those_of_the_training_split():
     train = random_split(50, (6, 5, 3), seed=4)
     dataset = Dataset("toy", 10, train, random_split(9, (6, 5, 3), seed=5))
     assert dataset.mean.dtype == dataset.std.dtype == np.float32
-    # Rounded once to float32: half a unit in the last place of 24 bits.
+    # The result is rounded once to float32, by at most half a unit in the last of 24 bits.
     np.testing.assert_allclose(dataset.mean, train.inputs.mean(axis=(0, 1, 2)), rtol=2**-24)
     np.testing.assert_allclose(dataset.std, train.inputs.std(axis=(0, 1, 2)), rtol=2**-24)
     subset = dataset.take(num_train=7)
@@ -362,7 +362,7 @@ def test_normalise_standardises_each_channel():
     got = jax.jit(normalise)(images, dataset.mean, dataset.std)
     assert (got.dtype, got.shape) == (np.float32, images.shape)
     got = np.asarray(got, np.float64)
-    # Summed in float64, so that only the rounding of float32 values of size 1 is left.
+    # The sums are float64, so that only the rounding of float32 values of size 1 remains.
     np.testing.assert_allclose(np.mean(got, axis=(0, 1, 2)), 0, atol=1e-6)
     np.testing.assert_allclose(np.std(got, axis=(0, 1, 2)), 1, atol=1e-6)
     one_image = normalise(images[0], dataset.mean, dataset.std)
@@ -416,7 +416,8 @@ def test_take_of_a_size_that_does_not_exist():
     ]
 
 
-# The real ones, where they are prepared. TFDS shuffles when it prepares, so only facts that no order changes.
+# The real datasets, where they are prepared. TFDS shuffles them when it prepares them, so the tests look at
+# facts that do not depend on the order.
 
 
 def real_dataset(name):
@@ -434,7 +435,7 @@ def test_real_mnist():
     test_counts = [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
     assert np.bincount(mnist.train.labels).tolist() == train_counts
     assert np.bincount(mnist.test.labels).tolist() == test_counts
-    # The constants everyone normalises with, to the digits they are quoted with.
+    # The constants that are commonly used to normalise MNIST, to the digits that are usually quoted.
     np.testing.assert_allclose(mnist.mean / 255, [0.1307], atol=5e-5)
     np.testing.assert_allclose(mnist.std / 255, [0.3081], atol=5e-5)
     subset = mnist.take(num_train=2000, num_test=1000)

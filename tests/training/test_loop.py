@@ -32,7 +32,7 @@ DIGITS = load_dataset("digits")
 MODEL = build_model("mlp", width=8, num_classes=10)
 METRICS = classification_metrics(build_apply(MODEL, DIGITS))
 
-# Three steps of 64 and eight examples over; a decay large enough to show.
+# An epoch has three steps of 64 examples and leaves out eight. The decay is large enough to have an effect.
 RECIPE = Recipe(
     "digits",
     "mlp",
@@ -67,7 +67,7 @@ def test_learning_rate_equals_its_closed_form(warmup):
     recipe = dataclasses.replace(RECIPE, epochs=7, warmup_epochs=warmup)
     schedule = learning_rate(recipe, num_steps=11)
     rates = np.array([schedule(step) for step in range(77)])
-    # Float32 cosine near π, where it is flat, against float64.
+    # Near π the cosine is flat, so that the error of float32 against float64 is tiny.
     np.testing.assert_allclose(rates, [rate_by_hand(recipe, 11, step) for step in range(77)], atol=1e-8)
 
 
@@ -78,7 +78,7 @@ def test_learning_rate_at_its_corners():
     assert schedule(54) == pytest.approx(0.1 * 54 / 55)
     assert schedule(55) == pytest.approx(0.1)
     assert schedule(55 + 275 // 2) == pytest.approx(0.05, rel=0.02)
-    # The last step taken is one before zero: 0.1 · sin²(π / 550).
+    # The last step is one step before the rate is zero: 0.1 · sin²(π / 550).
     assert schedule(329) == pytest.approx(0.1 * math.sin(math.pi / 550) ** 2, rel=1e-2)
 
 
@@ -110,7 +110,7 @@ def test_an_epoch_equals_its_steps_by_hand():
 
     state, metrics = build_epoch(RECIPE, 10)(state, epoch, key, data)
 
-    # The same float32 terms, summed in another order over three steps.
+    # Both sum the same float32 terms in another order, over three steps.
     chex.assert_trees_all_close(state.variables, weights, atol=1e-6)
     assert metrics.loss == pytest.approx(np.mean(losses), rel=1e-5)
 
@@ -159,7 +159,7 @@ def test_same_seed_same_bits_and_other_seeds_differ(trajectory, tmp_path, monkey
         kernels = [run[epoch]["params"]["Dense_0"]["kernel"] for run in (trajectory, other)]
         assert not np.array_equal(*kernels)
     assert again.metrics(3) == trajectory.metrics(3)
-    # Three networks, one program: building again returns it, and it was traced for the first network only.
+    # Three networks share one program. It was traced for the first of them only, before `traces` began.
     assert build_epoch(dataclasses.replace(RECIPE), 10) is build_epoch(RECIPE, 10)
     assert traces == []
 
@@ -183,7 +183,8 @@ def test_digits_are_learned_in_a_few_epochs(tmp_path):
 
 
 def test_without_momentum_a_child_of_the_same_seed_is_its_parent(tmp_path):
-    # Then momentum is all that a child lacks, and data order and rate must go on where the parent's were.
+    # Without momentum a child starts in the same state as its parent, so that it ends there too if the data
+    # order and the learning rate continue where those of the parent were.
     recipe = dataclasses.replace(RECIPE, momentum=0.0)
     parent = train(recipe, DIGITS, seed=0, directory=tmp_path / "parent")
     child = train(recipe, DIGITS, seed=0, directory=tmp_path / "child", start=InitialState(parent[1], 1))
@@ -256,7 +257,7 @@ def test_start_must_fit(trajectory, tmp_path):
 
 
 class Normed(nn.Module):
-    """A hidden layer with BatchNorm: as little as has running statistics."""
+    """One hidden layer with BatchNorm: the smallest network that has running statistics."""
 
     @nn.compact
     def __call__(self, images):
@@ -269,7 +270,7 @@ NORMED = dataclasses.replace(RECIPE, model="normed")
 
 @pytest.fixture
 def normed(monkeypatch):
-    """The model above, found by its name."""
+    """The model above, registered under a name."""
     monkeypatch.setitem(models.MODELS, "normed", lambda width, num_classes: Normed())
     return Normed()
 
@@ -303,7 +304,7 @@ def test_running_statistics_are_carried_and_nothing_else_touches_them(normed):
     state, _ = build_epoch(NORMED, 10)(state, epoch, key, data)
     assert not np.allclose(statistics["BatchNorm_0"]["mean"], 0, atol=1e-3)
     expected = {"params": weights, "batch_stats": statistics}
-    # The same float32 terms, summed in another order over three steps.
+    # Both sum the same float32 terms in another order, over three steps.
     chex.assert_trees_all_close(state.variables, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -326,7 +327,7 @@ def test_running_statistics_are_stored_resumed_and_inherited(normed, tmp_path):
     for other in (Trajectory(tmp_path / "killed"), child):
         chex.assert_trees_all_equal(other.last, whole.last)
 
-    # Evaluation sees each example by itself, where training mode would normalise by the batch.
+    # Evaluation treats each example by itself, whereas training would normalise by the batch.
     metrics_fn = classification_metrics(build_apply(normed, DIGITS))
     together = metrics_fn(whole.last, DIGITS.test)["loss"][:3]
     alone = [metrics_fn(whole.last, Batch(*(x[i : i + 1] for x in DIGITS.test)))["loss"][0] for i in range(3)]

@@ -21,8 +21,8 @@ from rebasin.training.trajectory import Trajectory
 DIGITS = load_dataset("digits")
 RECIPE = Recipe("digits", "mlp", width=8, epochs=6, num_train=200, batch_size=64, warmup_epochs=1)
 
-# A process that trains RECIPE and kills itself before the N-th change to its run folder: Python's audit
-# events come before each new folder and each rename, which are what Orbax makes a save of.
+# A process that trains RECIPE and kills itself before the N-th change to its run folder. A save by Orbax
+# consists of new folders and renames, and Python raises an audit event before each of them.
 KILLED_RUN = """
 import itertools, os, signal, sys
 from rebasin.training.data import load_dataset
@@ -141,7 +141,7 @@ def test_chosen_epochs_are_kept_and_are_those_of_a_whole_run(finished, tmp_path,
     assert sparse.complete
     for epoch in sparse:
         chex.assert_trees_all_equal(sparse[epoch], finished[epoch])
-    # With a save due at every epoch, one beside the kept ones is there at any time, and none at the end.
+    # With a save after every epoch, there is always one epoch besides the kept ones, and none at the end.
     monkeypatch.setattr("rebasin.training.loop.RESUME_SECONDS", 0.0)
     seen = []
     folder = tmp_path / "watched"
@@ -184,10 +184,10 @@ def test_dropped_epochs_are_gone_and_the_last_stays(copied):
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this platform")
 def test_a_run_killed_again_and_again_ends_at_the_same_bits(finished, tmp_path):
     directory = tmp_path / "run"
-    # A run begins with two changes, its folder and the rename to run.json. A save is four: a folder for the
-    # epoch, one inside it, and two renames, of which the second commits. So these processes die before
-    # run.json is there, before the first save, before epoch 1 is committed, and, having resumed, before the
-    # inner rename of epoch 2.
+    # A run begins with two changes: its folder, and the rename to run.json. A save makes four: a folder for
+    # the epoch, one inside it, and two renames, of which the second commits. These processes therefore die
+    # before run.json is there, before the first save, before epoch 1 is committed, and, after resuming,
+    # before the inner rename of epoch 2.
     for change in (2, 2, 8, 7):
         command = [sys.executable, "-c", KILLED_RUN, str(directory), str(change)]
         killed = subprocess.run(command, capture_output=True, text=True, timeout=120)
@@ -206,7 +206,7 @@ def test_a_run_killed_again_and_again_ends_at_the_same_bits(finished, tmp_path):
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this platform")
 @pytest.mark.parametrize("seed", range(6))
 def test_a_run_killed_at_random_moments_ends_at_the_same_bits(finished, tmp_path, seed):
-    """By the clock, from outside: up to two seconds after the run folder appears, three times over."""
+    """Kill the process three times, each time up to two seconds after the run folder has appeared."""
     directory, rng = tmp_path / "run", np.random.default_rng(seed)
     command = [sys.executable, "-c", KILLED_RUN, str(directory), "-1"]
     for _ in range(3):
