@@ -10,10 +10,11 @@ import numpy as np
 from benchmarks.timing import rotated
 from benchmarks.torch_networks import build_forward, build_network, build_training
 from rebasin import build_sweep
+from rebasin.barrier import classification_metrics
+from rebasin.batches import Batch
 from rebasin.errors import ConfigError
 from rebasin.models import build_model
-from rebasin.training.data import Split, normalise
-from rebasin.training.loop import TrainingData, build_epoch, build_init, build_metrics
+from rebasin.training.loop import TrainingData, build_apply, build_epoch, build_init
 from rebasin.training.recipes import Recipe
 
 __all__ = ["CASES", "Case", "check_same", "compare", "measure_case", "median_ratio", "parse_case"]
@@ -91,15 +92,15 @@ def measure_case(
     """
     rng = np.random.default_rng(0)
     n = steps * _BATCH
-    split = Split(
+    split = Batch(
         rng.integers(0, 256, (max(n, images), *case.image), np.uint8),
         rng.integers(0, 10, max(n, images), np.int32),
     )
-    training = Split(split.images[:n], split.labels[:n])
-    evaluation = Split(split.images[:images], split.labels[:images])
+    training = Batch(split.inputs[:n], split.labels[:n])
+    evaluation = Batch(split.inputs[:images], split.labels[:images])
     results: dict[str, Any] = {"case": f"{case.model}:{case.width}", "examples": n}
     if pytorch:
-        check_same(case, _variables(case), split.images[:8])
+        check_same(case, _variables(case), split.inputs[:8])
     channels_last = pytorch and _faster_format(case, training)
     results["training"] = compare(_trainers(case, training, channels_last, pytorch=pytorch), rounds)
     if images:
@@ -123,24 +124,24 @@ def _variables(case: Case, seed: int = 0) -> Any:
     return jax.jit(model.init)(jax.random.key(seed), np.zeros((1, *case.image), np.float32))
 
 
-def _faster_format(case: Case, data: Split) -> bool:
+def _faster_format(case: Case, data: Batch) -> bool:
     """Whether PyTorch trains this network faster with channels last."""
     if case.model == "mlp":
         return False
-    few = Split(data.images[: 2 * _BATCH], data.labels[: 2 * _BATCH])
+    few = Batch(data.inputs[: 2 * _BATCH], data.labels[: 2 * _BATCH])
     seconds = compare({str(last): _torch_training(case, few, last) for last in (False, True)}, 3)
     return min(seconds["True"]) < min(seconds["False"])
 
 
-def _torch_training(case: Case, data: Split, channels_last: bool) -> Callable[[], None]:
+def _torch_training(case: Case, data: Batch, channels_last: bool) -> Callable[[], None]:
     network = build_network(case.model, _variables(case), channels_last=channels_last)
-    return build_training(network, data.images, data.labels, batch_size=_BATCH, channels_last=channels_last)
+    return build_training(network, data.inputs, data.labels, batch_size=_BATCH, channels_last=channels_last)
 
 
 def _trainers(
-    case: Case, data: Split, channels_last: bool, *, pytorch: bool
+    case: Case, data: Batch, channels_last: bool, *, pytorch: bool
 ) -> dict[str, Callable[[], None]]:
-    resident = TrainingData(*jax.device_put((data.images, data.labels, *_statistics(case))))
+    resident = TrainingData(*jax.device_put((data, *_statistics(case))))
     recipe = _recipe(case)
     run_epoch = build_epoch(recipe, 10)
     # Early epochs of the warm-up: training on noise must not diverge while it is timed.
@@ -156,11 +157,11 @@ def _trainers(
 
 
 def _sweepers(
-    case: Case, data: Split, alphas: int, channels_last: bool, *, pytorch: bool
+    case: Case, data: Batch, alphas: int, channels_last: bool, *, pytorch: bool
 ) -> dict[str, Callable[[], Any]]:
     resident = jax.device_put(data)
     model = build_model(case.model, width=case.width, num_classes=10)
-    metrics_fn = build_metrics(model, *_statistics(case))
+    metrics_fn = classification_metrics(build_apply(model, _statistics(case)))
     a, b = _variables(case, 0), _variables(case, 1)
     sweep = build_sweep(metrics_fn, num_alphas=alphas, batch_size=_SWEEP_BATCH)
     bare = jax.jit(metrics_fn)
@@ -179,7 +180,7 @@ def _sweepers(
     }
     if pytorch:
         network = build_network(case.model, a, channels_last=channels_last)
-        forward = build_forward(network, data.images, batch_size=_SWEEP_BATCH, channels_last=channels_last)
+        forward = build_forward(network, data.inputs, batch_size=_SWEEP_BATCH, channels_last=channels_last)
         sweepers["pytorch"] = lambda: [forward() for _ in range(alphas)]
     return sweepers
 
@@ -191,7 +192,7 @@ def check_same(case: Case, variables: Any, images: np.ndarray) -> None:
       ConfigError: they differ by more than rounding.
     """
     model = build_model(case.model, width=case.width, num_classes=10)
-    ours = np.asarray(model.apply(variables, normalise(images, *_statistics(case))))
+    ours = np.asarray(build_apply(model, _statistics(case))(variables, images))
     theirs = build_forward(build_network(case.model, variables), images, batch_size=len(images))()
     difference = np.abs(ours - theirs).max() / np.abs(ours).max()
     if not difference < 1e-3:

@@ -16,9 +16,11 @@ import numpy as np
 import rebasin
 from experiments.presets import PRESETS
 from experiments.statistics import student_interval
+from rebasin.barrier import MetricsFn, classification_metrics
+from rebasin.batches import Batch
 from rebasin.models import build_model
-from rebasin.training.data import Split, load_dataset
-from rebasin.training.loop import build_metrics, train
+from rebasin.training.data import load_dataset
+from rebasin.training.loop import build_apply, train
 
 NETWORKS = 15  # seven pairs; three disjoint sets of each size
 SETS = 3
@@ -30,9 +32,9 @@ class Setting(NamedTuple):
 
     spec: rebasin.PermutationSpec
     trees: list[Any]
-    metrics_fn: Callable[[Any, Any], dict[str, jax.Array]]
-    train: Split
-    test: Split
+    metrics_fn: MetricsFn
+    train: Batch
+    test: Batch
 
 
 def main() -> None:
@@ -51,9 +53,9 @@ def build_setting() -> Setting:
         with tempfile.TemporaryDirectory() as folder:
             trees.append(train(recipe, dataset, seed=seed, directory=f"{folder}/run").last)
     model = build_model(recipe.model, width=recipe.width, num_classes=dataset.num_classes)
-    image = jax.ShapeDtypeStruct((1, *dataset.train.images.shape[1:]), np.float32)
+    image = jax.ShapeDtypeStruct((1, *dataset.train.inputs.shape[1:]), np.float32)
     spec = rebasin.infer_spec(model.apply, trees[0], image)
-    metrics_fn = build_metrics(model, dataset.mean, dataset.std)
+    metrics_fn = classification_metrics(build_apply(model, dataset))
     return Setting(spec, trees, metrics_fn, *jax.device_put((dataset.train, dataset.test)))
 
 

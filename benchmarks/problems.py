@@ -15,9 +15,10 @@ from experiments.console import Reporter
 from experiments.pairs import run_directory, train_networks
 from experiments.presets import choose_preset
 from experiments.results import Results
+from rebasin.barrier import classification_metrics
 from rebasin.models import MLP, VGG16, ResNet20, build_model
 from rebasin.training.data import load_dataset
-from rebasin.training.loop import build_metrics
+from rebasin.training.loop import build_apply
 from rebasin.training.recipes import Recipe
 from rebasin.training.trajectory import Trajectory
 
@@ -167,10 +168,10 @@ def _trained_problem(
     found = sorted(found, key=lambda trajectory: trajectory.seed)
     dataset = load_dataset(recipe.dataset, data_dir=data_dir)
     model = build_model(recipe.model, width=recipe.width, num_classes=dataset.num_classes)
-    image = jax.ShapeDtypeStruct((1, *dataset.test.images.shape[1:]), jnp.float32)
+    image = jax.ShapeDtypeStruct((1, *dataset.test.inputs.shape[1:]), jnp.float32)
 
     def build_sweep() -> Callable[[Any, Any], rebasin.BarrierCurve]:
-        measure = rebasin.build_sweep(build_metrics(model, dataset.mean, dataset.std))
+        measure = rebasin.build_sweep(classification_metrics(build_apply(model, dataset)))
         data = jax.device_put(dataset.take(num_test=min(num_eval, len(dataset.test.labels))).test)
         return lambda a, b: measure(a, b, data)
 

@@ -11,9 +11,10 @@ from jax.tree_util import Partial
 import rebasin
 from benchmarks.timing import mean_and_deviation
 from experiments.console import Reporter
+from rebasin.barrier import classification_metrics
 from rebasin.models import build_model
-from rebasin.training.data import Dataset, Split, normalise
-from rebasin.training.loop import classification_metrics
+from rebasin.training.data import Dataset, normalise
+from rebasin.training.loop import build_apply
 from rebasin.training.recipes import Recipe
 
 __all__ = ["Bench", "METHODS", "UNALIGNED", "VARIANTS", "report"]
@@ -47,11 +48,10 @@ class Bench:
     ) -> None:
         model = build_model(recipe.model, width=recipe.width, num_classes=dataset.num_classes)
         chosen = dataset.take(num_train=num_train, num_test=num_test)
-        self.images, self.test = jax.device_put((chosen.train.images, chosen.test))
+        self.images, self.test = jax.device_put((chosen.train.inputs, chosen.test))
         self.num_alphas = num_alphas
 
-        def function(tree: Any, images: Any) -> Any:
-            return model.apply(tree, normalise(images, dataset.mean, dataset.std))
+        function = build_apply(model, dataset)
 
         def update(tree: Any, images: Any) -> Any:
             inputs = normalise(images, dataset.mean, dataset.std)
@@ -66,7 +66,7 @@ class Bench:
             return function(reset, images)
 
         self.function = function
-        image = jax.ShapeDtypeStruct((1, *dataset.test.images.shape[1:]), np.uint8)
+        image = jax.ShapeDtypeStruct((1, *dataset.test.inputs.shape[1:]), np.uint8)
         variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), jnp.float32(x)), image)
         self.spec = rebasin.infer_spec(function, variables, image)
         reset = rebasin.build_norm_reset(update, self.images)
@@ -77,10 +77,7 @@ class Bench:
         self, apply: Callable[..., Any], prepare: Callable[[Any, Any], Any]
     ) -> Callable[[Any, Any], _Measured]:
         """A function that measures a segment with ``apply(tree, images, prepare(tree, alpha))``."""
-
-        def metrics(tree: Any, batch: Split, extra: Any) -> Mapping[str, jax.Array]:
-            return classification_metrics(apply(tree, batch.images, extra), batch.labels)
-
+        metrics = classification_metrics(apply)
         sweep = rebasin.build_sweep(metrics, num_alphas=self.num_alphas, prepare=prepare)
 
         @jax.jit
@@ -88,7 +85,7 @@ class Bench:
             return apply(tree, images, prepare(tree, alpha))
 
         def measure(a: Any, b: Any) -> _Measured:
-            images = self.test.images[:_NUM_LOGITS]
+            images = self.test.inputs[:_NUM_LOGITS]
             ends = [np.asarray(logits(prepare, tree, alpha, images)) for tree, alpha in ((b, 0.0), (a, 1.0))]
             return _Measured(sweep(a, b, self.test), np.stack(ends))
 

@@ -11,8 +11,9 @@ import numpy as np
 import rebasin
 from experiments.experiment import Setup
 from experiments.matchers import build_matchers
-from rebasin.training.data import Split, normalise
-from rebasin.training.loop import build_metrics, classification_metrics
+from rebasin.barrier import classification_metrics
+from rebasin.training.data import normalise
+from rebasin.training.loop import build_apply
 from rebasin.training.trajectory import Trajectory
 
 __all__ = ["BASELINE", "MEASURES", "VARIANTS", "Bench"]
@@ -58,8 +59,9 @@ class Bench:
         chosen = dataset.take(
             num_train=min(config.num_match or train, train), num_test=min(num_test or test, test)
         )
-        self._images, self._test = jax.device_put((chosen.train.images[:num_repair], chosen.test))
-        metrics = build_metrics(setup.model, dataset.mean, dataset.std)
+        self._images, self._test = jax.device_put((chosen.train.inputs[:num_repair], chosen.test))
+        self._logits = build_apply(setup.model, dataset)
+        metrics = classification_metrics(self._logits)
         self._sweep = rebasin.build_sweep(metrics, num_alphas=config.num_alphas)
 
     def measure(self, trained: Sequence[Trajectory], title: str) -> dict[str, Any]:
@@ -119,18 +121,11 @@ class Bench:
 
         return self._prepared(apply, rebasin.build_norm_reset(update, self._images))
 
-    def _logits(self, variables: Any, images: jax.Array) -> jax.Array:
-        dataset = self._setup.dataset
-        return self._setup.model.apply(variables, normalise(images, dataset.mean, dataset.std))
-
     def _prepared(
         self, apply: Callable[[Any, Any, Any], jax.Array], prepare: Callable[[Any, Any], Any]
     ) -> Callable[..., rebasin.BarrierCurve]:
         """A sweep of ``apply(variables, images, prepare(variables, alpha))``."""
-
-        def metrics(variables: Any, batch: Split, prepared: Any) -> dict[str, jax.Array]:
-            return classification_metrics(apply(variables, batch.images, prepared), batch.labels)
-
+        metrics = classification_metrics(apply)
         return rebasin.build_sweep(metrics, num_alphas=self._setup.config.num_alphas, prepare=prepare)
 
 

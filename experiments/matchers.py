@@ -4,12 +4,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import jax
-import numpy as np
 
 import rebasin
 from experiments.experiment import Setup
-from rebasin.training.data import normalise
-from rebasin.training.loop import build_metrics
+from rebasin.barrier import classification_metrics
+from rebasin.training.loop import build_apply
 
 __all__ = ["PAPER_METHODS", "Matcher", "build_matchers", "check_methods"]
 
@@ -46,18 +45,15 @@ def build_matchers(
     config, model, dataset = setup.config, setup.model, setup.dataset
     size = min(config.num_match or len(dataset.train.labels), len(dataset.train.labels))
     examples = jax.device_put(dataset.take(num_train=size).train)
-    mean, std = np.asarray(dataset.mean), np.asarray(dataset.std)
-    metrics = build_metrics(model, mean, std)
-
     # One function for all pairs of networks, so that it is traced once.
-    def apply_fn(variables: Any, images: jax.Array) -> jax.Array:
-        return model.apply(variables, normalise(images, mean, std))
+    apply_fn = build_apply(model, dataset)
+    metrics = classification_metrics(apply_fn)
 
     def build(name: str) -> Matcher:
         needs = rebasin.METHODS[name]().needs
         options: dict[str, Any] = {}
         if "apply_fn" in needs:
-            options = {"apply_fn": apply_fn, "data": examples.images}
+            options = {"apply_fn": apply_fn, "data": examples.inputs}
         elif "metrics_fn" in needs:
             options = {"metrics_fn": metrics, "data": examples}
             if num_steps is not None:

@@ -16,7 +16,7 @@ from experiments.segments import network_shapes
 from rebasin.errors import ConfigError, TrajectoryError
 from rebasin.models import build_model
 from rebasin.training.data import Dataset
-from rebasin.training.loop import Start, train
+from rebasin.training.loop import InitialState, train
 from rebasin.training.recipes import Recipe
 from rebasin.training.trajectory import Trajectory
 
@@ -130,7 +130,7 @@ class Networks:
             self.dataset,
             seed=child_seed(parent.seed, epoch, number),
             directory=directory,
-            start=Start(tree, epoch),
+            start=InitialState(tree, epoch),
             keep=None if self.keep == "all" else (),
             resume=True,
             progress=progress,

@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 
 import rebasin
+from rebasin.barrier import classification_metrics
+from rebasin.batches import Batch
 from rebasin.permutation import Permutation
 from rebasin.spec import PermutationSpec
-from rebasin.training.data import Dataset, Split
-from rebasin.training.loop import build_metrics
+from rebasin.training.data import Dataset
+from rebasin.training.loop import build_apply
 from rebasin.trees import is_weight, leaf_table
 
 __all__ = [
@@ -31,7 +33,7 @@ METRICS = ("train_loss", "train_error", "test_loss", "test_error")
 
 def network_shapes(model: Any, dataset: Dataset) -> tuple[Any, jax.ShapeDtypeStruct]:
     """The variables of a model as shapes, and an image of a dataset as one."""
-    image = jax.ShapeDtypeStruct((1, *dataset.train.images.shape[1:]), np.float32)
+    image = jax.ShapeDtypeStruct((1, *dataset.train.inputs.shape[1:]), np.float32)
     return jax.eval_shape(model.init, jax.random.key(0), image), image
 
 
@@ -56,10 +58,10 @@ class Meter:
         train, test = (min(num_eval or len(s.labels), len(s.labels)) for s in (dataset.train, dataset.test))
         chosen = dataset.take(num_train=train, num_test=test)
         both = (np.concatenate(parts) for parts in zip(chosen.train, chosen.test, strict=True))
-        self._data = jax.device_put(Split(*both))
+        self._data = jax.device_put(Batch(*both))
         self._num_train = train
         self._sweep = rebasin.build_sweep(
-            build_metrics(model, dataset.mean, dataset.std), num_alphas=num_alphas
+            classification_metrics(build_apply(model, dataset)), num_alphas=num_alphas
         )
 
     def __call__(

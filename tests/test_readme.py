@@ -1,4 +1,4 @@
-"""The README's Python code runs, as a reader would paste it, and prints what the README says it prints."""
+"""The README's Python code runs as a reader would paste it, and prints what the README says."""
 
 import pathlib
 import re
@@ -13,7 +13,7 @@ def test_library_example_prints_what_it_says():
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     (output,) = re.findall(r"It prints\n\n```text\n(.*?)```", text, re.DOTALL)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    # Rounding differs between processors; the words and the order of magnitude do not.
+    # Processors round differently, so only the words and the order of magnitude are compared.
     numbers = re.compile(r"\d+\.\d+")
     assert numbers.sub("#", done.stdout) == numbers.sub("#", output)
     before, after = (float(n) for n in numbers.findall(done.stdout)[-2:])

@@ -1,4 +1,4 @@
-"""The wheel, in an environment with nothing else: it imports, and aligns two MLPs."""
+"""The wheel can be imported in an environment with nothing else, and aligns two MLPs there."""
 
 import pathlib
 import subprocess

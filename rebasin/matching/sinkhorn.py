@@ -134,7 +134,7 @@ class SinkhornMatching(Method):
         optax = import_optax(user)
         check_networks(spec, {"params_a": params_a, "params_b": params_b}, self.predicate)
         if metrics_fn is not None:
-            check_metrics(metrics_fn, params_a, data, self.batch_size, user=user)
+            check_metrics(metrics_fn, params_a, data, self.batch_size)
         start_key, batch_key, alpha_key = jax.random.split(key, 3)
         hard_loss = self._build_hard_loss(spec, params_a, params_b, metrics_fn, data)
         permutation, x = self.starting_point(spec, params_a, params_b, start_key)

@@ -93,7 +93,7 @@ class StraightThroughMatching(Method):
         user = "straight_through_matching"
         optax = import_optax(user)
         check_networks(spec, {"params_a": params_a, "params_b": params_b}, self.predicate)
-        check_metrics(metrics_fn, params_a, data, self.batch_size, user=user)
+        check_metrics(metrics_fn, params_a, data, self.batch_size)
         loss = self._build_midpoint_loss(spec, params_a, params_b, metrics_fn, data)
         match_key, batch_key = jax.random.split(key)
         match = functools.partial(weight_matching, spec, params_b=params_b, predicate=self.predicate)

@@ -1,9 +1,11 @@
 """Networks of the experiments, in Flax linen: float images [n, h, w, c] to logits [n, num_classes].
 
-``model.apply(variables, images)`` evaluates: a pure function of all `variables`, running statistics among
-them where the norm is BatchNorm. With ``mutable=["batch_stats"]`` it trains: it also returns the statistics
-that the batch leaves behind, none in a model without. No model has dropout. They know nothing of alignment:
-`rebasin` meets them through the names of their leaves.
+``model.apply(variables, images)`` evaluates a model. It is a pure function of all `variables`, which include
+running statistics where the norm is BatchNorm. ``model.apply(variables, images, mutable=["batch_stats"])``
+trains: it also returns the updated running statistics, which are empty in models without BatchNorm. No model
+has dropout.
+
+The models know nothing of alignment. The rest of `rebasin` knows them only by the names of their leaves.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,9 +21,10 @@ from rebasin.models.resnet import ResNet20
 from rebasin.models.vgg import VGG16
 from rebasin.models.vit import ViT
 
-__all__ = ["MLP", "BatchNorm", "ResNet20", "VGG16", "ViT", "build_model", "conv_general_dilated"]
+__all__ = ["MLP", "MODELS", "BatchNorm", "ResNet20", "VGG16", "ViT", "build_model", "conv_general_dilated"]
 
-_MODELS: Mapping[str, Callable[[int, int], nn.Module]] = {
+# The models by name, as functions of width and number of classes.
+MODELS: Mapping[str, Callable[[int, int], nn.Module]] = {
     "mlp": lambda width, num_classes: MLP((width, width, width), num_classes),
     "resnet20": ResNet20,
     "resnet20_batchnorm": partial(ResNet20, norm=BatchNorm),
@@ -32,13 +35,13 @@ _MODELS: Mapping[str, Callable[[int, int], nn.Module]] = {
 
 
 def build_model(name: str, *, width: int, num_classes: int) -> nn.Module:
-    """The model of that name.
+    """Build the model of a given name and width.
 
     Args:
       name: ``"mlp"``, ``"resnet20"``, ``"vgg16"`` or ``"vit"``; ``"resnet20_batchnorm"`` and
         ``"vgg16_batchnorm"`` have BatchNorm in place of LayerNorm.
-      width: units of each of the three hidden layers of an MLP, of the residual stream of a transformer,
-        channels of the first layer of the others.
+      width: number of units of each of the three hidden layers of an MLP, number of units of the residual
+        stream of a transformer, or number of channels of the first layer of a convolutional network.
       num_classes: number of logits.
 
     Returns:
@@ -51,6 +54,6 @@ def build_model(name: str, *, width: int, num_classes: int) -> nn.Module:
       >>> build_model("mlp", width=128, num_classes=10).features
       (128, 128, 128)
     """
-    if name not in _MODELS:
-        raise ConfigError(f"no model is called {name!r}; the models are {', '.join(sorted(_MODELS))}")
-    return _MODELS[name](width, num_classes)
+    if name not in MODELS:
+        raise ConfigError(f"no model is called {name!r}; the models are {', '.join(sorted(MODELS))}")
+    return MODELS[name](width, num_classes)

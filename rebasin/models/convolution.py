@@ -1,6 +1,7 @@
 """A drop-in `lax.conv_general_dilated` that trains inside `lax.scan` at full speed on the CPU.
 
-What it does on the CPU, and why, is in `rebasin.models.cpu_convolution`; here it is decided when.
+This file decides which convolutions take the fast path. `rebasin.models.cpu_convolution` has the arithmetic
+of the fast path, and explains why XLA's own is slow.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ from jax import lax
 from rebasin.models import cpu_convolution
 from rebasin.models.cpu_convolution import CHANNELS_LAST, Window, plain
 
-__all__ = ["conv_general_dilated"]
+__all__ = ["conv_general_dilated", "fast_convolution", "plain_gradients"]
 
 
 def conv_general_dilated(
@@ -30,26 +31,28 @@ def conv_general_dilated(
     precision: Any = None,
     preferred_element_type: Any = None,
 ) -> jax.Array:
-    """`lax.conv_general_dilated` with equal values and gradients, and fast on the CPU.
+    """Convolve as `lax.conv_general_dilated` does, with equal values and gradients, but fast on the CPU.
 
-    Convolutions of float32 or float64 images in channels-last layout, ``(NHWC, HWIO, NHWC)``, without groups
-    or dilation take the fast path on the CPU; on other platforms, and in every other form, this is the plain
-    convolution. The platform is chosen when a trace is lowered, so one trace serves them all.
+    The fast path is taken on the CPU by convolutions of float32 or float64 images in channels-last layout,
+    ``(NHWC, HWIO, NHWC)``, without groups or dilation. On other platforms, and in all other cases, this is
+    the plain convolution. The platform is chosen when a trace is lowered, so one trace serves all platforms.
 
-    The fast path has its own reverse-mode derivative (`jax.custom_vjp`), which makes forward mode through it
-    impossible: `jax.jvp` raises. `jax.jvp` of `jax.grad` works, and so do Hessian-vector products.
+    The fast path has a reverse-mode derivative of its own (`jax.custom_vjp`). Forward mode through it is
+    therefore impossible, and `jax.jvp` raises. `jax.jvp` of `jax.grad` works, and so do Hessian-vector
+    products.
 
     Args:
       lhs: images, [n, h, w, c] on the fast path.
       rhs: kernels, [kh, kw, c, o] on the fast path.
-      window_strides: steps of the window, one per spatial axis.
-      padding: ``"SAME"``, ``"VALID"``, ``"SAME_LOWER"`` or zeros before and after, one pair per spatial axis.
+      window_strides: strides of the window, one per spatial axis.
+      padding: ``"SAME"``, ``"VALID"``, ``"SAME_LOWER"``, or one pair per spatial axis with the numbers of
+        zeros before and after.
       lhs_dilation: as in `lax.conv_general_dilated`.
       rhs_dilation: as in `lax.conv_general_dilated`.
       dimension_numbers: as in `lax.conv_general_dilated`.
       feature_group_count: as in `lax.conv_general_dilated`.
       batch_group_count: as in `lax.conv_general_dilated`.
-      precision: of all products, those of the gradients included.
+      precision: precision of all products, including those of the gradients.
       preferred_element_type: as in `lax.conv_general_dilated`.
 
     Returns:
@@ -67,7 +70,7 @@ def conv_general_dilated(
     if not (grouped or dilated or other_type) and _is_channels_last(lhs, rhs, dimension_numbers):
         window = _window(lhs, rhs, window_strides, padding, precision)
         if window is not None:
-            return _convolve(lhs, rhs, window)
+            return fast_convolution(lhs, rhs, window)
     return lax.conv_general_dilated(
         lhs,
         rhs,
@@ -84,7 +87,7 @@ def conv_general_dilated(
 
 
 def _is_channels_last(images: jax.Array, kernels: jax.Array, dimension_numbers: Any) -> bool:
-    """Whether these are float images [n, h, w, c] and kernels [kh, kw, c, o] that fit, with nothing empty."""
+    """Return whether these are nonempty float images [n, h, w, c] and kernels [kh, kw, c, o] that fit."""
     if images.ndim != 4 or kernels.ndim != 4 or 0 in (*images.shape, *kernels.shape):
         return False
     numbers = lax.conv_dimension_numbers(images.shape, kernels.shape, dimension_numbers)
@@ -92,7 +95,8 @@ def _is_channels_last(images: jax.Array, kernels: jax.Array, dimension_numbers: 
         numbers == lax.conv_dimension_numbers(images.shape, kernels.shape, CHANNELS_LAST)
         and images.shape[3] == kernels.shape[2]
         and images.dtype == kernels.dtype
-        # Half precision would round after each offset's product, where XLA's own loop need not.
+        # The fast path adds up one product for each offset of the kernel. In half precision it would round
+        # each of them, which XLA's own loop need not do.
         and images.dtype in (jnp.float32, jnp.float64)
     )
 
@@ -100,7 +104,11 @@ def _is_channels_last(images: jax.Array, kernels: jax.Array, dimension_numbers: 
 def _window(
     images: jax.Array, kernels: jax.Array, strides: Sequence[int], padding: Any, precision: Any
 ) -> Window | None:
-    """The window with its padding in numbers; `None` where it crops, yields nothing or is not valid."""
+    """Return the window with its padding in numbers.
+
+    It is `None`, which selects the plain convolution, where the padding crops the image, where the output is
+    empty, and where strides or padding are not valid, so that XLA reports the error.
+    """
     extent, kernel_extent = images.shape[1:3], kernels.shape[:2]
     if len(strides) != 2 or min(strides) < 1:
         return None
@@ -114,39 +122,51 @@ def _window(
     return None if window.crops or is_empty else window
 
 
-# The derivative lies outside the choice of platform: that of the choice would keep every branch's residuals.
+# The derivative is defined outside the choice of platform. Differentiating the choice itself would keep the
+# residuals of every branch in memory.
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _convolve(images: jax.Array, kernels: jax.Array, window: Window) -> jax.Array:
-    """The convolution, with gradients of its own."""
+def fast_convolution(images: jax.Array, kernels: jax.Array, window: Window) -> jax.Array:
+    """Convolve in the form that is fast on each platform, with a derivative of its own.
+
+    Args:
+      images: float images [n, h, w, c].
+      kernels: kernels [kh, kw, c, o].
+      window: strides, padding and precision.
+
+    Returns:
+      The convolved images, [n, h', w', o].
+    """
     return _by_platform(cpu_convolution.convolve, plain, images, kernels, window=window)
 
 
 def _forward(
     images: jax.Array, kernels: jax.Array, window: Window
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    # Not `_convolve` itself, which would make forward mode over this derivative impossible too.
+    """Return the convolved images, and what the derivative needs: the operands."""
+    # Calling `fast_convolution` here would make forward mode over this derivative impossible, too.
     return _by_platform(cpu_convolution.convolve, plain, images, kernels, window=window), (images, kernels)
 
 
 def _backward(
     window: Window, residuals: tuple[jax.Array, ...], cotangent: jax.Array
 ) -> tuple[jax.Array, ...]:
-    return _by_platform(cpu_convolution.gradients, _plain_gradients, *residuals, cotangent, window=window)
+    """Return the gradients with respect to images and kernels."""
+    return _by_platform(cpu_convolution.gradients, plain_gradients, *residuals, cotangent, window=window)
 
 
-_convolve.defvjp(_forward, _backward)
+fast_convolution.defvjp(_forward, _backward)
 
 
 def _by_platform(cpu: Callable, default: Callable, *operands: jax.Array, window: Window) -> Any:
-    """The one place where platforms part; settled when the trace is lowered."""
+    """Call `cpu` on the CPU and `default` elsewhere; the choice is made when the trace is lowered."""
     return lax.platform_dependent(
         *operands, cpu=partial(cpu, window=window), default=partial(default, window=window)
     )
 
 
-def _plain_gradients(
+def plain_gradients(
     images: jax.Array, kernels: jax.Array, cotangent: jax.Array, window: Window
 ) -> tuple[jax.Array, ...]:
-    """JAX's gradients of XLA's convolution."""
+    """Return JAX's own gradients of the plain convolution with respect to images and kernels."""
     _, pullback = jax.vjp(partial(plain, window=window), images, kernels)
     return pullback(cotangent)

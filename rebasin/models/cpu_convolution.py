@@ -1,17 +1,22 @@
 """The arithmetic of convolutions on the CPU: channels last, without groups or dilation.
 
-XLA's CPU backend has a fast form of convolution: channels last, window not reversed. Any other form is a
-scalar loop on one thread, 10 to 200 times slower. Two of its passes decide which convolutions end there:
+XLA's CPU backend computes convolutions fast if they are in one form: channels last, with a window that is
+not reversed. It computes all others in a scalar loop on one thread, which is 10 to 200 times slower. Two
+passes of its compiler decide which convolutions end up there:
 
-- ``ConvCanonicalization`` transposes operands into the fast form, but visits the entry computation only. Both
-  gradients of a convolution need it, and in the body of a `lax.scan` they never get it (jax issue 12868).
-  Here the gradients are written in the fast form to begin with.
-- ``ConvOperandSwapper`` exchanges image and kernel where the image has fewer pixels, as the 2×2 images at the
-  end of VGG-16 have, and reverses the window in doing so. Here such convolutions are sums of matrix products,
-  one for each offset of the kernel.
+- ``ConvCanonicalization`` transposes operands into the fast form, but only in the entry computation of a
+  program. Both gradients of a convolution need this pass, and in the body of a `lax.scan` they do not get it
+  (jax issue 12868). Here the gradients are written in the fast form from the start.
+- ``ConvOperandSwapper`` exchanges image and kernel where the image has fewer pixels than the kernel, such as
+  the 2×2 images at the end of VGG-16. The exchange reverses the window, so that the fast form is lost. Here
+  such convolutions are sums of matrix products, one for each offset of the kernel.
 
-And the fast form is slow between few channels, which fill no vector register: from 8 to 8 it reaches 40 % of
-what it reaches from 16 to 16. Here neighbouring pixels of a row are then taken as the channels of one.
+The fast form itself is slow between few channels, because they do not fill a vector register: between 8 and 8
+channels it reaches 40 % of the speed that it reaches between 16 and 16. Here neighbouring pixels of a row are
+then treated as one pixel with more channels, called a block.
+
+In this file, h and w are height and width of an image, kh and kw those of a kernel, c the number of input
+channels and o that of output channels.
 """
 
 import itertools
@@ -24,25 +29,29 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-__all__ = ["CHANNELS_LAST", "Window", "convolve", "gradients", "plain"]
+__all__ = ["CHANNELS_LAST", "Window", "convolve", "gradients", "part_of_batch", "pixels_in_block", "plain"]
 
+# The layout of images, kernels and outputs.
 CHANNELS_LAST = ("NHWC", "HWIO", "NHWC")
 
-# Products of input and output channels up to which blocks of pixels are faster.
+# Blocks of pixels are used where the product of input and output channels is at most this. With more channels
+# they are slower, as the zeros that they add to the kernels cost more than full vector registers gain.
 _FEW = 128
 
-# Bytes of images that are transposed at once, about a core's second cache; and the fewest examples.
+# Bytes of images that are transposed at once: about the size of a core's level-2 cache.
 _CACHE = 2**20
+
+# The fewest examples that are transposed at once. Smaller parts are not worth a round of the loop over them.
 _MIN_PART = 4
 
 
 class Window(NamedTuple):
-    """What a convolution needs to know beside its operands; hashable, hence static.
+    """Strides, padding and precision of a convolution: hashable, and therefore a static argument.
 
     Attributes:
-      strides: steps of the window, down and across.
-      padding: zeros before and after, down and across.
-      precision: of every product.
+      strides: strides of the window, vertical and horizontal.
+      padding: pairs of the numbers of zeros before and after the image, vertical and horizontal.
+      precision: precision of every product.
     """
 
     strides: tuple[int, ...]
@@ -51,16 +60,22 @@ class Window(NamedTuple):
 
     @property
     def crops(self) -> bool:
-        """Whether padding is negative somewhere."""
+        """Whether some padding is negative, which cuts pixels off the image."""
         return min(itertools.chain.from_iterable(self.padding)) < 0
 
     def output_extent(self, image: Sequence[int], kernel: Sequence[int]) -> tuple[int, ...]:
-        """Height and width of the output for those of image and kernel."""
+        """Return the height and width of the output, given those of the image and of the kernel."""
         sizes = zip(image, self.padding, kernel, self.strides, strict=True)
         return tuple((length + sum(zeros) - width) // stride + 1 for length, zeros, width, stride in sizes)
 
     def reflected(self, kernel: Sequence[int]) -> "Window":
-        """The window through which the output sees the image, for strides of 1."""
+        """Return the window of the convolution that maps output gradients to image gradients.
+
+        Strides must be 1. The convolution has the flipped kernels, with input and output channels exchanged.
+
+        Args:
+          kernel: height and width of the kernel.
+        """
         pairs = zip(kernel, self.padding, strict=True)
         return self._replace(
             padding=tuple((width - 1 - low, width - 1 - high) for width, (low, high) in pairs)
@@ -68,7 +83,7 @@ class Window(NamedTuple):
 
 
 def plain(images: jax.Array, kernels: jax.Array, window: Window) -> jax.Array:
-    """XLA's convolution."""
+    """Convolve by XLA's own convolution."""
     return lax.conv_general_dilated(
         images,
         kernels,
@@ -80,12 +95,12 @@ def plain(images: jax.Array, kernels: jax.Array, window: Window) -> jax.Array:
 
 
 def _is_swapped(image: Sequence[int], kernel: Sequence[int]) -> bool:
-    """Whether XLA would exchange image and kernel, and so leave the fast form."""
+    """Return whether XLA would exchange image and kernel, and thereby lose the fast form."""
     return math.prod(image) < math.prod(kernel)
 
 
 def convolve(images: jax.Array, kernels: jax.Array, window: Window) -> jax.Array:
-    """The convolved images."""
+    """Convolve images [n, h, w, c] with kernels [kh, kw, c, o]."""
     if _is_swapped(images.shape[1:3], kernels.shape[:2]):
         return _sum_of_products(images, kernels, window)
     return _in_blocks(images, kernels, window)
@@ -94,12 +109,21 @@ def convolve(images: jax.Array, kernels: jax.Array, window: Window) -> jax.Array
 def gradients(
     images: jax.Array, kernels: jax.Array, cotangent: jax.Array, window: Window
 ) -> tuple[jax.Array, jax.Array]:
-    """Gradients with respect to images and kernels, each by a convolution where that has a fast form."""
+    """Return the gradients with respect to images and kernels.
+
+    Each is computed by a convolution where that has a fast form, and from the sum of products otherwise.
+
+    Args:
+      images: images [n, h, w, c].
+      kernels: kernels [kh, kw, c, o].
+      cotangent: gradient with respect to the output, [n, h', w', o].
+      window: strides, padding and precision.
+    """
     image, kernel, output = images.shape[1:3], kernels.shape[:2], cotangent.shape[1:3]
     _, pullback = jax.vjp(partial(_sum_of_products, window=window), images, kernels)
     by_images, by_kernels = pullback(cotangent)
-    # Under strides the convolution would dilate an operand, 2 to 16 times slower than the products; and for
-    # a 1×1 kernel there is only one product.
+    # With strides, these convolutions would have a dilated operand, which is 2 to 16 times slower than the
+    # products. With a 1×1 kernel, there is only one product.
     if window.strides != (1, 1) or math.prod(kernel) == 1:
         return by_images, by_kernels
     reflected = window.reflected(kernel)
@@ -110,56 +134,56 @@ def gradients(
     return by_images, by_kernels
 
 
-# Blocks of pixels. A row of w pixels of c channels is, as it lies in memory, a row of w / b pixels of b · c
-# channels. Kernels grow by zeros to (b + kw - 1) / b blocks, rounded up: 4/3 as many products for b = 2 and
-# kw = 3.
+# Blocks of pixels. In memory, a row of w pixels with c channels is the same as a row of w / b blocks with
+# b · c channels. Kernels are extended by zeros to a whole number of blocks, (b + kw - 1) / b rounded up. For
+# b = 2 and kw = 3, this makes 4/3 as many products.
 
 
-def _pixels_in_block(channels: int, width: int) -> int:
-    """Pixels of a row to take as one, for an output that is `width` pixels wide; 1 where that does not pay.
+def pixels_in_block(channels: int, width: int) -> int:
+    """Choose how many neighbouring pixels of a row make a block; 1 where blocks do not pay.
 
     Args:
-      channels: those of the images times those of the output.
-      width: of the output, in pixels.
+      channels: number of input channels times number of output channels.
+      width: width of the output in pixels, which must be a whole number of blocks.
     """
     wanted = 4 if channels <= _FEW // 4 else 2 if channels <= _FEW else 1
     return math.gcd(wanted, width)
 
 
 def _image_in_blocks(images: jax.Array, block: int, kernel: int, output: int, left: int) -> jax.Array:
-    """Rows of images in blocks: ``[n, h, w, c] -> [n, h, w', block · c]``, padded as the window wants it.
+    """Pad the rows of images and cut them into blocks: ``[n, h, w, c] -> [n, h, w', block · c]``.
 
     Args:
-      images: [n, h, w, c].
-      block: pixels in a block.
+      images: images [n, h, w, c].
+      block: number of pixels in a block.
       kernel: width of the kernel in pixels.
       output: width of the output in pixels, a multiple of `block`.
-      left: zeros before the first pixel.
+      left: number of zeros before the first pixel. As many follow the last pixel as the kernel needs.
     """
     n, height, width, channels = images.shape
     blocks = output // block + _blocks_of_kernel(kernel, block) - 1
     right = blocks * block - left - width
-    # By concatenation, which copies whole rows; XLA's padding asks for each number where it comes from.
+    # Concatenation copies whole rows, whereas XLA's padding decides for each number where it comes from.
     before, after = (jnp.zeros((n, height, size, channels), images.dtype) for size in (left, right))
     padded = jnp.concatenate([before, images, after], axis=2)
     return padded.reshape(n, height, blocks, block * channels)
 
 
 def _blocks_of_kernel(kernel: int, block: int) -> int:
-    """Blocks that a kernel of so many pixels can meet, at any offset within its first."""
+    """Return how many blocks a kernel of this width can touch, wherever in a block it begins."""
     return -(-(block + kernel - 1) // block)
 
 
 def _in_blocks(images: jax.Array, kernels: jax.Array, window: Window) -> jax.Array:
-    """The convolution, in blocks of pixels where that pays."""
+    """Convolve in blocks of pixels where that pays, and by the plain convolution otherwise."""
     n = len(images)
     kh, kw, c, o = kernels.shape
     height, width = window.output_extent(images.shape[1:3], (kh, kw))
-    block = _pixels_in_block(c * o, width)
+    block = pixels_in_block(c * o, width)
     if block == 1 or window.strides[1] != 1:
         return plain(images, kernels, window)
     blocks = _blocks_of_kernel(kw, block)
-    # At pixel p of its block the kernel starts p pixels further to the right.
+    # The output pixel p of a block is computed by a kernel that is shifted by p pixels.
     shifted = [jnp.pad(kernels, ((0, 0), (p, blocks * block - p - kw), (0, 0), (0, 0))) for p in range(block)]
     kernels = jnp.stack(shifted, axis=3).reshape(kh, blocks, block * c, block * o)
     vertical, (left, _) = window.padding
@@ -171,10 +195,10 @@ def _in_blocks(images: jax.Array, kernels: jax.Array, window: Window) -> jax.Arr
 def _kernel_gradient_in_blocks(
     images: jax.Array, kernel: tuple[int, ...], cotangent: jax.Array, window: Window
 ) -> jax.Array:
-    """The gradient with respect to kernels for strides of 1, in blocks of pixels where that pays."""
+    """Return the gradient with respect to kernels for strides of 1, in blocks of pixels where that pays."""
     n, height, width, o = cotangent.shape
     (kh, kw), c = kernel, images.shape[3]
-    block = min(_pixels_in_block(c * o, width), 2)
+    block = min(pixels_in_block(c * o, width), 2)
     if block == 1:
         return _kernel_gradient(images, cotangent, window)
     vertical, (left, _) = window.padding
@@ -184,26 +208,27 @@ def _kernel_gradient_in_blocks(
         window._replace(padding=(vertical, (0, 0))),
     )
     gradient = gradient.reshape(kh, -1, c, block, o)
-    # What `_in_blocks` does to kernels, transposed.
+    # The transpose of what `_in_blocks` does to kernels: undo each shift, and add up.
     return jnp.sum(jnp.stack([gradient[:, p : p + kw, :, p] for p in range(block)]), axis=0)
 
 
 def _kernel_gradient(images: jax.Array, cotangent: jax.Array, window: Window) -> jax.Array:
-    """``out[di, dj] = Σ_{n, i, j} images[n, di + i, dj + j] cotangent[n, i, j]``, for strides of 1.
+    """Return the gradient with respect to kernels for strides of 1.
 
-    As a convolution: the cotangent is the kernel, the examples are its input channels, and each channel of
-    the images is an example.
+    It is ``out[di, dj] = Σ_{n, i, j} images[n, di + i, dj + j] cotangent[n, i, j]``. This is a convolution in
+    which the cotangent is the kernel, the examples are the input channels, and each channel of the images is
+    an example.
     """
-    # A loop over parts of the batch, for two reasons. What enters a loop is an array in memory: XLA would
-    # otherwise fuse the transpositions with all that the images were computed from, several residual blocks
-    # back, and compute it again in an order that suits no cache, a quarter of a training step of ResNet-20
-    # (it does not heed `optimization_barrier` here). And a transposition reads each cache line once for every
-    # channel in it, so a part should stay in the cache.
+    # The batch is processed in parts, in a loop, for two reasons. First, an array that enters a loop is
+    # stored in memory. Without the loop, XLA fuses the transpositions with everything that the images were
+    # computed from, several residual blocks back, and computes it again in an order that suits no cache. That
+    # takes a quarter of a training step of ResNet-20, and `optimization_barrier` does not prevent it. Second,
+    # a transposition reads each cache line once for every channel in it, so a part should fit in the cache.
     n = len(images)
-    size = _part_of_batch(n, images[0].size * images.dtype.itemsize)
+    size = part_of_batch(n, images[0].size * images.dtype.itemsize)
 
     def add(i: jax.Array, total: jax.Array) -> jax.Array:
-        # Sliced here and not before, where an array of parts would be written besides the array itself.
+        # Slicing before the loop would write an array of parts in addition to the array itself.
         x, g = (lax.dynamic_slice_in_dim(array, i * size, size) for array in (images, cotangent))
         return total + plain(x.transpose(3, 1, 2, 0), g.transpose(1, 2, 0, 3), window)
 
@@ -213,22 +238,28 @@ def _kernel_gradient(images: jax.Array, cotangent: jax.Array, window: Window) ->
     return total.transpose(1, 2, 0, 3)
 
 
-def _part_of_batch(n: int, num_bytes: int) -> int:
-    """Examples to transpose at once: within the cache, but not all, as XLA unrolls a loop of one round.
+def part_of_batch(n: int, num_bytes: int) -> int:
+    """Choose how many examples to transpose at once.
+
+    They should fit in the cache. They should also be fewer than all examples, because XLA unrolls a loop of a
+    single round, and the reasons for the loop are lost.
 
     Args:
-      n: examples of the batch.
-      num_bytes: of an example.
+      n: number of examples of the batch.
+      num_bytes: size of an example in bytes.
 
     Returns:
-      A divisor of `n`; `n` itself where all others are too small to be worth a round.
+      A divisor of `n`. It is `n` itself where all suitable divisors are too small to be worth a round.
     """
     most = min(n // 2, max(_CACHE // num_bytes, _MIN_PART))
     return next((size for size in range(most, _MIN_PART - 1, -1) if n % size == 0), n)
 
 
 def _sum_of_products(images: jax.Array, kernels: jax.Array, window: Window) -> jax.Array:
-    """``out[n, i, j] = Σ_{di, dj} images[n, s i + di, s j + dj] kernels[di, dj]``, s being the stride."""
+    """Convolve by adding up one matrix product for each offset of the kernel.
+
+    With stride s, ``out[n, i, j] = Σ_{di, dj} images[n, s i + di, s j + dj] kernels[di, dj]``.
+    """
     n, _, _, c = images.shape
     kh, kw, _, o = kernels.shape
     height, width = window.output_extent(images.shape[1:3], (kh, kw))

@@ -11,7 +11,7 @@ __all__ = ["MLP"]
 class MLP(nn.Module):
     """Dense layers with ReLU between them.
 
-    Leaves are ``Dense_0`` to ``Dense_k``, k hidden layers and the output layer.
+    The layers are named ``Dense_0`` to ``Dense_k``: k hidden layers, then the output layer.
 
     Attributes:
       features: width of each hidden layer.
@@ -23,7 +23,7 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
-        """Logits [n, num_classes] of images [n, h, w, c]."""
+        """Return the logits, [n, num_classes], of images [n, h, w, c]."""
         x = images.reshape(len(images), -1)
         for width in self.features:
             x = nn.relu(nn.Dense(width)(x))

@@ -1,7 +1,5 @@
 """ResNet-20, by default with LayerNorm as git-re-basin has it (arXiv 2209.04836)."""
 
-from functools import partial
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -11,20 +9,32 @@ from rebasin.models.norms import NormFactory
 
 __all__ = ["ResNet20"]
 
+# Three groups of three blocks of two convolutions make 18 layers. The first convolution and the dense layer
+# are the other two.
 _GROUPS = 3
 _BLOCKS = 3
 
-# Without bias: the norm behind each convolution has one.
-_Conv = partial(nn.Conv, use_bias=False, conv_general_dilated=conv_general_dilated)
+
+def _convolution(channels: int, extent: int, stride: int = 1) -> nn.Conv:
+    """Make a square convolution. It has no bias, because the norm behind it has one."""
+    return nn.Conv(
+        channels,
+        (extent, extent),
+        strides=(stride, stride),
+        use_bias=False,
+        conv_general_dilated=conv_general_dilated,
+    )
 
 
 class _Block(nn.Module):
-    """Two convolutions and a shortcut, which in a strided block is a 1×1 convolution and a norm.
+    """A residual block of two convolutions.
+
+    The shortcut of a strided block is a 1×1 convolution and a norm; that of other blocks is the identity.
 
     Attributes:
-      channels: of the output.
-      stride: of the first convolution and the shortcut.
-      norm: makes each norm.
+      channels: number of output channels.
+      stride: stride of the first convolution and of the shortcut.
+      norm: function that makes a norm.
     """
 
     channels: int
@@ -32,13 +42,12 @@ class _Block(nn.Module):
     norm: NormFactory
 
     def setup(self) -> None:
-        strides = (self.stride, self.stride)
-        self.conv1 = _Conv(self.channels, (3, 3), strides=strides)
+        self.conv1 = _convolution(self.channels, 3, self.stride)
         self.norm1 = self.norm()
-        self.conv2 = _Conv(self.channels, (3, 3))
+        self.conv2 = _convolution(self.channels, 3)
         self.norm2 = self.norm()
         if self.stride != 1:
-            self.shortcut = nn.Sequential([_Conv(self.channels, (1, 1), strides=strides), self.norm()])
+            self.shortcut = nn.Sequential([_convolution(self.channels, 1, self.stride), self.norm()])
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = nn.relu(self.norm1(self.conv1(x)))
@@ -47,12 +56,12 @@ class _Block(nn.Module):
 
 
 class _BlockGroup(nn.Module):
-    """Blocks of equal width, of which the first may be strided.
+    """A sequence of residual blocks of equal width, of which the first may be strided.
 
     Attributes:
-      channels: of the output.
-      stride: of the first block.
-      norm: makes each norm.
+      channels: number of output channels.
+      stride: stride of the first block.
+      norm: function that makes a norm.
     """
 
     channels: int
@@ -73,13 +82,14 @@ class _BlockGroup(nn.Module):
 class ResNet20(nn.Module):
     """A convolution, three groups of three residual blocks, a mean over positions and a dense layer.
 
-    Leaves are named as in git-re-basin: ``blockgroups_1/blocks_0/shortcut/layers_0/kernel`` is the
-    convolution of a shortcut.
+    Leaves are named as in git-re-basin. For example, ``blockgroups_1/blocks_0/shortcut/layers_0/kernel`` is
+    the convolution of a shortcut.
 
     Attributes:
-      width: channels of the first group, 16 in the original; the others have 2 and 4 times as many.
+      width: number of channels of the first group, 16 in the original; the others have 2 and 4 times as many.
       num_classes: number of logits.
-      norm: makes each norm; LayerNorm over channels, or `rebasin.models.BatchNorm` as in the original.
+      norm: function that makes a norm: LayerNorm over channels, or `rebasin.models.BatchNorm` as in the
+        original.
     """
 
     width: int = 64
@@ -87,8 +97,8 @@ class ResNet20(nn.Module):
     norm: NormFactory = nn.LayerNorm
 
     def setup(self) -> None:
-        """Makes the layers; the attributes give the leaves their names."""
-        self.conv1 = _Conv(self.width, (3, 3))
+        """Make the layers. The names of the attributes become the names of the leaves."""
+        self.conv1 = _convolution(self.width, 3)
         self.norm1 = self.norm()
         self.blockgroups = [
             _BlockGroup(self.width * 2**g, 1 if g == 0 else 2, self.norm) for g in range(_GROUPS)
@@ -96,7 +106,7 @@ class ResNet20(nn.Module):
         self.dense = nn.Dense(self.num_classes)
 
     def __call__(self, images: jax.Array) -> jax.Array:
-        """Logits [n, num_classes] of images [n, h, w, c]."""
+        """Return the logits, [n, num_classes], of images [n, h, w, c]."""
         x = nn.relu(self.norm1(self.conv1(images)))
         for group in self.blockgroups:
             x = group(x)

@@ -1,4 +1,4 @@
-"""A small vision transformer (arXiv 2010.11929) with a mean over patches in place of a class token."""
+"""A small vision transformer (arXiv 2010.11929) that averages over patches in place of a class token."""
 
 import flax.linen as nn
 import jax
@@ -8,14 +8,18 @@ __all__ = ["ViT"]
 
 
 class ViT(nn.Module):
-    """Patches, learned positions, blocks of attention and MLP on a residual stream, a norm and a dense layer.
+    """A transformer whose tokens are the patches of an image.
+
+    Patches are embedded by a convolution, and learned positions are added. Each block adds an attention layer
+    and an MLP to the residual stream. A norm, a mean over patches and a dense layer follow.
 
     Attributes:
-      width: of the residual stream; heads have an eighth of it by default, hidden layers twice as much.
+      width: number of units of the residual stream. Hidden layers of the MLPs have twice as many, and each
+        head has ``width / num_heads``.
       num_classes: number of logits.
       depth: number of blocks.
-      num_heads: heads of each attention; they divide `width`.
-      patch: height and width of a patch; an image is a whole number of them.
+      num_heads: number of heads of each attention layer; must divide `width`.
+      patch: height and width of a patch in pixels; must divide those of the image.
     """
 
     width: int = 64
@@ -26,7 +30,7 @@ class ViT(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
-        """Logits [n, num_classes] of images [n, h, w, c]."""
+        """Return the logits, [n, num_classes], of images [n, h, w, c]."""
         size = (self.patch, self.patch)
         x = nn.Conv(self.width, size, strides=size, padding="VALID", name="embed")(images)
         x = x.reshape(len(x), -1, self.width)

@@ -5,20 +5,22 @@ import jax.numpy as jnp
 
 __all__ = ["CROP_PADDING", "crop_and_flip", "random_crop_and_flip"]
 
-# What torchvision's RandomCrop(32, padding=4) adds to each side, as OpenLTH trains on CIFAR.
+# Pixels that are added on each side before cropping. OpenLTH trains on CIFAR with torchvision's
+# RandomCrop(32, padding=4).
 CROP_PADDING = 4
 
 
 def crop_and_flip(images: jax.Array, offsets: jax.Array, flips: jax.Array) -> jax.Array:
-    """Crops each image from its own place in a zero-padded copy, then mirrors it if told to.
+    """Crop each image out of a zero-padded copy of itself, then mirror it left to right if asked.
 
     Args:
-      images: [n, h, w, c].
-      offsets: row and column where the crop begins, int [n, 2], each 0 to 2·`CROP_PADDING`.
-      flips: whether to mirror left and right, bool [n].
+      images: images [n, h, w, c].
+      offsets: row and column of the padded copy where each crop begins, int [n, 2], from 0 to
+        2·`CROP_PADDING`.
+      flips: whether to mirror each image, bool [n].
 
     Returns:
-      An array like `images`.
+      Images with the shape and dtype of `images`.
     """
     _, height, width, _ = images.shape
     padded = jnp.pad(images, ((0, 0), (CROP_PADDING, CROP_PADDING), (CROP_PADDING, CROP_PADDING), (0, 0)))
@@ -29,7 +31,7 @@ def crop_and_flip(images: jax.Array, offsets: jax.Array, flips: jax.Array) -> ja
 
 
 def random_crop_and_flip(images: jax.Array, key: jax.Array) -> jax.Array:
-    """Crops and mirrors each image of [n, h, w, c] at random, independently and uniformly."""
+    """Crop and mirror each image of [n, h, w, c] at random, uniformly and independently of the others."""
     offset_key, flip_key = jax.random.split(key)
     offsets = jax.random.randint(offset_key, (len(images), 2), 0, 2 * CROP_PADDING + 1)
     return crop_and_flip(images, offsets, jax.random.bernoulli(flip_key, shape=(len(images),)))

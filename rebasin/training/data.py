@@ -1,14 +1,16 @@
 """Image classification datasets as whole arrays: the embedded digits, and prepared TensorFlow Datasets.
 
-`load_dataset` returns both splits of a dataset in memory, uint8 as they are stored; `normalise` turns
-images into floats on the device, which therefore receives a quarter of the bytes. ``"digits"`` is part of the
-package and needs nothing else. Every other name is read from a folder that TensorFlow Datasets (TFDS)
-prepared as ArrayRecord, which needs neither TensorFlow nor a network. Nothing here downloads or writes
-anything: what is not there is a `DataError` that says what to run.
+`load_dataset` returns both splits of a dataset in memory, with images in uint8 as they are stored.
+`normalise` turns images into floats on the device, so that only a quarter of the bytes are moved there.
+
+The dataset ``"digits"`` is part of the package. All others are read from a folder that TensorFlow Datasets
+(TFDS) prepared in the ArrayRecord format; reading it needs neither TensorFlow nor a network connection.
+Nothing here downloads or writes anything. A missing dataset is a `DataError` that says which command
+prepares it.
 
 The digits are the 1,797 test images of *Optical Recognition of Handwritten Digits* by E. Alpaydin and
 C. Kaynak (UCI Machine Learning Repository, 1998, https://doi.org/10.24432/C50P49), licensed CC BY 4.0. Their
-values are unchanged; only the file format is ours.
+values are unchanged; the file format is our own.
 """
 
 import dataclasses
@@ -28,12 +30,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from rebasin.batches import Batch
 from rebasin.errors import DataError, problem_list
 
-__all__ = ["DATASETS", "Dataset", "Split", "load_dataset", "normalise"]
+__all__ = ["DATASETS", "Dataset", "load_dataset", "normalise"]
 
 
 class _Form(NamedTuple):
+    """What the examples of a dataset look like.
+
+    Attributes:
+      image_shape: height, width and channels of an image.
+      num_classes: number of classes.
+    """
+
     image_shape: tuple[int, int, int]
     num_classes: int
 
@@ -46,99 +56,93 @@ _FORMS = {
     "svhn_cropped": _Form((32, 32, 3), 10),
 }
 
-# Names that `load_dataset` knows; all but the digits are TFDS names.
+# The names that `load_dataset` knows. All but the digits are names of TFDS.
 DATASETS = tuple(_FORMS)
 
-# An interrupted preparation leaves a folder such as incomplete.ABC123_3.0.1, which this does not match.
+# The name of a prepared version's folder. An interrupted preparation leaves a folder such as
+# incomplete.ABC123_3.0.1, which must not match.
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
 
-# What reading a prepared folder imports. TFDS itself would import the last two at the first record.
+# The packages that reading a prepared folder needs. TFDS itself imports the last two only when it reads the
+# first record, so they are checked beforehand.
 _TFDS_PACKAGES = ("tensorflow_datasets", "array_record", "PIL")
-
-
-class Split(NamedTuple):
-    """Examples of one split, in stored order.
-
-    Attributes:
-      images: uint8 array [n, h, w, c].
-      labels: int32 array [n].
-    """
-
-    images: np.ndarray
-    labels: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Dataset:
-    """A training and a test split, checked when made.
+    """A training and a test split of labelled images, checked on construction.
+
+    Both splits are batches of NumPy arrays: images as inputs, uint8 [n, h, w, c], and labels, int32 [n].
 
     Attributes:
-      name: the name it was loaded by; a subset keeps it.
-      num_classes: labels are 0 to `num_classes` − 1.
+      name: the name that the dataset was loaded by; a subset keeps it.
+      num_classes: number of classes; labels are 0 to `num_classes` − 1.
       train: examples to train on.
-      test: examples held out.
+      test: examples held out from training.
 
     Raises:
-      DataError: a split is empty, or has arrays of another shape or dtype than `Split` says, or labels out of
-        range; all problems are listed.
+      DataError: a split is empty, has arrays of another shape or dtype, or has labels out of range. All
+        problems are listed.
     """
 
     name: str
     num_classes: int
-    train: Split
-    test: Split
+    train: Batch
+    test: Batch
 
     def __post_init__(self):
         problems = [*_split_problems("train", self.train, self.num_classes)]
         problems += _split_problems("test", self.test, self.num_classes)
-        if not problems and self.train.images.shape[1:] != self.test.images.shape[1:]:
-            got, wanted = self.test.images.shape[1:], self.train.images.shape[1:]
+        if not problems and self.train.inputs.shape[1:] != self.test.inputs.shape[1:]:
+            got, wanted = self.test.inputs.shape[1:], self.train.inputs.shape[1:]
             problems.append(f"test images: got shape {got}, wanted that of the train images, {wanted}")
         if problems:
             raise DataError(problem_list(f"dataset {self.name!r} is not usable:", problems))
 
     @property
     def mean(self) -> np.ndarray:
-        """Mean pixel of each channel, float32 [c], in units of the stored values.
+        """The mean pixel of each channel, float32 [c], in units of the stored values.
 
-        Taken over the training split that this dataset holds: a subset has its own.
+        It is the mean over the training split of this dataset, so a subset has a mean of its own.
         """
         return self._moments[0]
 
     @property
     def std(self) -> np.ndarray:
-        """Standard deviation of each channel, float32 [c], over the same pixels as `mean`.
+        """The standard deviation of each channel, float32 [c], over the same pixels as `mean`.
 
-        At least 1, the step between stored values: a channel that varies less is constant but for rounding,
-        and is not blown up.
+        It is at least 1, the step between stored values. A channel that varies less is constant up to
+        rounding, and dividing by its true deviation would only amplify noise.
         """
         return self._moments[1]
 
     @functools.cached_property
     def _moments(self) -> tuple[np.ndarray, np.ndarray]:
-        images = self.train.images
+        """Mean and standard deviation of each channel."""
+        images = self.train.inputs
         count = images.size // images.shape[-1]
-        # Integer sums are exact and need no copy of the images; squares sum to at most 2¹⁶ a pixel.
+        # Integer sums are exact and, unlike floats, need no copy of the images. A square is less than 2¹⁶, so
+        # that int64 is wide enough for any dataset that fits in memory.
         mean = images.sum(axis=0, dtype=np.int64).sum(axis=(0, 1)) / count
         variance = np.einsum("nhwc,nhwc->c", images, images, dtype=np.int64) / count - mean**2
         return mean.astype(np.float32), np.sqrt(np.maximum(variance, 1)).astype(np.float32)
 
     def take(self, *, num_train: int | None = None, num_test: int | None = None) -> "Dataset":
-        """A smaller dataset with the same mix of classes; `None` keeps a split whole.
+        """Return a smaller dataset with the same proportions of classes.
 
-        A subset depends on the labels and the size alone. It takes the first examples of each class in stored
-        order, keeps that order, holds every class to within one example of its share, and contains every
-        smaller subset.
+        A subset depends on the labels and the size only. It consists of the first examples of each class, in
+        stored order. The size of every class is within one example of its exact share. A larger subset
+        contains every smaller one.
 
         Args:
-          num_train: examples to keep of the training split.
-          num_test: examples to keep of the test split.
+          num_train: number of training examples to keep; `None` keeps all.
+          num_test: number of test examples to keep; `None` keeps all.
 
         Returns:
           A new dataset, with a `mean` and `std` of its own.
 
         Raises:
-          DataError: a size is below 1 or above that of the split.
+          DataError: a size is below 1 or above the size of the split.
 
         Examples:
           >>> dataset = load_dataset("digits").take(num_train=100)
@@ -160,28 +164,29 @@ class Dataset:
 
 
 def load_dataset(name: str, *, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
-    """Both splits of a dataset, in memory.
+    """Load both splits of a dataset into memory.
 
-    The digits are split by a fixed rule: sorted by class and then by stored position, every fifth example,
-    beginning with the first, is a test example. That is 1,437 for training and 360 for testing, each class
-    within one example of its share. Every other dataset has the splits ``train`` and ``test`` of TFDS.
+    The digits are split by a fixed rule: they are sorted by class and then by stored position, and every
+    fifth example, beginning with the first, is a test example. This gives 1,437 training and 360 test
+    examples, with every class within one example of its share. All other datasets have the splits ``train``
+    and ``test`` of TFDS.
 
     Args:
       name: one of `DATASETS`.
-      data_dir: folder of prepared TFDS datasets; by default the environment variable ``TFDS_DATA_DIR``, else
-        ``~/tensorflow_datasets``. The newest version found there is read. The digits ignore it.
+      data_dir: folder of prepared TFDS datasets, of which the newest version is read. The default is the
+        environment variable ``TFDS_DATA_DIR`` or else ``~/tensorflow_datasets``. Ignored for the digits.
 
     Returns:
-      The dataset, examples in stored order.
+      The dataset, with examples in stored order.
 
     Raises:
       DataError: the name is unknown; the dataset is not prepared, or in another format than ArrayRecord;
-        files are missing or damaged; a split is empty; an image has another form than the dataset should
-        have; packages that read TFDS are not installed.
+        files are missing or damaged; a split is empty; an image has an unexpected size or mode; or the
+        packages that read TFDS are not installed.
 
     Examples:
       >>> dataset = load_dataset("digits")
-      >>> dataset.train.images.shape, dataset.test.images.shape
+      >>> dataset.train.inputs.shape, dataset.test.inputs.shape
       ((1437, 8, 8, 1), (360, 8, 8, 1))
     """
     if name not in _FORMS:
@@ -194,12 +199,12 @@ def load_dataset(name: str, *, data_dir: str | os.PathLike[str] | None = None) -
 
 
 def normalise(images: ArrayLike, mean: ArrayLike, std: ArrayLike) -> jax.Array:
-    """Images of mean 0 and standard deviation 1 per channel, (images − mean) / std, on the device.
+    """Normalise images to (images − mean) / std per channel, on the device.
 
     Args:
       images: uint8 array [..., h, w, c].
-      mean: array [c], in the units of `images`; see `Dataset.mean`.
-      std: array [c], likewise.
+      mean: mean pixel of each channel, [c], in the units of `images`; see `Dataset.mean`.
+      std: standard deviation of each channel, [c], in the same units.
 
     Returns:
       A float32 array with the shape of `images`.
@@ -208,13 +213,15 @@ def normalise(images: ArrayLike, mean: ArrayLike, std: ArrayLike) -> jax.Array:
       >>> normalise(jnp.array([[[0, 8]]], jnp.uint8), jnp.array([1.0, 4.0]), jnp.array([2.0, 4.0])).tolist()
       [[[-0.5, 1.0]]]
     """
-    images = jnp.asarray(images).astype(jnp.float32)  # moved to the device as uint8, converted there
+    # Converted after the move to the device, so that one byte per value is moved instead of four.
+    images = jnp.asarray(images).astype(jnp.float32)
     per_channel = (1,) * (images.ndim - 1) + (-1,)
     mean, std = (jnp.reshape(jnp.asarray(value, jnp.float32), per_channel) for value in (mean, std))
     return (images - mean) / std
 
 
-def _split_problems(name: str, split: Split, num_classes: int) -> list[str]:
+def _split_problems(name: str, split: Batch, num_classes: int) -> list[str]:
+    """Return one line for each problem of a split."""
     images, labels = split
     problems = []
     if images.dtype != np.uint8 or images.ndim != 4:
@@ -230,13 +237,18 @@ def _split_problems(name: str, split: Split, num_classes: int) -> list[str]:
     return problems
 
 
-def _take(split: Split, num: int) -> Split:
-    """The first examples of each class, as many as the first `num` slots of a fixed order of the classes.
+def _take(split: Batch, num: int) -> Batch:
+    """Keep `num` examples of a split: the first ones of each class.
 
-    The order is the proportionate schedule of Baruah et al. (Algorithmica 15, 1996) on one processor: of N
-    examples, the j-th of a class of size m may take slots ⌊jN/m⌋ to ⌈(j+1)N/m⌉ − 1, and each slot goes to the
-    class whose interval ends first. A feasible order exists, and this rule finds it, so that every class has
-    within one of tm/N examples in the first t slots. Rounding each t by itself would not give nested subsets.
+    How many each class gets follows from a fixed sequence of N slots, one for each of the N examples of the
+    split. Every slot belongs to a class, and a class gets as many examples as it has among the first `num`
+    slots. Larger subsets therefore contain smaller ones, which rounding the share of each class for every
+    `num` separately would not ensure.
+
+    The sequence is the proportionate schedule of Baruah et al. (Algorithmica 15, 1996) on one processor. The
+    j-th example of a class of size m may take slots ⌊jN/m⌋ to ⌈(j+1)N/m⌉ − 1, and each slot goes to the class
+    whose interval ends first. Every example then finds a slot in its interval, so that the first t slots hold
+    every class to within one of its exact share, tm/N.
     """
     classes, sizes = np.unique(split.labels, return_counts=True)
     total = len(split.labels)
@@ -247,26 +259,30 @@ def _take(split: Split, num: int) -> Split:
         taken[np.argmin(np.where(opens <= slot, closes, total + 1))] += 1
     by_class = [np.flatnonzero(split.labels == label)[:n] for label, n in zip(classes, taken, strict=True)]
     kept = np.sort(np.concatenate(by_class))
-    return Split(split.images[kept], split.labels[kept])
+    return Batch(split.inputs[kept], split.labels[kept])
 
 
-def _load_digits() -> tuple[Split, Split]:
+def _load_digits() -> tuple[Batch, Batch]:
+    """Read the embedded digits, and split them into training and test examples."""
     with np.load(pathlib.Path(__file__).with_name("digits.npz")) as arrays:
         images, labels = arrays["images"], arrays["labels"].astype(np.int32)
-    # The stored order is that of collection, so a block of it would hold the hands of few writers.
+    # Digits are stored in the order of collection. A contiguous block would be the writing of a few people,
+    # so test examples are taken from everywhere.
     is_test = np.zeros(len(labels), bool)
     is_test[np.argsort(labels, kind="stable")[::5]] = True
-    return Split(images[~is_test], labels[~is_test]), Split(images[is_test], labels[is_test])
+    return Batch(images[~is_test], labels[~is_test]), Batch(images[is_test], labels[is_test])
 
 
 def _data_root(data_dir: str | os.PathLike[str] | None) -> pathlib.Path:
+    """Return the folder of prepared datasets."""
     root = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     return pathlib.Path(root).expanduser().absolute()
 
 
-def _load_prepared(name: str, root: pathlib.Path) -> tuple[Split, Split]:
-    # The folder is looked at before TFDS is asked: TFDS would start a download, which without a network hangs
-    # for minutes, and its errors do not tell a missing dataset from one in another format.
+def _load_prepared(name: str, root: pathlib.Path) -> tuple[Batch, Batch]:
+    """Read both splits of the newest prepared version of a dataset below `root`."""
+    # The folder is checked before TFDS is asked. For a missing dataset TFDS would start a download, which
+    # hangs for minutes without a network, and its errors do not tell a missing dataset from another format.
     folder = _newest_version(name, root)
     _check_packages(name)
     import tensorflow_datasets as tfds
@@ -280,6 +296,7 @@ def _load_prepared(name: str, root: pathlib.Path) -> tuple[Split, Split]:
 
 
 def _newest_version(name: str, root: pathlib.Path) -> pathlib.Path:
+    """Return the folder of the newest prepared version of a dataset, or raise and say how to prepare it."""
     versions = [
         path
         for path in (root / name).glob("*")
@@ -294,7 +311,8 @@ def _newest_version(name: str, root: pathlib.Path) -> pathlib.Path:
 
 
 def _how_to_prepare(name: str, root: pathlib.Path) -> str:
-    # With a `data_dir`, both `tfds.data_source` and a builder not told otherwise prepare tfrecord files.
+    """Return an instruction that prepares a dataset in the ArrayRecord format."""
+    # Given a `data_dir`, a TFDS builder and `tfds.data_source` prepare tfrecord files unless told otherwise.
     code = (
         "import tensorflow_datasets as tfds; "
         f'tfds.builder("{name}", data_dir={json.dumps(str(root))}, file_format="array_record")'
@@ -304,6 +322,7 @@ def _how_to_prepare(name: str, root: pathlib.Path) -> str:
 
 
 def _check_packages(name: str) -> None:
+    """Raise `DataError` unless the packages that read TFDS can be imported."""
     for package in _TFDS_PACKAGES:
         try:
             importlib.import_module(package)
@@ -315,7 +334,10 @@ def _check_packages(name: str) -> None:
 
 
 def _check_prepared(name: str, builder: Any, folder: pathlib.Path, root: pathlib.Path) -> None:
-    """Raises before the seconds that decoding takes, for both splits at once."""
+    """Raise `DataError` for another format, or for an empty split or missing files of either split.
+
+    This takes no time, whereas decoding the first split takes seconds.
+    """
     file_format = builder.info.file_format.value
     if file_format != "array_record":
         raise DataError(
@@ -334,12 +356,12 @@ def _check_prepared(name: str, builder: Any, folder: pathlib.Path, root: pathlib
         raise DataError(problem_list(f"dataset {name!r} in {folder} is not complete:", problems))
 
 
-def _read_split(name: str, builder: Any, split: str) -> Split:
-    """Decodes a split, shard by shard so that an error can name the file.
+def _read_split(name: str, builder: Any, split: str) -> Batch:
+    """Decode a split, shard by shard, so that an error can name the damaged file.
 
-    Serial on purpose. Raw records, read a shard at a time and parsed here, take a fifth of the time that TFDS
-    takes to decode them one by one (MNIST 3 s against 16 s on two cores), and threads make it slower, because
-    most of decoding a small image is Python.
+    Records are read a shard at a time and parsed here, in one thread. This takes a fifth of the time that
+    TFDS takes to decode them one by one (MNIST: 3 s instead of 16 s on two cores). Threads would make it
+    slower, because most of decoding a small image is Python.
     """
     import tensorflow_datasets as tfds
 
@@ -360,11 +382,11 @@ def _read_split(name: str, builder: Any, split: str) -> Split:
             except Exception as error:  # protobuf and Pillow raise a dozen types
                 raise DataError(f"cannot use record {number} of {path}: {error}") from error
         start += length
-    return Split(images, labels)
+    return Batch(images, labels)
 
 
 def _build_decoder(image_shape: tuple[int, int, int]) -> Callable[[bytes], tuple[np.ndarray, int]]:
-    """Returns ``decode(record) -> (image, label)`` for serialised examples with images of one shape."""
+    """Build ``decode(record) -> (image, label)`` for serialised examples with images of one shape."""
     from PIL import Image
     from tensorflow_datasets.proto import tf_example_pb2
 
@@ -372,11 +394,11 @@ def _build_decoder(image_shape: tuple[int, int, int]) -> Callable[[bytes], tuple
     wanted_size, wanted_mode = (width, height), {1: "L", 3: "RGB"}[channels]
 
     def decode(record: bytes) -> tuple[np.ndarray, int]:
-        # Classes of generated protobuf modules exist only at run time.
+        # Type checkers do not see the classes of generated protobuf modules, which exist at run time only.
         example = tf_example_pb2.Example.FromString(record)  # pyright: ignore[reportAttributeAccessIssue]
         features = example.features.feature
         image = Image.open(io.BytesIO(features["image"].bytes_list.value[0]))
-        # Size and mode fix shape and dtype: mode L is uint8 [h, w], mode RGB is uint8 [h, w, 3].
+        # Size and mode determine shape and dtype: mode L is uint8 [h, w], and mode RGB is uint8 [h, w, 3].
         if image.size != wanted_size:
             raise ValueError(f"got an image of size {image.size}, wanted {wanted_size}")
         if image.mode != wanted_mode:

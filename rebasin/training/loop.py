@@ -1,5 +1,6 @@
-"""Training: the learning rate, one compiled epoch, and the loop that stores a checkpoint after each."""
+"""Training: the learning rate, one compiled epoch, and the loop that stores a checkpoint after each epoch."""
 
+import dataclasses
 import functools
 import hashlib
 import math
@@ -13,45 +14,48 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import ArrayLike
 
+from rebasin.batches import Batch
 from rebasin.compilation import compiler_options
 from rebasin.errors import ConfigError, NonFiniteError, problem_list
 from rebasin.models import build_model
 from rebasin.training.augmentation import random_crop_and_flip
-from rebasin.training.data import Dataset, Split, normalise
+from rebasin.training.data import Dataset, normalise
 from rebasin.training.recipes import Recipe
 from rebasin.training.trajectory import RunRecord, Trajectory, describe_leaves, open_run
 from rebasin.trees import check_finite, check_same_shapes, leaf_table
 
 __all__ = [
+    "RESUME_SECONDS",
     "EpochMetrics",
+    "InitialState",
+    "NormalisedModel",
     "Progress",
-    "Start",
     "TrainState",
     "TrainingData",
+    "build_apply",
     "build_epoch",
     "build_init",
-    "build_metrics",
-    "classification_metrics",
     "learning_rate",
     "shuffled_batches",
     "train",
 ]
 
-# Called after each stored epoch with its number, that of the last epoch, and the training metrics.
+# Called after each epoch with its number, the number of the last epoch, and the training metrics.
 Progress = Callable[[int, int, Mapping[str, float]], None]
 
-
-# Work that a killed run loses at most where epochs are not all kept; a save takes 20 ms and more.
-_RESUME_SECONDS = 60.0
+# Where not all epochs are kept, one is stored for resuming after this many seconds, so that a killed run
+# loses about a minute of work. Saving takes 20 ms or more; doing it after every epoch would slow short ones.
+RESUME_SECONDS = 60.0
 
 
 class TrainState(NamedTuple):
-    """What one epoch hands to the next; the learning rate follows from the epoch alone.
+    """What one epoch hands to the next. The learning rate is not part of it: it follows from the epoch.
 
     Attributes:
       variables: all collections of the model.
-      optimizer: momentum of ``params``.
+      optimizer: state of the optimiser, which holds the momentum of ``params``.
     """
 
     variables: Any
@@ -59,23 +63,40 @@ class TrainState(NamedTuple):
 
 
 class TrainingData(NamedTuple):
-    """A training split on the device: uint8 images [n, h, w, c], int32 labels [n], pixel statistics [c]."""
+    """A training split on the device, with the statistics that normalise its images.
 
-    images: jax.Array
-    labels: jax.Array
+    Attributes:
+      examples: uint8 images [n, h, w, c] as inputs, and int32 labels [n].
+      mean: mean pixel of each channel, [c], in units of the stored values.
+      std: standard deviation of each channel, [c].
+    """
+
+    examples: Batch
     mean: jax.Array
     std: jax.Array
 
 
 class EpochMetrics(NamedTuple):
-    """Means over the batches of one epoch, each before its own step; scalars."""
+    """Training metrics of an epoch, scalars.
+
+    Each is the mean over the batches of the epoch. A batch is measured before the step that it makes.
+
+    Attributes:
+      loss: cross entropy in nats, without weight decay.
+      error: 0–1 error.
+    """
 
     loss: jax.Array
     error: jax.Array
 
 
-class Start(NamedTuple):
-    """A tree to train on from, as at the end of `epoch`."""
+class InitialState(NamedTuple):
+    """Variables from which a run starts in place of a random initialisation.
+
+    Attributes:
+      variables: all collections of the model, as they are at the end of `epoch`.
+      epoch: the number of epochs that the variables count as trained for.
+    """
 
     variables: Any
     epoch: int
@@ -87,46 +108,47 @@ def train(
     *,
     seed: int,
     directory: str | os.PathLike[str],
-    start: Start | None = None,
+    start: InitialState | None = None,
     keep: Collection[int] | None = None,
     progress: Progress | None = None,
     resume: bool = False,
 ) -> Trajectory:
-    """Trains one network and stores it after every epoch, or after chosen ones.
+    """Train one network and store it after every epoch, or after chosen ones.
 
-    Networks of one recipe share one compiled epoch. All that is random in an epoch follows from `seed` and
-    the epoch's number, so a run that was killed at any moment and resumed ends, bit for bit, where it would
-    have ended (on a GPU, as far as XLA's kernels are deterministic). A finished run of the same recipe and
-    seed is returned as it is.
+    Networks of one recipe share one compiled epoch. All randomness of an epoch follows from `seed` and the
+    epoch's number. A run that was killed at any moment and resumed therefore ends, bit for bit, where the
+    uninterrupted run ends (on a GPU, as far as XLA's kernels are deterministic). A finished run of the same
+    recipe and seed is returned as it is.
 
     Args:
       recipe: what to train, and how.
-      dataset: the data; training inputs are normalised with its `mean` and `std`, also if the recipe takes a
+      dataset: the data. Inputs are normalised with its `mean` and `std`, even if the recipe trains on a
         subset.
       seed: seed of the initialisation, the data order and the augmentation.
       directory: the run's folder; see `rebasin.training.trajectory`.
-      start: a tree to begin from in place of an initialisation. Its momentum is zero and the learning rate
-        goes on at its epoch (as in OpenLTH); then `seed` only sets data order and augmentation.
-      keep: epochs to keep on disk; `None` keeps all. The last is always kept. Of the others, one a minute is
-        stored for a resumed run to begin at, and dropped when the next is. It changes no number, and says
-        nothing about a run that is finished already.
-      progress: called after every epoch.
-      resume: go on with an unfinished run from its last stored epoch.
+      start: variables to start from in place of a random initialisation. Their momentum is zero, and the
+        learning rate continues at their epoch (as in OpenLTH). `seed` then sets data order and augmentation
+        only.
+      keep: epochs to keep on disk; `None` keeps all. The last epoch is always kept. About once a minute
+        another epoch is stored for resuming and deleted again when the next is stored. Affects disk use
+        only; ignored for finished runs.
+      progress: function called after every epoch.
+      resume: continue an unfinished run from its last stored epoch.
 
     Returns:
       The finished trajectory.
 
     Raises:
       ConfigError: recipe, data and start do not fit each other.
-      DataError: the recipe's `num_train` is more than there is.
+      DataError: the recipe's `num_train` exceeds the size of the training split.
       TrajectoryError: the folder holds something else, another run, or an unfinished one without `resume`.
-      NonFiniteError: the loss or the network is no longer finite; epochs stored before that stay.
+      NonFiniteError: the loss or a weight is no longer finite; epochs stored before stay on disk.
     """
     split = dataset.take(num_train=recipe.num_train).train
     _check_fit(recipe, dataset, split)
-    data = TrainingData(*jax.device_put((split.images, split.labels, dataset.mean, dataset.std)))
+    data = TrainingData(*jax.device_put((split, dataset.mean, dataset.std)))
     init_key, data_key = jax.random.split(jax.random.key(seed))
-    init, run_epoch = build_init(recipe, dataset.num_classes), build_epoch(recipe, dataset.num_classes)
+    init = build_init(recipe, dataset.num_classes)
     template = jax.eval_shape(init, init_key, data)
     if start is not None:
         _check_start(recipe, start, template)
@@ -140,77 +162,104 @@ def train(
         first = trajectory.epochs[-1]
         state = _to_device(TrainState(**trajectory.restore(first, template._asdict())))
     else:
-        first = trajectory.record.first_epoch
+        first = record.first_epoch
         state = init(init_key, data) if start is None else _fresh_state(recipe, start.variables)
         if keep is None or first in keep:
             trajectory.save(first, state._asdict(), {})
+    run_epoch = build_epoch(recipe, dataset.num_classes)
+    _train_epochs(
+        trajectory,
+        state,
+        lambda state, epoch: run_epoch(state, epoch, data_key, data),
+        first=first,
+        keep=keep,
+        progress=progress,
+    )
+    return trajectory
+
+
+def _train_epochs(
+    trajectory: Trajectory,
+    state: TrainState,
+    run_epoch: Callable[[TrainState, int], tuple[TrainState, EpochMetrics]],
+    *,
+    first: int,
+    keep: Collection[int] | None,
+    progress: Progress | None,
+) -> None:
+    """Train from the end of epoch `first` to the last epoch, and store epochs on the way."""
+    last = trajectory.recipe.epochs
     saved = time.perf_counter()
-    for epoch in range(first + 1, recipe.epochs + 1):
-        state, metrics = run_epoch(state, epoch, data_key, data)
+    for epoch in range(first + 1, last + 1):
+        state, metrics = run_epoch(state, epoch)
         metrics = {name: float(value) for name, value in metrics._asdict().items()}
         _check_epoch(trajectory, epoch, state.variables, metrics["loss"])
-        wanted = keep is None or epoch in keep or epoch == recipe.epochs
-        if wanted or time.perf_counter() - saved >= _RESUME_SECONDS:
+        wanted = keep is None or epoch in keep or epoch == last
+        if wanted or time.perf_counter() - saved >= RESUME_SECONDS:
             trajectory.save(epoch, state._asdict(), metrics)
             saved = time.perf_counter()
             if keep is not None:
                 trajectory.drop(e for e in trajectory.epochs if e not in keep and e != epoch)
         if progress is not None:
-            progress(epoch, recipe.epochs, metrics)
-    return trajectory
+            progress(epoch, last, metrics)
 
 
 @functools.lru_cache(maxsize=8)
 def build_init(recipe: Recipe, num_classes: int) -> Callable[..., TrainState]:
-    """Returns a jitted ``init(key, data) -> TrainState``; cached, so equal arguments share it."""
+    """Build a jitted ``init(key, data) -> TrainState`` that initialises a network.
+
+    Results are cached: equal arguments give the same function, which is then compiled once.
+
+    Args:
+      recipe: gives the model.
+      num_classes: number of logits.
+    """
     model = build_model(recipe.model, width=recipe.width, num_classes=num_classes)
 
     @jax.jit
     def init(key: jax.Array, data: TrainingData) -> TrainState:
-        return _fresh_state(recipe, model.init(key, normalise(data.images[:1], data.mean, data.std)))
+        images = normalise(data.examples.inputs[:1], data.mean, data.std)
+        return _fresh_state(recipe, model.init(key, images))
 
     return init
 
 
 @functools.lru_cache(maxsize=8)
 def build_epoch(recipe: Recipe, num_classes: int) -> Callable[..., tuple[TrainState, EpochMetrics]]:
-    """Returns a jitted ``run_epoch(state, epoch, key, data) -> (state, metrics)``; cached, as `build_init`.
+    """Build a jitted ``run_epoch(state, epoch, key, data) -> (state, metrics)``.
 
-    It trains epoch number `epoch`, from 1 on, and consumes the state it is given. Each step is SGD with
+    It trains epoch number `epoch`, counted from 1, and consumes the state it is given. Each step is SGD with
     momentum μ and coupled weight decay λ on every leaf of ``params``: m ← μm + ∇L(w) + λw, then w ← w − ηm.
-    Any other collection of the model, such as BatchNorm's running statistics, is what the model made of it
-    while it was applied to the batch; the metrics are those of that application.
+    Other collections of the model, such as BatchNorm's running statistics, are updated by the model itself
+    when it is applied to the batch.
+
+    Results are cached: equal arguments give the same function, which is then compiled once.
+
+    Args:
+      recipe: what to train, and how.
+      num_classes: number of logits.
     """
     model = build_model(recipe.model, width=recipe.width, num_classes=num_classes)
     optimizer = _optimizer(recipe)
-
-    def loss_and_aux(
-        weights: Any, statistics: Any, images: jax.Array, labels: jax.Array
-    ) -> tuple[jax.Array, tuple[jax.Array, Any]]:
-        # What is mutable is what the model has beside its parameters: in most models nothing.
-        logits, updated = model.apply(statistics | weights, images, mutable=list(statistics))
-        values = classification_metrics(logits, labels)
-        return jnp.mean(values["loss"]), (jnp.mean(values["error"]), updated)
+    loss_and_gradient = jax.value_and_grad(functools.partial(_training_loss, model), has_aux=True)
 
     @functools.partial(jax.jit, donate_argnames="state", compiler_options=compiler_options())
     def run_epoch(
         state: TrainState, epoch: jax.Array, key: jax.Array, data: TrainingData
     ) -> tuple[TrainState, EpochMetrics]:
         shuffle_key, augment_key = jax.random.split(jax.random.fold_in(key, epoch))
-        batches = shuffled_batches(shuffle_key, len(data.labels), recipe.batch_size)
+        batches = shuffled_batches(shuffle_key, len(data.examples.labels), recipe.batch_size)
         num_steps = len(batches)
         schedule = learning_rate(recipe, num_steps)
 
         def step(state: TrainState, inputs: tuple[jax.Array, jax.Array]) -> tuple[TrainState, EpochMetrics]:
-            index, batch = inputs
-            images = data.images[batch]
+            index, chosen = inputs
+            images = data.examples.inputs[chosen]
             if recipe.augment:
                 images = random_crop_and_flip(images, jax.random.fold_in(augment_key, index))
-            images = normalise(images, data.mean, data.std)
-            weights, statistics = _split(state.variables)
-            (loss, (error, statistics)), gradient = jax.value_and_grad(loss_and_aux, has_aux=True)(
-                weights, statistics, images, data.labels[batch]
-            )
+            batch = Batch(normalise(images, data.mean, data.std), data.examples.labels[chosen])
+            weights, statistics = _split_collections(state.variables)
+            (loss, (error, statistics)), gradient = loss_and_gradient(weights, statistics, batch)
             direction, momentum = optimizer.update(gradient, state.optimizer, weights)
             rate = schedule((epoch - 1) * num_steps + index)
             weights = jax.tree.map(lambda w, m: w - rate * m, weights, direction)
@@ -223,44 +272,91 @@ def build_epoch(recipe: Recipe, num_classes: int) -> Callable[..., tuple[TrainSt
     return run_epoch
 
 
-def build_metrics(
-    model: nn.Module, mean: jax.typing.ArrayLike, std: jax.typing.ArrayLike
-) -> Callable[[Any, Split], dict[str, jax.Array]]:
-    """Returns ``metrics_fn(variables, batch)``, the cross entropy and 0–1 error of each example.
-
-    `batch` is a `Split` of uint8 images [n, h, w, c] and int32 labels [n], on the device; the result has the
-    keys ``"loss"`` and ``"error"``, both float32 [n], as `rebasin.build_sweep` wants them.
+def _training_loss(
+    model: nn.Module, weights: Any, statistics: Any, batch: Batch
+) -> tuple[jax.Array, tuple[jax.Array, Any]]:
+    """Return the mean loss of a batch, and beside it the mean error and the updated statistics.
 
     Args:
-      model: maps ``(variables, images)`` to logits [n, classes].
-      mean: pixel mean of the training data, [c].
-      std: pixel standard deviation of the training data, [c].
+      model: maps variables and images to logits.
+      weights: the trained collection, ``{"params": …}``.
+      statistics: all other collections; most models have none.
+      batch: normalised images [n, h, w, c] and labels [n].
+    """
+    logits, updated = model.apply(statistics | weights, batch.inputs, mutable=list(statistics))
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
+    error = (jnp.argmax(logits, axis=-1) != batch.labels).astype(jnp.float32)
+    return jnp.mean(loss), (jnp.mean(error), updated)
+
+
+@dataclasses.dataclass(frozen=True)
+class NormalisedModel:
+    """A network as a function of stored images: ``apply_fn(variables, images) -> logits``.
+
+    Instances with equal models and statistics are equal and hash equally. A function that is compiled for one
+    of them is therefore not compiled again for another.
+
+    Attributes:
+      model: Flax module that maps ``(variables, normalised images)`` to logits.
+      mean: pixel mean of each channel, in units of the stored values.
+      std: pixel standard deviation of each channel.
     """
 
-    def metrics_fn(variables: Any, batch: Split) -> dict[str, jax.Array]:
-        return classification_metrics(
-            model.apply(variables, normalise(batch.images, mean, std)), batch.labels
-        )
+    model: nn.Module
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
 
-    return metrics_fn
+    def __call__(self, variables: Any, images: ArrayLike) -> jax.Array:
+        """Return the logits, [n, classes], of uint8 images [n, h, w, c]."""
+        return self.model.apply(variables, normalise(images, self.mean, self.std))  # pyright: ignore
+
+
+def build_apply(model: nn.Module, statistics: Dataset | tuple[ArrayLike, ArrayLike]) -> NormalisedModel:
+    """Build the function that normalises stored images on the device and applies a model to them.
+
+    Args:
+      model: Flax module that maps ``(variables, normalised images)`` to logits. Its attributes must be
+        hashable: tuples rather than lists.
+      statistics: the dataset whose `mean` and `std` normalise the images, or the pair ``(mean, std)`` itself,
+        arrays [c].
+
+    Returns:
+      ``apply_fn(variables, images)``, which maps uint8 images [n, h, w, c] to logits [n, classes].
+
+    Examples:
+      >>> from rebasin.training.data import load_dataset
+      >>> digits = load_dataset("digits")
+      >>> model = build_model("mlp", width=8, num_classes=10)
+      >>> apply_fn = build_apply(model, digits)
+      >>> variables = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
+      >>> apply_fn(variables, digits.test.inputs[:3]).shape
+      (3, 10)
+      >>> apply_fn == build_apply(model, (digits.mean, digits.std))
+      True
+    """
+    moments = (statistics.mean, statistics.std) if isinstance(statistics, Dataset) else statistics
+    # Python floats are hashable, and hold float32 values exactly.
+    mean, std = (tuple(np.asarray(values, np.float32).tolist()) for values in moments)
+    return NormalisedModel(model, mean, std)
 
 
 def learning_rate(recipe: Recipe, num_steps: int) -> optax.Schedule:
-    """Learning rate by step: linear from 0 to the peak over the warm-up, then half a cosine to 0.
+    """Return the learning rate by step: a linear warm-up from 0 to the peak, then half a cosine down to 0.
 
-    With W steps of warm-up among T steps in all, the rate of step t = 0, 1, … is η·t/W before W, and then
-    η·(1 + cos(π(t−W)/(T−W)))/2 (arXiv 2404.06498, App. D; that the first step has rate 0 is OpenLTH's).
+    With W steps of warm-up among T steps in all, the rate of step t = 0, 1, … is η·t/W before W, and
+    η·(1 + cos(π(t−W)/(T−W)))/2 from then on (arXiv 2404.06498, App. D). The rate of 0 at the first step is
+    taken from OpenLTH.
 
     Args:
-      recipe: gives the peak η, and W and T in epochs.
-      num_steps: steps per epoch.
+      recipe: gives the peak rate η, and W and T in epochs.
+      num_steps: number of steps per epoch.
 
     Returns:
-      A function from step, counted over the whole run, to rate.
+      A function from the step, counted over the whole run, to its rate.
     """
     warmup_steps = recipe.warmup_epochs * num_steps
     decay_steps = recipe.epochs * num_steps - warmup_steps
-    # Optax takes neither phase with a length of zero; the cosine's one step is never reached then.
+    # Optax raises for a phase of length zero. A run that is all warm-up never reaches the cosine's one step.
     decay = optax.cosine_decay_schedule(recipe.peak_learning_rate, max(decay_steps, 1))
     if not warmup_steps:
         return decay
@@ -269,9 +365,9 @@ def learning_rate(recipe: Recipe, num_steps: int) -> optax.Schedule:
 
 
 def shuffled_batches(key: jax.Array, num_examples: int, batch_size: int) -> jax.Array:
-    """Indices of the examples of each step of an epoch, int [steps, batch_size].
+    """Draw the examples of each step of an epoch, as indices int [steps, batch_size].
 
-    Every example comes at most once: those that do not fill a last batch sit this epoch out.
+    Every example is drawn at most once. The examples left over for a last, short batch are left out.
     """
     num_steps = num_examples // batch_size
     order = jax.random.permutation(key, num_examples)
@@ -279,35 +375,35 @@ def shuffled_batches(key: jax.Array, num_examples: int, batch_size: int) -> jax.
 
 
 def _optimizer(recipe: Recipe) -> optax.GradientTransformation:
-    """Momentum SGD but for the rate, which follows from the epoch and not from a step count kept inside.
+    """Return SGD with momentum and weight decay, but without the learning rate.
 
-    So a child that starts at epoch t needs a fresh optimiser state and nothing else.
+    The rate follows from the epoch rather than from a step count in the optimiser's state. A child that
+    starts at epoch t therefore needs a fresh optimiser state and nothing else.
     """
     return optax.chain(optax.add_decayed_weights(recipe.weight_decay), optax.trace(recipe.momentum))
 
 
-def classification_metrics(logits: Any, labels: jax.typing.ArrayLike) -> dict[str, jax.Array]:
-    """Cross entropy and 0–1 error of each example: ``[n, classes], [n] -> {"loss": [n], "error": [n]}``."""
-    loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    return {"loss": loss, "error": (jnp.argmax(logits, axis=-1) != labels).astype(jnp.float32)}
-
-
 def _fresh_state(recipe: Recipe, variables: Any) -> TrainState:
-    """State with zero momentum, in buffers of its own: an epoch consumes those it is given."""
-    return _to_device(TrainState(variables, _optimizer(recipe).init(_split(variables)[0])))
+    """Return a state with zero momentum.
+
+    It gets copies of the variables, because an epoch consumes the buffers of the state it is given.
+    """
+    return _to_device(TrainState(variables, _optimizer(recipe).init(_split_collections(variables)[0])))
 
 
-def _split(variables: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The collection that is trained, and those that the model updates itself, such as running statistics."""
+def _split_collections(variables: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Split variables into the trained collection and those the model updates, such as running statistics."""
     rest = dict(variables)
     return {"params": rest.pop("params")}, rest
 
 
 def _to_device(tree: Any) -> Any:
+    """Copy every leaf to the device."""
     return jax.tree.map(jnp.array, tree)
 
 
-def _fingerprint(start: Start | None) -> dict[str, Any] | None:
+def _fingerprint(start: InitialState | None) -> dict[str, Any] | None:
+    """Return what ``run.json`` records of an initial state: its epoch and a hash of its variables."""
     if start is None:
         return None
     digest = hashlib.sha256()
@@ -316,7 +412,8 @@ def _fingerprint(start: Start | None) -> dict[str, Any] | None:
     return {"epoch": int(start.epoch), "sha256": digest.hexdigest()}
 
 
-def _check_fit(recipe: Recipe, dataset: Dataset, split: Split) -> None:
+def _check_fit(recipe: Recipe, dataset: Dataset, split: Batch) -> None:
+    """Raise `ConfigError` unless the recipe can train on this split of this dataset."""
     problems, size = [], len(split.labels)
     if dataset.name != recipe.dataset:
         problems.append(f"dataset: recipe says {recipe.dataset!r}, got {dataset.name!r}")
@@ -326,7 +423,8 @@ def _check_fit(recipe: Recipe, dataset: Dataset, split: Split) -> None:
         raise ConfigError(problem_list("recipe and dataset do not fit:", problems))
 
 
-def _check_start(recipe: Recipe, start: Start, template: TrainState) -> None:
+def _check_start(recipe: Recipe, start: InitialState, template: TrainState) -> None:
+    """Raise unless an initial state has finite variables of the model and an epoch before the last."""
     if not 0 <= start.epoch < recipe.epochs:
         raise ConfigError(f"start.epoch: wanted at least 0 and less than {recipe.epochs}, got {start.epoch}")
     check_same_shapes(start.variables, template.variables, names=("start.variables", "the recipe's model"))
@@ -334,6 +432,7 @@ def _check_start(recipe: Recipe, start: Start, template: TrainState) -> None:
 
 
 def _check_epoch(trajectory: Trajectory, epoch: int, variables: Any, loss: float) -> None:
+    """Raise `NonFiniteError`, with advice, where the loss or the variables of an epoch are not finite."""
     recipe = trajectory.recipe
     try:
         if not math.isfinite(loss):

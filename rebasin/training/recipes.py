@@ -1,4 +1,4 @@
-"""Recipes: all that a training run depends on besides its seed."""
+"""Recipes: everything that a training run depends on, except its seed."""
 
 import dataclasses
 import math
@@ -10,9 +10,9 @@ from rebasin.errors import ConfigError, problem_list
 
 __all__ = ["REGIMES", "Recipe", "build_recipe"]
 
-# How the training of the paper's experiments differs (arXiv 2404.06498, App. D and H.4): `trajectory` is for
-# the dense and sparse trajectories, `instability` for the children, `remaining` for the rest of the main
-# text, and the two `stability` regimes for the interventions of App. H.4.
+# How training differs between the paper's experiments (arXiv 2404.06498, App. D and H.4). `trajectory` is for
+# dense and sparse trajectories, `instability` for children that are spawned during training, `remaining` for
+# the rest of the main text, and the two `stability` regimes for the interventions of App. H.4.
 REGIMES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "trajectory": {"warmup_epochs": 5, "weight_decay": 1e-4},
@@ -23,31 +23,35 @@ REGIMES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     }
 )
 
-# Natural images keep their class under a shift or a mirror image; digits and house numbers do not.
+# The datasets that are augmented by default. Natural images keep their class when they are shifted or
+# mirrored; digits and house numbers do not.
 _AUGMENTED_DATASETS = frozenset({"cifar10", "cifar100"})
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """All that a training run depends on besides its seed; written verbatim into its ``run.json``.
+    """Everything that a training run depends on, except its seed.
 
-    The defaults are those of arXiv 2404.06498, App. D.
+    A recipe is written verbatim into the run's ``run.json``. The defaults are those of arXiv 2404.06498,
+    App. D.
 
     Attributes:
       dataset: name of the dataset, as in `rebasin.training.data`.
       model: name of the architecture, as in `rebasin.models`.
       width: width of the architecture.
-      epochs: passes over the training split.
-      num_train: size of the stratified subset of the training split to train on; None takes it whole.
-      batch_size: examples per step; a last short batch is dropped.
-      peak_learning_rate: rate at the end of the warm-up.
-      momentum: of SGD, in [0, 1).
-      warmup_epochs: epochs in which the rate rises linearly from 0; then it falls to 0 along a cosine.
-      weight_decay: λ of coupled L2, λw added to the gradient of every leaf, biases and norm scales included.
-      augment: random crop with padding 4, and horizontal flip.
+      epochs: number of passes over the training split.
+      num_train: size of the stratified subset of the training split to train on; `None` trains on all of it.
+      batch_size: number of examples per step; a last, short batch is dropped.
+      peak_learning_rate: learning rate at the end of the warm-up.
+      momentum: momentum of SGD, in [0, 1).
+      warmup_epochs: number of epochs in which the learning rate rises linearly from 0; it then falls to 0
+        along a cosine.
+      weight_decay: factor λ of coupled L2 decay, which adds λw to the gradient of every leaf, including
+        biases and norm scales.
+      augment: whether to train on random crops with padding 4 and random horizontal flips.
 
     Raises:
-      ConfigError: listing every field whose value cannot work.
+      ConfigError: a field has a value that cannot work; all such fields are listed.
 
     Examples:
       >>> Recipe("digits", "mlp", width=128, epochs=30).batch_size
@@ -89,15 +93,15 @@ class Recipe:
 def build_recipe(
     regime: str, *, dataset: str, model: str, width: int, epochs: int = 150, **changes: Any
 ) -> Recipe:
-    """The recipe of one of the paper's regimes.
+    """Build the recipe of one of the paper's regimes.
 
     Args:
       regime: one of `REGIMES`.
-      dataset: name of the dataset; on CIFAR, augmentation is on unless `changes` says otherwise.
+      dataset: name of the dataset. On CIFAR, augmentation is on unless `changes` says otherwise.
       model: name of the architecture.
       width: width of the architecture.
-      epochs: passes over the training split.
-      **changes: any other field of `Recipe`, in place of what the regime says.
+      epochs: number of passes over the training split.
+      **changes: values of other fields of `Recipe`, which take precedence over the regime.
 
     Returns:
       A `Recipe`.

@@ -21,7 +21,7 @@ class Normed(nn.Module):
 
 
 def test_variants_are_measured_and_told_apart(monkeypatch, capsys):
-    monkeypatch.setitem(models._MODELS, "normed", lambda width, num_classes: Normed())
+    monkeypatch.setitem(models.MODELS, "normed", lambda width, num_classes: Normed())
     digits = load_dataset("digits")
     bench = Bench(
         Recipe("digits", "normed", width=8, epochs=5), digits, num_alphas=3, num_test=50, num_train=60

@@ -20,10 +20,12 @@ from experiments.console import Reporter
 from experiments.experiment import Setup
 from experiments.pairs import run_directory
 from experiments.results import Results
+from rebasin.barrier import classification_metrics
+from rebasin.batches import Batch
 from rebasin.errors import ConfigError
 from rebasin.models import BatchNorm, build_model
 from rebasin.training.data import load_dataset, normalise
-from rebasin.training.loop import build_metrics, classification_metrics
+from rebasin.training.loop import build_apply
 from rebasin.training.recipes import build_recipe
 from rebasin.training.trajectory import Trajectory
 
@@ -67,7 +69,7 @@ def test_the_first_row_is_the_pair_as_it_was_trained(methods, pair):
     dataset = load_dataset("digits")
     model = build_model("mlp", width=16, num_classes=10)
     data = dataset.take(num_train=1, num_test=200).test
-    metrics = build_metrics(model, dataset.mean, dataset.std)
+    metrics = classification_metrics(build_apply(model, dataset))
     curve = rebasin.sweep(*pair, data, metrics, num_alphas=5)
     record = results.curves[0]["methods"]["none"]
     np.testing.assert_allclose(record["plain"]["loss_barrier"], curve.loss_barrier.value, rtol=1e-5)
@@ -111,7 +113,7 @@ class Normed(nn.Module):
 def normed():
     """Two networks with BatchNorm that were never trained, a bench for them, and its record of the two."""
     dataset, model = load_dataset("digits"), Normed()
-    images = normalise(dataset.train.images[:300], dataset.mean, dataset.std)
+    images = normalise(dataset.train.inputs[:300], dataset.mean, dataset.std)
     trees = []
     for seed in (0, 1):
         tree = model.init(jax.random.key(seed), images)
@@ -130,14 +132,15 @@ def test_new_norm_statistics_are_those_of_the_network_in_the_middle(normed):
     chosen = dataset.take(num_train=300, num_test=200)
     pixels, test = (
         np.asarray(normalise(images, dataset.mean, dataset.std))
-        for images in (chosen.train.images[:100], chosen.test.images)
+        for images in (chosen.train.inputs[:100], chosen.test.inputs)
     )
     params = jax.tree.map(lambda x, y: (x + y) / 2, a["params"], b["params"])
     dense = params["Dense_0"]
     before = pixels.reshape(100, -1) @ np.asarray(dense["kernel"]) + np.asarray(dense["bias"])
     statistics = {"mean": jnp.mean(before, 0), "var": jnp.var(before, 0)}
-    logits = model.apply({"params": params, "batch_stats": {"BatchNorm_0": statistics}}, test)
-    loss = float(jnp.mean(classification_metrics(logits, chosen.test.labels)["loss"]))
+    variables = {"params": params, "batch_stats": {"BatchNorm_0": statistics}}
+    metrics = classification_metrics(model.apply)(variables, Batch(test, chosen.test.labels))
+    loss = float(jnp.mean(metrics["loss"]))
     record = results.curves[0]["methods"]["none"]
     assert record["reset"]["midpoint_loss"] == pytest.approx(loss, rel=1e-4)
     assert record["plain"]["midpoint_loss"] != pytest.approx(loss, rel=1e-2)

@@ -21,7 +21,7 @@ from experiments.segments import METRICS, Meter
 from rebasin.errors import ConfigError
 from rebasin.models import build_model
 from rebasin.training.data import load_dataset
-from rebasin.training.loop import Start, train
+from rebasin.training.loop import InitialState, train
 from rebasin.training.recipes import build_recipe
 from rebasin.training.trajectory import Trajectory
 
@@ -74,7 +74,7 @@ def test_barriers_are_those_of_children_trained_by_hand(finished, tmp_path):
     def child(parent, number):
         seed = child_seed(parent.seed, 1, number)
         directory = tmp_path / f"child_{seed}"
-        return train(RECIPE, DIGITS, seed=seed, directory=directory, start=Start(parent[1], 1)).last
+        return train(RECIPE, DIGITS, seed=seed, directory=directory, start=InitialState(parent[1], 1)).last
 
     a1, a2, b1 = child(a, 1), child(a, 2), child(b, 1)
     meter = Meter(model, DIGITS, num_alphas=5, num_eval=200)

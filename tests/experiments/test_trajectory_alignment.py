@@ -67,7 +67,7 @@ def finished(tmp_path_factory):
 
 def error_rate(params, split, dataset):
     """0–1 error in NumPy float64, layer by layer."""
-    x = ((split.images - dataset.mean) / dataset.std).reshape(len(split.labels), -1).astype(np.float64)
+    x = ((split.inputs - dataset.mean) / dataset.std).reshape(len(split.labels), -1).astype(np.float64)
     layers = params["params"]
     for i in range(4):
         layer = layers[f"Dense_{i}"]
@@ -93,7 +93,7 @@ def test_barriers_are_those_of_the_networks_on_disk(finished):
     model = build_model("mlp", width=16, num_classes=10)
     spec = rebasin.infer_spec(model.apply, a.last, np.zeros((1, 8, 8, 1), np.float32))
     test = dataset.take(num_train=200, num_test=200).test
-    images = dataset.take(num_train=100).train.images
+    images = dataset.take(num_train=100).train.inputs
     curve = results.curves[1]
 
     def apply(variables, batch):

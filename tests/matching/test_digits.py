@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 import rebasin
+from rebasin.barrier import classification_metrics
 from rebasin.matching.many import cycle_error
 from rebasin.matching.registry import METHODS
 from rebasin.models import MLP
-from rebasin.training.data import load_dataset, normalise
-from rebasin.training.loop import build_metrics, train
+from rebasin.training.data import load_dataset
+from rebasin.training.loop import build_apply, train
 from rebasin.training.recipes import build_recipe
 
 KEY = jax.random.key(0)
@@ -38,18 +39,10 @@ LEARN = ("straight_through", "sinkhorn")
 )
 def test_the_error_barrier_nearly_vanishes(digits, method):
     model, spec, (a, b, _), dataset = digits
-    metrics_fn, data = build_metrics(model, dataset.mean, dataset.std), jax.device_put(dataset.train)
-    needs = METHODS[method]().needs
-
-    def apply_fn(params, images):
-        return model.apply(params, normalise(images, dataset.mean, dataset.std))
-
+    apply_fn, data = build_apply(model, dataset), jax.device_put(dataset.train)
+    metrics_fn = classification_metrics(apply_fn)
     options = {"num_steps": 10} if method in LEARN else {}
-    given = {
-        "apply_fn": apply_fn,
-        "metrics_fn": metrics_fn,
-        "data": data if "metrics_fn" in needs else data[0],
-    }
+    given = {"apply_fn": apply_fn, "metrics_fn": metrics_fn, "data": data}
     sweep = rebasin.build_sweep(metrics_fn, num_alphas=5)
     assert sweep(a, b, data).error_barrier.value > 0.3
     match = rebasin.match(spec, a, b, method, key=KEY, **given, **options)
@@ -59,7 +52,8 @@ def test_the_error_barrier_nearly_vanishes(digits, method):
 
 def test_a_universe_is_consistent_where_pairs_are_not(digits):
     model, spec, trees, dataset = digits
-    metrics_fn, data = build_metrics(model, dataset.mean, dataset.std), jax.device_put(dataset.train)
+    apply_fn, data = build_apply(model, dataset), jax.device_put(dataset.train)
+    metrics_fn = classification_metrics(apply_fn)
     pairs = list(itertools.combinations(range(3), 2))
     apart = {(i, j): rebasin.weight_matching(spec, trees[i], trees[j], key=KEY).permutation for i, j in pairs}
     assert cycle_error(spec, apart) > 0.5

@@ -1,4 +1,4 @@
-"""The convolution against XLA's own: values, gradients, transformations, and forms that it leaves alone."""
+"""The convolution equals XLA's own: values, gradients, transformations, and the forms it leaves to XLA."""
 
 from functools import partial
 
@@ -15,11 +15,12 @@ from rebasin.models import conv_general_dilated, convolution, cpu_convolution
 
 CHANNELS_LAST = ("NHWC", "HWIO", "NHWC")
 
-# Sums of at most 9 × 5 products, or 4 × 8 × 8 for a kernel's gradient, of numbers of order 1, in another
-# order: rounding leaves about √200 ε, 2e-6 in float32 and 3e-15 in float64, now and then several times that.
+# Values are sums of at most 9 × 5 products, or 4 × 8 × 8 for the gradient of a kernel, of numbers of order 1.
+# Summing in another order changes them by about √200 ε, which is 2e-6 in float32 and 3e-15 in float64, and
+# sometimes by several times that.
 TOLERANCE = {"float32": {"rtol": 1e-5, "atol": 2e-5}, "float64": {"rtol": 1e-12, "atol": 1e-12}}
 
-# (image, kernel, stride, padding): every path of both gradients, by name.
+# By name: image, kernel, stride and padding. Together they take every path of both gradients.
 FORMS = {
     "fast form throughout": ((8, 8), (3, 3), 1, "SAME"),
     "as many pixels as the kernel": ((3, 3), (3, 3), 1, "SAME"),
@@ -53,7 +54,7 @@ def pair(value):
 
 
 def values_and_gradients(convolve, images, kernels, stride, padding):
-    """Output and both gradients, for a fixed cotangent that differs everywhere."""
+    """The output and both gradients, for a fixed cotangent without equal entries."""
     options = {"window_strides": pair(stride), "padding": padding, "dimension_numbers": CHANNELS_LAST}
     out, pullback = jax.vjp(partial(convolve, **options), images, kernels)
     return out, *pullback(cotangent_like(out))
@@ -95,7 +96,7 @@ def test_blocks_of_pixels_and_parts_of_the_batch_equal_the_plain_convolution(ima
     [(3 * 8, 32, 4), (3 * 8, 6, 2), (8 * 8, 32, 2), (8 * 8, 7, 1), (8 * 16, 16, 2), (16 * 16, 32, 1)],
 )
 def test_pixels_are_taken_together_between_few_channels(channels, width, expected):
-    assert cpu_convolution._pixels_in_block(channels, width) == expected
+    assert cpu_convolution.pixels_in_block(channels, width) == expected
 
 
 @pytest.mark.parametrize(
@@ -103,7 +104,7 @@ def test_pixels_are_taken_together_between_few_channels(channels, width, expecte
     [(128, 2**10, 64), (128, 2**15, 32), (128, 2**16, 16), (128, 2**24, 4), (127, 2**10, 127), (6, 2**10, 6)],
 )
 def test_a_part_of_the_batch_divides_it_and_fits_the_cache(n, num_bytes, expected):
-    assert cpu_convolution._part_of_batch(n, num_bytes) == expected
+    assert cpu_convolution.part_of_batch(n, num_bytes) == expected
 
 
 extents = st.integers(1, 6)
@@ -128,7 +129,7 @@ def test_any_window_equals_the_plain_convolution_in_float32(
 
 @pytest.mark.parametrize("form", ["fewer pixels than the kernel", "fast form throughout", "strided"])
 def test_each_platform_branch_equals_the_plain_convolution_in_float32(form):
-    # Only the CPU's branch runs on a CPU, so that each is called by itself.
+    # Compiled code takes only the CPU's branch on a CPU, so each branch is called directly.
     image, kernel, stride, padding = FORMS[form]
     images, kernels = operands(image, kernel)
     numeric = tuple(lax.padtype_to_pads(image, kernel, pair(stride), padding))
@@ -138,7 +139,7 @@ def test_each_platform_branch_equals_the_plain_convolution_in_float32(form):
     def branches(images, kernels):
         out, *gradients = values_and_gradients(lax.conv_general_dilated, images, kernels, stride, padding)
         forward = [f(images, kernels, window) for f in (cpu_convolution.convolve, cpu_convolution.plain)]
-        pullbacks = cpu_convolution.gradients, convolution._plain_gradients
+        pullbacks = cpu_convolution.gradients, convolution.plain_gradients
         backward = [f(images, kernels, cotangent_like(out), window) for f in pullbacks]
         return out, gradients, forward, backward
 
@@ -149,7 +150,7 @@ def test_each_platform_branch_equals_the_plain_convolution_in_float32(form):
 
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
 def test_one_trace_lowers_for_every_platform(platform):
-    # 2×2 images have a form of their own on the CPU, and are left to XLA elsewhere.
+    # 2×2 images are computed by matrix products on the CPU, and by XLA's convolution elsewhere.
     images, kernels = operands((2, 2), (3, 3))
     convolve = jax.jit(
         lambda x, k: conv_general_dilated(x, k, (1, 1), "SAME", dimension_numbers=CHANNELS_LAST)
@@ -239,7 +240,7 @@ def test_other_forms_are_the_plain_convolution(form, monkeypatch):
     def refuse(*args):
         raise AssertionError("took the fast path")
 
-    monkeypatch.setattr(convolution, "_convolve", refuse)
+    monkeypatch.setattr(convolution, "fast_convolution", refuse)
     image_shape, kernel_shape, options = OTHER_FORMS[form]
     options = {
         "window_strides": (1, 1),

@@ -1,7 +1,8 @@
-"""The models: names and shapes of leaves, sizes, and independence of how convolutions are computed."""
+"""Models have the leaves they should, and their outputs do not depend on how convolutions are computed."""
 
 import math
-from functools import partial
+import subprocess
+import sys
 
 import chex
 import flax.linen as nn
@@ -156,7 +157,7 @@ RESNET_LEAVES = {
 
 
 def leaf_shapes(model, image):
-    """Shapes of all parameters by name; nothing is computed."""
+    """The shapes of all parameters by name, found without computing anything."""
     shapes = collection_shapes(model, image)
     assert list(shapes) == ["params"]
     return shapes["params"]
@@ -245,14 +246,14 @@ def test_logits_do_not_depend_on_how_convolutions_are_computed(name, monkeypatch
     assert np.ptp(fast) > 0.1
     plain = lax.conv_general_dilated
     monkeypatch.setattr(vgg, "conv_general_dilated", plain)
-    monkeypatch.setattr(resnet, "_Conv", partial(nn.Conv, use_bias=False, conv_general_dilated=plain))
+    monkeypatch.setattr(resnet, "conv_general_dilated", plain)
     slow = jax.jit(lambda v, x: model.apply(v, x))(variables, images)
-    # Rounding grows through some twenty layers, each of which normalises.
+    # Rounding errors grow through some twenty layers, each of which normalises.
     chex.assert_trees_all_close(fast, slow, rtol=1e-3, atol=1e-4)
 
 
 def randomised(model, images):
-    """Variables whose every leaf is random: zero biases and unit scales would hide an unused leaf."""
+    """Variables with random leaves: zero biases and unit scales would hide a leaf that is not used."""
     shapes = jax.eval_shape(model.init, jax.random.key(0), images)
     leaves, structure = jax.tree.flatten(shapes)
     rng = np.random.default_rng(0)
@@ -266,7 +267,7 @@ def randomised(model, images):
 
 def test_vgg_pads_small_images_on_all_sides():
     images = jax.random.normal(jax.random.key(0), (2, 27, 40, 1))
-    padded = vgg._pad_to(images, 32)
+    padded = vgg.pad_to(images, 32)
     assert padded.shape == (2, 32, 40, 1)
     np.testing.assert_array_equal(padded[:, 2:29], images)
     np.testing.assert_array_equal(padded[:, :2], 0)
@@ -284,6 +285,14 @@ def test_vgg_takes_images_of_the_size_of_mnist():
 @pytest.mark.parametrize(("extent", "flat"), [(32, 16), (64, 4 * 16)])
 def test_vgg_flattens_what_five_pools_leave(extent, flat):
     assert leaf_shapes(VGG16(width=2), (extent, extent, 3))["Dense_0/kernel"] == (flat, 16)
+
+
+def test_models_load_nothing_that_trains():
+    code = (
+        "import sys, rebasin.models; "
+        "sys.exit(bool({'optax', 'orbax', 'tensorflow_datasets', 'rebasin.training'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 @pytest.mark.parametrize(
@@ -319,6 +328,6 @@ def test_max_pool_of_vgg_equals_that_of_flax(extent):
     def flax_pool(x):
         return nn.max_pool(x, (2, 2), strides=(2, 2))
 
-    np.testing.assert_array_equal(vgg._max_pool(x), flax_pool(x))
-    ours, plain = (jax.grad(weighted(pool))(x) for pool in (vgg._max_pool, flax_pool))
+    np.testing.assert_array_equal(vgg.max_pool(x), flax_pool(x))
+    ours, plain = (jax.grad(weighted(pool))(x) for pool in (vgg.max_pool, flax_pool))
     np.testing.assert_array_equal(ours, plain)

@@ -20,15 +20,15 @@ def test_crop_and_flip_equals_slicing_one_image_at_a_time():
 
 
 def test_every_offset_and_both_sides_are_drawn_equally_often():
-    # An image with one bright pixel off centre shows where it was moved to.
+    # Each image has one bright pixel, off its centre, which shows where the image was moved.
     images = np.zeros((9000, 20, 21, 1), np.uint8)
     images[:, 10, 6] = 1
     _, rows, columns, _ = np.nonzero(random_crop_and_flip(images, jax.random.key(0)))
     assert len(rows) == 9000
-    # Rows 10 ± 4; columns 6 ± 4, or mirrored 14 ± 4. Column 10 is reached both ways.
+    # The pixel moves to rows 10 ± 4 and to columns 6 ± 4, or 14 ± 4 if mirrored. Both reach column 10.
     row_means = [0] * 6 + [1000] * 9
     column_means = [0] * 2 + [500] * 8 + [1000] + [500] * 8
-    # Five standard deviations, which are 30 and less: no room for an offset too many or too few.
+    # The tolerance is five standard deviations of at most 30. One offset too many or too few would exceed it.
     np.testing.assert_allclose(np.bincount(rows), row_means, atol=150)
     np.testing.assert_allclose(np.bincount(columns), column_means, atol=150)
 

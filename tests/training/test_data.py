@@ -18,8 +18,9 @@ from hypothesis import given
 from PIL import Image
 
 import rebasin.training.data
+from rebasin.batches import Batch
 from rebasin.errors import DataError
-from rebasin.training.data import DATASETS, Dataset, Split, load_dataset, normalise
+from rebasin.training.data import DATASETS, Dataset, load_dataset, normalise
 
 MNIST_SHAPE = (28, 28, 1)
 
@@ -43,18 +44,18 @@ def random_split(num, shape, seed):
     rng = np.random.default_rng(seed)
     images = rng.integers(0, 256, (num, *shape), dtype=np.uint8)
     images[:, 0, 0, 0] = np.arange(num)  # TFDS shuffles what it writes: this tells which image is which
-    return Split(images, rng.integers(0, 10, num, dtype=np.int32))
+    return Batch(images, rng.integers(0, 10, num, dtype=np.int32))
 
 
 def write_prepared(root, name, splits, *, version="3.0.1"):
-    """Writes a dataset as TFDS would, in two ArrayRecord shards per split of (PNG bytes, label) pairs."""
+    """Write pairs (PNG bytes, label) as TFDS would, in two ArrayRecord shards per split."""
     tfds.disable_progress_bar()
 
     class Writer(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         VERSION = tfds.core.Version(version)
 
         def _info(self):
-            # Ready PNG bytes are stored as they are; only encoding an array would need TensorFlow.
+            # TFDS stores PNG bytes as they are. Only encoding an array would need TensorFlow.
             image = tfds.features.Image(shape=(None, None, 3 if name == "cifar10" else 1))
             label = tfds.features.ClassLabel(num_classes=10)
             features = tfds.features.FeaturesDict({"image": image, "label": label})
@@ -79,7 +80,7 @@ def encoded(split):
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    """A small MNIST: where TFDS would look for it, and what was written."""
+    """The folder of a small prepared MNIST, and the splits that were written to it."""
     root = tmp_path_factory.mktemp("tfds")
     written = {"train": random_split(11, MNIST_SHAPE, seed=0), "test": random_split(5, MNIST_SHAPE, seed=1)}
     write_prepared(root, "mnist", {split: encoded(examples) for split, examples in written.items()})
@@ -88,7 +89,7 @@ def prepared(tmp_path_factory):
 
 @pytest.fixture
 def folder(prepared, tmp_path):
-    """A copy of the small MNIST to damage: its version folder, below `tmp_path`."""
+    """The version folder of a copy of the small MNIST, below `tmp_path`, which a test may damage."""
     shutil.copytree(prepared[0], tmp_path, dirs_exist_ok=True)
     return tmp_path / "mnist/3.0.1"
 
@@ -122,9 +123,9 @@ def test_digits_are_the_published_images():
         images, labels = arrays["images"], arrays["labels"]
     assert (images.dtype, images.shape, images.min(), images.max()) == (np.uint8, (1797, 8, 8, 1), 0, 16)
     assert images.sum() == 561718
-    # Counts per class as the UCI documentation of the test part states them.
+    # The counts per class that the UCI documentation of the test part states.
     assert np.bincount(labels).tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
-    # Of the CSV file that scikit-learn ships, a second copy of the UCI file.
+    # Hashes of the CSV file that scikit-learn ships, an independent copy of the UCI file.
     assert hashlib.sha256(images.tobytes()).hexdigest() == (
         "8f26b2bd9d135c256808f68f14fdabddde6d9c7f869ae419704b051f0f14b3b3"
     )
@@ -136,11 +137,11 @@ def test_digits_are_the_published_images():
 def test_digits_split_is_fixed_and_stratified():
     digits = load_dataset("digits")
     assert (digits.name, digits.num_classes) == ("digits", 10)
-    assert digits.train.images.shape == (1437, 8, 8, 1)
-    assert digits.test.images.shape == (360, 8, 8, 1)
+    assert digits.train.inputs.shape == (1437, 8, 8, 1)
+    assert digits.test.inputs.shape == (360, 8, 8, 1)
     assert digits.train.labels.dtype == digits.test.labels.dtype == np.int32
     assert np.bincount(digits.test.labels).tolist() == [36, 36, 36, 36, 37, 36, 36, 36, 35, 36]
-    assert hashlib.sha256(digits.test.images.tobytes()).hexdigest() == (
+    assert hashlib.sha256(digits.test.inputs.tobytes()).hexdigest() == (
         "3c05733c55d710109b9a1878ea98f552bb9d33485cd2bddb57cbade1c3c55d6d"
     )
 
@@ -170,10 +171,10 @@ def test_prepared_dataset_is_read_back_pixel_for_pixel(prepared):
     dataset = load_dataset("mnist", data_dir=root)
     for split, (images, labels) in written.items():
         got = getattr(dataset, split)
-        assert (got.images.dtype, got.labels.dtype) == (np.uint8, np.int32)
-        keys = got.images[:, 0, 0, 0]
+        assert (got.inputs.dtype, got.labels.dtype) == (np.uint8, np.int32)
+        keys = got.inputs[:, 0, 0, 0]
         np.testing.assert_array_equal(np.sort(keys), np.arange(len(labels)))
-        np.testing.assert_array_equal(got.images, images[keys])
+        np.testing.assert_array_equal(got.inputs, images[keys])
         np.testing.assert_array_equal(got.labels, labels[keys])
 
 
@@ -181,13 +182,13 @@ def test_colour_images_keep_their_channels(tmp_path):
     written = {"train": random_split(3, (32, 32, 3), seed=2), "test": random_split(2, (32, 32, 3), seed=3)}
     write_prepared(tmp_path, "cifar10", {split: encoded(examples) for split, examples in written.items()})
     got = load_dataset("cifar10", data_dir=tmp_path).train
-    np.testing.assert_array_equal(got.images, written["train"].images[got.images[:, 0, 0, 0]])
+    np.testing.assert_array_equal(got.inputs, written["train"].inputs[got.inputs[:, 0, 0, 0]])
 
 
 def test_order_is_that_of_tfds(prepared):
     source = tfds.builder_from_directory(prepared[0] / "mnist/3.0.1").as_data_source("train")
     got = load_dataset("mnist", data_dir=prepared[0]).train
-    np.testing.assert_array_equal(got.images, [example["image"] for example in source])
+    np.testing.assert_array_equal(got.inputs, [example["image"] for example in source])
     np.testing.assert_array_equal(got.labels, [example["label"] for example in source])
 
 
@@ -318,16 +319,16 @@ def test_unusable_image_is_named(image, problem, tmp_path):
 
 
 def toy_dataset(labels, num_classes=10):
-    """One-pixel images that say which example they are."""
+    """A dataset of one-pixel images, whose pixel is the number of the example."""
     labels = np.asarray(labels, np.int32)
-    split = Split(np.arange(len(labels), dtype=np.uint8).reshape(-1, 1, 1, 1), labels)
+    split = Batch(np.arange(len(labels), dtype=np.uint8).reshape(-1, 1, 1, 1), labels)
     return Dataset("toy", num_classes, split, split)
 
 
 def test_every_problem_of_a_dataset_is_listed():
     images, labels = np.zeros((5, 8, 8, 1), np.uint8), np.arange(5, dtype=np.int32)
     with pytest.raises(DataError) as info:
-        Dataset("toy", 4, Split(images[..., 0] / 2, labels), Split(images, labels[1:].astype(np.int64)))
+        Dataset("toy", 4, Batch(images[..., 0] / 2, labels), Batch(images, labels[1:].astype(np.int64)))
     assert str(info.value).splitlines() == [
         "dataset 'toy' is not usable:",
         "  train images: got float64 [5, 8, 8], wanted uint8 [n, h, w, c]",
@@ -335,10 +336,10 @@ def test_every_problem_of_a_dataset_is_listed():
         "  test labels: got int64 [4], wanted int32 [5]",
     ]
     with pytest.raises(DataError) as info:
-        Dataset("toy", 5, Split(images, labels), Split(images[:0], labels[:0]))
+        Dataset("toy", 5, Batch(images, labels), Batch(images[:0], labels[:0]))
     assert str(info.value).splitlines()[1:] == ["  test: got 0 examples, wanted at least 1"]
     with pytest.raises(DataError) as info:
-        Dataset("toy", 5, Split(images, labels), Split(images[:, 1:], labels))
+        Dataset("toy", 5, Batch(images, labels), Batch(images[:, 1:], labels))
     assert str(info.value).splitlines()[1:] == [
         "  test images: got shape (7, 8, 1), wanted that of the train images, (8, 8, 1)"
     ]
@@ -348,20 +349,20 @@ def test_mean_and_std_are_those_of_the_training_split():
     train = random_split(50, (6, 5, 3), seed=4)
     dataset = Dataset("toy", 10, train, random_split(9, (6, 5, 3), seed=5))
     assert dataset.mean.dtype == dataset.std.dtype == np.float32
-    # Rounded once to float32: half a unit in the last place of 24 bits.
-    np.testing.assert_allclose(dataset.mean, train.images.mean(axis=(0, 1, 2)), rtol=2**-24)
-    np.testing.assert_allclose(dataset.std, train.images.std(axis=(0, 1, 2)), rtol=2**-24)
+    # The result is rounded once to float32, by at most half a unit in the last of 24 bits.
+    np.testing.assert_allclose(dataset.mean, train.inputs.mean(axis=(0, 1, 2)), rtol=2**-24)
+    np.testing.assert_allclose(dataset.std, train.inputs.std(axis=(0, 1, 2)), rtol=2**-24)
     subset = dataset.take(num_train=7)
-    np.testing.assert_allclose(subset.mean, subset.train.images.mean(axis=(0, 1, 2)), rtol=2**-24)
+    np.testing.assert_allclose(subset.mean, subset.train.inputs.mean(axis=(0, 1, 2)), rtol=2**-24)
 
 
 def test_normalise_standardises_each_channel():
-    images = random_split(400, (6, 5, 3), seed=6).images // np.array([1, 2, 8], np.uint8)
-    dataset = Dataset("toy", 1, *[Split(images, np.zeros(400, np.int32))] * 2)
+    images = random_split(400, (6, 5, 3), seed=6).inputs // np.array([1, 2, 8], np.uint8)
+    dataset = Dataset("toy", 1, *[Batch(images, np.zeros(400, np.int32))] * 2)
     got = jax.jit(normalise)(images, dataset.mean, dataset.std)
     assert (got.dtype, got.shape) == (np.float32, images.shape)
     got = np.asarray(got, np.float64)
-    # Summed in float64, so that only the rounding of float32 values of size 1 is left.
+    # The sums are float64, so that only the rounding of float32 values of size 1 remains.
     np.testing.assert_allclose(np.mean(got, axis=(0, 1, 2)), 0, atol=1e-6)
     np.testing.assert_allclose(np.std(got, axis=(0, 1, 2)), 1, atol=1e-6)
     one_image = normalise(images[0], dataset.mean, dataset.std)
@@ -370,7 +371,7 @@ def test_normalise_standardises_each_channel():
 
 def test_constant_channel_is_normalised_to_zero():
     images = np.full((3, 2, 2, 1), 7, np.uint8)
-    dataset = Dataset("toy", 1, *[Split(images, np.zeros(3, np.int32))] * 2)
+    dataset = Dataset("toy", 1, *[Batch(images, np.zeros(3, np.int32))] * 2)
     assert dataset.std.tolist() == [1.0]
     np.testing.assert_array_equal(normalise(images, dataset.mean, dataset.std), 0.0)
 
@@ -391,18 +392,18 @@ def test_take_is_stratified_nested_and_in_stored_order(sizes, data):
         # |count − num · size / total| < 1, in integers.
         counts = np.bincount(got, minlength=len(sizes))
         assert np.all(np.abs(counts * total - num * np.asarray(sizes)) < total)
-    assert set(kept[less].images.ravel()) <= set(kept[more].images.ravel())
+    assert set(kept[less].inputs.ravel()) <= set(kept[more].inputs.ravel())
 
 
 def test_take_keeps_the_first_examples_of_each_class():
     dataset = toy_dataset([0, 0, 2, 0, 1, 1, 0, 0, 1, 2, 0, 2])
-    assert dataset.take(num_train=4).train.images.ravel().tolist() == [0, 1, 2, 4]
+    assert dataset.take(num_train=4).train.inputs.ravel().tolist() == [0, 1, 2, 4]
 
 
 def test_take_of_everything_and_of_nothing_named_changes_nothing():
     dataset = toy_dataset([0, 1, 1])
     assert dataset.take().test is dataset.test
-    np.testing.assert_array_equal(dataset.take(num_test=3).test.images, dataset.test.images)
+    np.testing.assert_array_equal(dataset.take(num_test=3).test.inputs, dataset.test.inputs)
 
 
 def test_take_of_a_size_that_does_not_exist():
@@ -415,7 +416,8 @@ def test_take_of_a_size_that_does_not_exist():
     ]
 
 
-# The real ones, where they are prepared. TFDS shuffles when it prepares, so only facts that no order changes.
+# The real datasets, where they are prepared. TFDS shuffles them when it prepares them, so the tests look at
+# facts that do not depend on the order.
 
 
 def real_dataset(name):
@@ -427,13 +429,13 @@ def real_dataset(name):
 
 def test_real_mnist():
     mnist = real_dataset("mnist")
-    assert mnist.train.images.shape == (60_000, 28, 28, 1)
-    assert mnist.test.images.shape == (10_000, 28, 28, 1)
+    assert mnist.train.inputs.shape == (60_000, 28, 28, 1)
+    assert mnist.test.inputs.shape == (10_000, 28, 28, 1)
     train_counts = [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
     test_counts = [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
     assert np.bincount(mnist.train.labels).tolist() == train_counts
     assert np.bincount(mnist.test.labels).tolist() == test_counts
-    # The constants everyone normalises with, to the digits they are quoted with.
+    # The constants that are commonly used to normalise MNIST, to the digits that are usually quoted.
     np.testing.assert_allclose(mnist.mean / 255, [0.1307], atol=5e-5)
     np.testing.assert_allclose(mnist.std / 255, [0.3081], atol=5e-5)
     subset = mnist.take(num_train=2000, num_test=1000)
@@ -444,8 +446,8 @@ def test_real_mnist():
 @pytest.mark.slow
 def test_real_cifar10():
     cifar10 = real_dataset("cifar10")
-    assert cifar10.train.images.shape == (50_000, 32, 32, 3)
-    assert cifar10.test.images.shape == (10_000, 32, 32, 3)
+    assert cifar10.train.inputs.shape == (50_000, 32, 32, 3)
+    assert cifar10.test.inputs.shape == (10_000, 32, 32, 3)
     assert np.bincount(cifar10.train.labels).tolist() == [5000] * 10
     assert np.bincount(cifar10.test.labels).tolist() == [1000] * 10
     np.testing.assert_allclose(cifar10.mean / 255, [0.4914, 0.4822, 0.4465], atol=1e-4)

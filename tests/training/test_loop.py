@@ -9,15 +9,18 @@ import numpy as np
 import pytest
 
 from rebasin import models
+from rebasin.barrier import classification_metrics
+from rebasin.batches import Batch
 from rebasin.errors import ConfigError, DataError, NonFiniteError, TreeMismatchError
 from rebasin.models import BatchNorm, build_model
-from rebasin.training.data import Split, load_dataset, normalise
+from rebasin.training import loop
+from rebasin.training.data import load_dataset, normalise
 from rebasin.training.loop import (
-    Start,
+    InitialState,
     TrainingData,
+    build_apply,
     build_epoch,
     build_init,
-    build_metrics,
     learning_rate,
     shuffled_batches,
     train,
@@ -27,9 +30,9 @@ from rebasin.training.trajectory import Trajectory
 
 DIGITS = load_dataset("digits")
 MODEL = build_model("mlp", width=8, num_classes=10)
-METRICS = build_metrics(MODEL, DIGITS.mean, DIGITS.std)
+METRICS = classification_metrics(build_apply(MODEL, DIGITS))
 
-# Three steps of 64 and eight examples over; a decay large enough to show.
+# An epoch has three steps of 64 examples and leaves out eight. The decay is large enough to have an effect.
 RECIPE = Recipe(
     "digits",
     "mlp",
@@ -49,7 +52,7 @@ def trajectory(tmp_path_factory):
 
 def training_data(recipe):
     split = DIGITS.take(num_train=recipe.num_train).train
-    return TrainingData(*jax.device_put((split.images, split.labels, DIGITS.mean, DIGITS.std)))
+    return TrainingData(*jax.device_put((split, DIGITS.mean, DIGITS.std)))
 
 
 def rate_by_hand(recipe, num_steps, step):
@@ -64,7 +67,7 @@ def test_learning_rate_equals_its_closed_form(warmup):
     recipe = dataclasses.replace(RECIPE, epochs=7, warmup_epochs=warmup)
     schedule = learning_rate(recipe, num_steps=11)
     rates = np.array([schedule(step) for step in range(77)])
-    # Float32 cosine near π, where it is flat, against float64.
+    # Near π the cosine is flat, so that the error of float32 against float64 is tiny.
     np.testing.assert_allclose(rates, [rate_by_hand(recipe, 11, step) for step in range(77)], atol=1e-8)
 
 
@@ -75,7 +78,7 @@ def test_learning_rate_at_its_corners():
     assert schedule(54) == pytest.approx(0.1 * 54 / 55)
     assert schedule(55) == pytest.approx(0.1)
     assert schedule(55 + 275 // 2) == pytest.approx(0.05, rel=0.02)
-    # The last step taken is one before zero: 0.1 · sin²(π / 550).
+    # The last step is one step before the rate is zero: 0.1 · sin²(π / 550).
     assert schedule(329) == pytest.approx(0.1 * math.sin(math.pi / 550) ** 2, rel=1e-2)
 
 
@@ -98,7 +101,7 @@ def test_an_epoch_equals_its_steps_by_hand():
     shuffle_key, _ = jax.random.split(jax.random.fold_in(key, epoch))
     losses = []
     for index, batch in enumerate(shuffled_batches(shuffle_key, 200, 64)):
-        batch = Split(data.images[batch], data.labels[batch])
+        batch = Batch(data.examples.inputs[batch], data.examples.labels[batch])
         losses.append(METRICS(weights, batch)["loss"].mean())
         gradient = jax.device_get(gradient_fn(weights, batch))
         rate = rate_by_hand(RECIPE, 3, 3 + index)  # the second epoch of three steps
@@ -107,7 +110,7 @@ def test_an_epoch_equals_its_steps_by_hand():
 
     state, metrics = build_epoch(RECIPE, 10)(state, epoch, key, data)
 
-    # The same float32 terms, summed in another order over three steps.
+    # Both sum the same float32 terms in another order, over three steps.
     chex.assert_trees_all_close(state.variables, weights, atol=1e-6)
     assert metrics.loss == pytest.approx(np.mean(losses), rel=1e-5)
 
@@ -124,9 +127,9 @@ def test_augmentation_reaches_the_batches():
 
 def test_metrics_are_per_example():
     variables = MODEL.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
-    batch = Split(DIGITS.test.images[:5], DIGITS.test.labels[:5])
+    batch = Batch(DIGITS.test.inputs[:5], DIGITS.test.labels[:5])
     values = METRICS(variables, batch)
-    inputs = (batch.images.astype(np.float32) - DIGITS.mean) / DIGITS.std
+    inputs = (batch.inputs.astype(np.float32) - DIGITS.mean) / DIGITS.std
     logits = np.asarray(MODEL.apply(variables, inputs), np.float64)
     log_likelihood = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
     np.testing.assert_allclose(values["loss"], -log_likelihood[np.arange(5), batch.labels], rtol=1e-5)
@@ -134,7 +137,21 @@ def test_metrics_are_per_example():
     assert values["error"].dtype == np.float32
 
 
-def test_same_seed_same_bits_and_other_seeds_differ(trajectory, tmp_path):
+def test_apply_normalises_and_is_traced_once_for_equal_models_and_statistics():
+    variables = MODEL.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
+    images = DIGITS.test.inputs[:5]
+    trace = chex.assert_max_traces(n=1)(lambda apply_fn, variables, images: apply_fn(variables, images))
+    compiled = jax.jit(trace, static_argnums=0)
+    expected = MODEL.apply(variables, (images.astype(np.float32) - DIGITS.mean) / DIGITS.std)
+    equal_model = build_model("mlp", width=8, num_classes=10)
+    for apply_fn in (build_apply(MODEL, DIGITS), build_apply(equal_model, (DIGITS.mean, DIGITS.std))):
+        np.testing.assert_allclose(compiled(apply_fn, variables, images), expected, rtol=1e-5, atol=1e-5)
+    assert build_apply(MODEL, DIGITS) != build_apply(MODEL, (DIGITS.mean, 2 * DIGITS.std))
+
+
+def test_same_seed_same_bits_and_other_seeds_differ(trajectory, tmp_path, monkeypatch):
+    traces = []
+    monkeypatch.setattr(loop, "learning_rate", lambda *args: traces.append(args) or learning_rate(*args))
     again = train(RECIPE, DIGITS, seed=0, directory=tmp_path / "again")
     other = train(RECIPE, DIGITS, seed=1, directory=tmp_path / "other")
     for epoch in range(4):
@@ -142,8 +159,9 @@ def test_same_seed_same_bits_and_other_seeds_differ(trajectory, tmp_path):
         kernels = [run[epoch]["params"]["Dense_0"]["kernel"] for run in (trajectory, other)]
         assert not np.array_equal(*kernels)
     assert again.metrics(3) == trajectory.metrics(3)
-    # Three networks, one program: building again returns it, and it was traced for one set of shapes.
-    assert build_epoch(dataclasses.replace(RECIPE), 10)._cache_size() == 1
+    # Three networks share one program. It was traced for the first of them only, before `traces` began.
+    assert build_epoch(dataclasses.replace(RECIPE), 10) is build_epoch(RECIPE, 10)
+    assert traces == []
 
 
 def test_progress_and_metrics_tell_the_same(tmp_path):
@@ -158,17 +176,18 @@ def test_progress_and_metrics_tell_the_same(tmp_path):
 def test_digits_are_learned_in_a_few_epochs(tmp_path):
     recipe = Recipe("digits", "mlp", width=64, epochs=8, warmup_epochs=1)
     trajectory = train(recipe, DIGITS, seed=0, directory=tmp_path)
-    metrics_fn = build_metrics(build_model("mlp", width=64, num_classes=10), DIGITS.mean, DIGITS.std)
+    metrics_fn = classification_metrics(build_apply(build_model("mlp", width=64, num_classes=10), DIGITS))
     error = metrics_fn(trajectory.last, DIGITS.test)["error"].mean()
     assert error < 0.06
     assert trajectory.metrics(8)["error"] < 0.06
 
 
 def test_without_momentum_a_child_of_the_same_seed_is_its_parent(tmp_path):
-    # Then momentum is all that a child lacks, and data order and rate must go on where the parent's were.
+    # Without momentum a child starts in the same state as its parent, so that it ends there too if the data
+    # order and the learning rate continue where those of the parent were.
     recipe = dataclasses.replace(RECIPE, momentum=0.0)
     parent = train(recipe, DIGITS, seed=0, directory=tmp_path / "parent")
-    child = train(recipe, DIGITS, seed=0, directory=tmp_path / "child", start=Start(parent[1], 1))
+    child = train(recipe, DIGITS, seed=0, directory=tmp_path / "child", start=InitialState(parent[1], 1))
     assert child.epochs == (1, 2, 3)
     for epoch in child:
         chex.assert_trees_all_equal(child[epoch], parent[epoch])
@@ -177,7 +196,7 @@ def test_without_momentum_a_child_of_the_same_seed_is_its_parent(tmp_path):
 def test_children_of_other_seeds_part_and_leave_their_start_alone(trajectory, tmp_path):
     start = jax.tree.map(jnp.array, trajectory[1])
     children = [
-        train(RECIPE, DIGITS, seed=seed, directory=tmp_path / str(seed), start=Start(start, 1))
+        train(RECIPE, DIGITS, seed=seed, directory=tmp_path / str(seed), start=InitialState(start, 1))
         for seed in (5, 6)
     ]
     chex.assert_trees_all_equal(start, trajectory[1])
@@ -220,12 +239,12 @@ def test_recipe_and_dataset_must_fit(tmp_path):
 
 def test_start_must_fit(trajectory, tmp_path):
     with pytest.raises(ConfigError) as info:
-        train(RECIPE, DIGITS, seed=0, directory=tmp_path, start=Start(trajectory[3], 3))
+        train(RECIPE, DIGITS, seed=0, directory=tmp_path, start=InitialState(trajectory[3], 3))
     assert str(info.value) == "start.epoch: wanted at least 0 and less than 3, got 3"
 
     smaller = {"params": {name: trajectory[1]["params"][name] for name in ("Dense_0", "Dense_1", "Dense_2")}}
     with pytest.raises(TreeMismatchError) as info:
-        train(RECIPE, DIGITS, seed=0, directory=tmp_path, start=Start(smaller, 1))
+        train(RECIPE, DIGITS, seed=0, directory=tmp_path, start=InitialState(smaller, 1))
     assert str(info.value).splitlines() == [
         "start.variables and the recipe's model differ:",
         "  params/Dense_3/bias: only in the recipe's model",
@@ -234,11 +253,11 @@ def test_start_must_fit(trajectory, tmp_path):
 
     broken = jax.tree.map(lambda leaf: leaf * np.float32("nan"), trajectory[1])
     with pytest.raises(NonFiniteError, match="start.variables is not finite"):
-        train(RECIPE, DIGITS, seed=0, directory=tmp_path, start=Start(broken, 1))
+        train(RECIPE, DIGITS, seed=0, directory=tmp_path, start=InitialState(broken, 1))
 
 
 class Normed(nn.Module):
-    """A hidden layer with BatchNorm: as little as has running statistics."""
+    """One hidden layer with BatchNorm: the smallest network that has running statistics."""
 
     @nn.compact
     def __call__(self, images):
@@ -251,8 +270,8 @@ NORMED = dataclasses.replace(RECIPE, model="normed")
 
 @pytest.fixture
 def normed(monkeypatch):
-    """The model above, found by its name."""
-    monkeypatch.setitem(models._MODELS, "normed", lambda width, num_classes: Normed())
+    """The model above, registered under a name."""
+    monkeypatch.setitem(models.MODELS, "normed", lambda width, num_classes: Normed())
     return Normed()
 
 
@@ -267,10 +286,10 @@ def test_running_statistics_are_carried_and_nothing_else_touches_them(normed):
 
     @jax.jit
     def loss_and_statistics(weights, statistics, batch):
-        images = normalise(data.images[batch], data.mean, data.std)
+        images = normalise(data.examples.inputs[batch], data.mean, data.std)
         trained = {"params": weights, "batch_stats": statistics}
         logits, updated = normed.apply(trained, images, mutable=["batch_stats"])
-        likelihood = jax.nn.log_softmax(logits)[jnp.arange(len(batch)), data.labels[batch]]
+        likelihood = jax.nn.log_softmax(logits)[jnp.arange(len(batch)), data.examples.labels[batch]]
         return -jnp.mean(likelihood), updated["batch_stats"]
 
     weights, statistics = variables["params"], variables["batch_stats"]
@@ -285,7 +304,7 @@ def test_running_statistics_are_carried_and_nothing_else_touches_them(normed):
     state, _ = build_epoch(NORMED, 10)(state, epoch, key, data)
     assert not np.allclose(statistics["BatchNorm_0"]["mean"], 0, atol=1e-3)
     expected = {"params": weights, "batch_stats": statistics}
-    # The same float32 terms, summed in another order over three steps.
+    # Both sum the same float32 terms in another order, over three steps.
     chex.assert_trees_all_close(state.variables, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -302,21 +321,21 @@ def test_running_statistics_are_stored_resumed_and_inherited(normed, tmp_path):
             train(recipe, DIGITS, seed=0, directory=tmp_path / "killed", progress=progress, resume=True)
         except KeyboardInterrupt:
             assert Trajectory(tmp_path / "killed").epochs == (0, 1)
-    child = train(recipe, DIGITS, seed=0, directory=tmp_path / "child", start=Start(whole[1], 1))
+    child = train(recipe, DIGITS, seed=0, directory=tmp_path / "child", start=InitialState(whole[1], 1))
     statistics = [whole[epoch]["batch_stats"]["BatchNorm_0"]["mean"] for epoch in whole]
     assert all(not np.array_equal(*pair) for pair in zip(statistics, statistics[1:], strict=False))
     for other in (Trajectory(tmp_path / "killed"), child):
         chex.assert_trees_all_equal(other.last, whole.last)
 
-    # Evaluation sees each example by itself, where training mode would normalise by the batch.
-    metrics_fn = build_metrics(normed, DIGITS.mean, DIGITS.std)
+    # Evaluation treats each example by itself, whereas training would normalise by the batch.
+    metrics_fn = classification_metrics(build_apply(normed, DIGITS))
     together = metrics_fn(whole.last, DIGITS.test)["loss"][:3]
-    alone = [metrics_fn(whole.last, Split(*(x[i : i + 1] for x in DIGITS.test)))["loss"][0] for i in range(3)]
+    alone = [metrics_fn(whole.last, Batch(*(x[i : i + 1] for x in DIGITS.test)))["loss"][0] for i in range(3)]
     np.testing.assert_allclose(together, alone, rtol=1e-5)
 
     lacking = {"params": whole[1]["params"]}
     with pytest.raises(TreeMismatchError, match="batch_stats/BatchNorm_0/mean: only in the recipe's model"):
-        train(recipe, DIGITS, seed=0, directory=tmp_path / "other", start=Start(lacking, 1))
+        train(recipe, DIGITS, seed=0, directory=tmp_path / "other", start=InitialState(lacking, 1))
 
 
 @pytest.mark.slow
@@ -324,5 +343,5 @@ def test_running_statistics_are_stored_resumed_and_inherited(normed, tmp_path):
 def test_convolutional_networks_with_batch_norm_learn(name, tmp_path):
     recipe = Recipe("digits", name, width=4, epochs=4, warmup_epochs=1, batch_size=32)
     trajectory = train(recipe, DIGITS, seed=0, directory=tmp_path)
-    metrics_fn = build_metrics(build_model(name, width=4, num_classes=10), DIGITS.mean, DIGITS.std)
+    metrics_fn = classification_metrics(build_apply(build_model(name, width=4, num_classes=10), DIGITS))
     assert metrics_fn(trajectory.last, DIGITS.test)["error"].mean() < 0.3

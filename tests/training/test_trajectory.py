@@ -14,15 +14,15 @@ import pytest
 
 from rebasin.errors import TrajectoryError
 from rebasin.training.data import load_dataset
-from rebasin.training.loop import Start, train
+from rebasin.training.loop import InitialState, train
 from rebasin.training.recipes import Recipe
 from rebasin.training.trajectory import Trajectory
 
 DIGITS = load_dataset("digits")
 RECIPE = Recipe("digits", "mlp", width=8, epochs=6, num_train=200, batch_size=64, warmup_epochs=1)
 
-# A process that trains RECIPE and kills itself before the N-th change to its run folder: Python's audit
-# events come before each new folder and each rename, which are what Orbax makes a save of.
+# A process that trains RECIPE and kills itself before the N-th change to its run folder. A save by Orbax
+# consists of new folders and renames, and Python raises an audit event before each of them.
 KILLED_RUN = """
 import itertools, os, signal, sys
 from rebasin.training.data import load_dataset
@@ -41,24 +41,6 @@ sys.addaudithook(kill_at_last)
 recipe = Recipe("digits", "mlp", width=8, epochs=6, num_train=200, batch_size=64, warmup_epochs=1)
 train(recipe, load_dataset("digits"), seed=0, directory=directory, resume=True)
 """
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    return train(RECIPE, DIGITS, seed=0, directory=tmp_path_factory.mktemp("runs") / "finished")
-
-
-@pytest.fixture
-def copied(finished, tmp_path):
-    """Folder of a run that a test may damage."""
-    return shutil.copytree(finished.directory, tmp_path / "copied")
-
-
-def unfinished(directory, epochs):
-    """Takes all but the first epochs out of a finished run."""
-    for epoch in range(epochs, RECIPE.epochs + 1):
-        shutil.rmtree(directory / str(epoch))
-    return directory
 
 
 def contents(directory):
@@ -146,8 +128,8 @@ def test_saving_and_reading_say_nothing_and_leave_logging_alone(tmp_path, capfd)
 
 
 @pytest.mark.parametrize("stored", [1, 4])
-def test_resume_ends_at_the_same_bits(finished, copied, stored):
-    trajectory = train(RECIPE, DIGITS, seed=0, directory=unfinished(copied, stored), resume=True)
+def test_resume_ends_at_the_same_bits(finished, unfinished, stored):
+    trajectory = train(RECIPE, DIGITS, seed=0, directory=unfinished(stored), resume=True)
     assert trajectory.epochs == finished.epochs
     for epoch in finished:
         chex.assert_trees_all_equal(trajectory[epoch], finished[epoch])
@@ -159,8 +141,8 @@ def test_chosen_epochs_are_kept_and_are_those_of_a_whole_run(finished, tmp_path,
     assert sparse.complete
     for epoch in sparse:
         chex.assert_trees_all_equal(sparse[epoch], finished[epoch])
-    # With a save due at every epoch, one beside the kept ones is there at any time, and none at the end.
-    monkeypatch.setattr("rebasin.training.loop._RESUME_SECONDS", 0.0)
+    # With a save after every epoch, there is always one epoch besides the kept ones, and none at the end.
+    monkeypatch.setattr("rebasin.training.loop.RESUME_SECONDS", 0.0)
     seen = []
     folder = tmp_path / "watched"
 
@@ -179,7 +161,7 @@ def test_a_sparse_run_resumes_at_the_same_bits(finished, tmp_path, monkeypatch):
         if epoch == 5:
             raise Killed
 
-    monkeypatch.setattr("rebasin.training.loop._RESUME_SECONDS", 0.0)
+    monkeypatch.setattr("rebasin.training.loop.RESUME_SECONDS", 0.0)
     arguments = {"seed": 0, "directory": tmp_path / "run", "keep": ()}
     with pytest.raises(Killed):
         train(RECIPE, DIGITS, progress=kill, **arguments)
@@ -202,10 +184,10 @@ def test_dropped_epochs_are_gone_and_the_last_stays(copied):
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this platform")
 def test_a_run_killed_again_and_again_ends_at_the_same_bits(finished, tmp_path):
     directory = tmp_path / "run"
-    # A run begins with two changes, its folder and the rename to run.json. A save is four: a folder for the
-    # epoch, one inside it, and two renames, of which the second commits. So these processes die before
-    # run.json is there, before the first save, before epoch 1 is committed, and, having resumed, before the
-    # inner rename of epoch 2.
+    # A run begins with two changes: its folder, and the rename to run.json. A save makes four: a folder for
+    # the epoch, one inside it, and two renames, of which the second commits. These processes therefore die
+    # before run.json is there, before the first save, before epoch 1 is committed, and, after resuming,
+    # before the inner rename of epoch 2.
     for change in (2, 2, 8, 7):
         command = [sys.executable, "-c", KILLED_RUN, str(directory), str(change)]
         killed = subprocess.run(command, capture_output=True, text=True, timeout=120)
@@ -224,7 +206,7 @@ def test_a_run_killed_again_and_again_ends_at_the_same_bits(finished, tmp_path):
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this platform")
 @pytest.mark.parametrize("seed", range(6))
 def test_a_run_killed_at_random_moments_ends_at_the_same_bits(finished, tmp_path, seed):
-    """By the clock, from outside: up to two seconds after the run folder appears, three times over."""
+    """Kill the process three times, each time up to two seconds after the run folder has appeared."""
     directory, rng = tmp_path / "run", np.random.default_rng(seed)
     command = [sys.executable, "-c", KILLED_RUN, str(directory), "-1"]
     for _ in range(3):
@@ -252,122 +234,6 @@ def test_not_a_trajectory(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
-@pytest.mark.parametrize("text", ["", '{"schema_version": 1', "[]", '{"schema_version": 1, "recipe": {}}'])
-def test_a_damaged_run_json(copied, text):
-    (copied / "run.json").write_text(text)
-    with pytest.raises(TrajectoryError) as info:
-        Trajectory(copied)
-    assert str(info.value) == f"{copied}/run.json is damaged or was not written by this version of rebasin"
-
-
-def test_a_run_json_of_another_schema(copied):
-    content = json.loads((copied / "run.json").read_text())
-    (copied / "run.json").write_text(json.dumps(content | {"schema_version": 99}))
-    with pytest.raises(TrajectoryError) as info:
-        Trajectory(copied)
-    assert str(info.value) == f"{copied}/run.json has schema_version 99, and this version of rebasin reads 1"
-
-
-def test_an_epoch_that_is_not_there(finished):
-    for read in (finished.__getitem__, finished.metrics):
-        with pytest.raises(TrajectoryError) as info:
-            read(7)
-        assert str(info.value) == f"epoch 7 of {finished.directory} is not stored; stored epochs: 0-6"
-
-
-def test_a_run_killed_before_its_first_checkpoint(copied):
-    trajectory = Trajectory(unfinished(copied, 0))
-    assert trajectory.epochs == ()
-    assert not trajectory.complete
-    with pytest.raises(TrajectoryError) as info:
-        _ = trajectory.last
-    assert str(info.value) == f"epoch 0 of {copied} is not stored; stored epochs: none"
-
-
-def truncate(path):
-    path.write_bytes(path.read_bytes()[:10])
-
-
-@pytest.mark.parametrize("damage", [truncate, lambda path: path.unlink(), lambda path: path.write_bytes(b"")])
-@pytest.mark.parametrize(
-    "pattern", ["state/ocdbt.process_0/d/*", "state/d/*", "state/manifest.ocdbt", "state/_METADATA"]
-)
-def test_a_damaged_checkpoint(finished, copied, pattern, damage):
-    # All data files, as which leaf is in which of them is up to timing.
-    for path in (copied / "3").glob(pattern):
-        damage(path)
-    trajectory = Trajectory(copied)
-    with pytest.raises(TrajectoryError) as info:
-        trajectory[3]
-    assert str(info.value) == (
-        f"the checkpoint in {copied}/3 is damaged or incomplete. Other epochs can still be read; to make "
-        "this one anew, delete the folders of epoch 3 and later, and train with resume=True"
-    )
-    chex.assert_trees_all_equal(trajectory[4], finished[4])
-
-    # What the message advises works.
-    repaired = train(RECIPE, DIGITS, seed=0, directory=unfinished(copied, 3), resume=True)
-    chex.assert_trees_all_equal(repaired[3], finished[3])
-
-
-def test_no_flipped_bit_goes_unnoticed(finished, copied):
-    rng = np.random.default_rng(0)
-    noticed = 0
-    for path in sorted(path for path in (copied / "3").rglob("*") if path.is_file()):
-        content = path.read_bytes()
-        for position in rng.integers(len(content), size=4 if "/d/" in str(path) else 1):
-            flipped = bytearray(content)
-            flipped[position] ^= 1 << int(rng.integers(8))
-            path.write_bytes(flipped)
-            # Bytes of the momentum are not read, nor is every byte of a header looked at.
-            try:
-                chex.assert_trees_all_equal(Trajectory(copied)[3], finished[3])
-            except TrajectoryError as error:
-                noticed += 1
-                assert str(error).startswith(f"the checkpoint in {copied}/3 is damaged")  # noqa: PT017
-            path.write_bytes(content)
-    assert noticed
-    chex.assert_trees_all_equal(Trajectory(copied)[3], finished[3])
-
-
-def test_a_leaf_other_than_the_one_saved_is_damage(finished, copied):
-    path = copied / "3" / "_CHECKPOINT_METADATA"
-    content = json.loads(path.read_text())
-    content["custom_metadata"]["crc32"]["variables/params/Dense_1/bias"] ^= 1
-    path.write_text(json.dumps(content))
-    with pytest.raises(TrajectoryError, match=f"{copied}/3 is damaged") as info:
-        Trajectory(copied)[3]
-    assert str(info.value.__cause__) == "not as saved: variables/params/Dense_1/bias"
-
-
-def test_checkpoints_without_checksums_can_be_read(finished, copied):
-    path = copied / "3" / "_CHECKPOINT_METADATA"
-    content = json.loads(path.read_text())
-    del content["custom_metadata"]["crc32"]
-    path.write_text(json.dumps(content))
-    chex.assert_trees_all_equal(Trajectory(copied)[3], finished[3])
-    assert Trajectory(copied).metrics(3) == finished.metrics(3)
-
-
-def test_stored_trees_must_fit_run_json(copied):
-    path = copied / "run.json"
-    content = json.loads(path.read_text())
-    leaves = content["leaves"]
-    leaves["params/Dense_0/kernel"] = "float32[8, 64]"
-    leaves["params/Dense_1/bias"] = "float16[8]"
-    leaves["params/Dense_9/bias"] = leaves.pop("params/Dense_3/bias")
-    path.write_text(json.dumps(content))
-    with pytest.raises(TrajectoryError) as info:
-        Trajectory(copied)[2]
-    assert str(info.value).splitlines() == [
-        f"epoch 2 of {copied} is not the tree wanted:",
-        "  variables/params/Dense_0/kernel: float32[64, 8] stored, float32[8, 64] wanted",
-        "  variables/params/Dense_1/bias: float32[8] stored, float16[8] wanted",
-        "  variables/params/Dense_9/bias: nothing stored, float32[10] wanted",
-        "  variables/params/Dense_3/bias: float32[10] stored, nothing wanted",
-    ]
-
-
 @pytest.mark.parametrize("resume", [False, True])
 def test_another_run_in_the_folder(finished, resume):
     before = contents(finished.directory)
@@ -392,16 +258,16 @@ def test_another_run_in_the_folder(finished, resume):
 
 
 def test_a_child_of_another_start(finished, tmp_path):
-    train(RECIPE, DIGITS, seed=1, directory=tmp_path, start=Start(finished[5], 5))
+    train(RECIPE, DIGITS, seed=1, directory=tmp_path, start=InitialState(finished[5], 5))
     with pytest.raises(TrajectoryError) as info:
-        train(RECIPE, DIGITS, seed=1, directory=tmp_path, start=Start(finished[4], 5))
+        train(RECIPE, DIGITS, seed=1, directory=tmp_path, start=InitialState(finished[4], 5))
     headline, difference = str(info.value).splitlines()
     assert headline == f"{tmp_path} holds another run:"
     assert difference.startswith("  start.sha256: stored '")
 
 
-def test_an_unfinished_run_needs_resume(copied):
-    before = contents(unfinished(copied, 3))
+def test_an_unfinished_run_needs_resume(copied, unfinished):
+    before = contents(unfinished(3))
     with pytest.raises(TrajectoryError) as info:
         train(RECIPE, DIGITS, seed=0, directory=copied)
     assert str(info.value) == (
