@@ -251,7 +251,8 @@ def main() -> None:
                 advance()
         pairs.append({"seeds": seeds, "methods": found})
         if output:
-            save_report(output, "repair", {**about, "pairs": pairs}, lambda to: report(pairs, to))
+            content = plain({**about, "pairs": pairs})
+            save_report(output, "repair", content, lambda to: report(pairs, to))
     report(pairs, reporter)
 
 

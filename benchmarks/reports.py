@@ -64,10 +64,10 @@ def save_report(
     Args:
       directory: folder of both files; it is made if it does not exist.
       name: name of both files without the suffix.
-      content: what the JSON file holds.
+      content: what the JSON file holds, written in full precision.
       report: prints the tables with the reporter that it is given.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / f"{name}.json").write_text(json.dumps(plain(content), indent=1) + "\n")
+    (directory / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
     with (directory / f"{name}.txt").open("w") as file:
         report(Reporter(Console(file=file, width=WIDTH)))
