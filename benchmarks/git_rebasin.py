@@ -48,10 +48,8 @@ def git_rebasin_matching(
 ) -> Found:
     """Run coordinate ascent from the identity over the groups of a spec, as git-re-basin does.
 
-    An iteration visits the groups in random order. A group is assigned by the similarity of its units of A
-    and of B, summed over all leaves that the group permutes; B's other axes are permuted by the current
-    permutation. The ascent ends with the first iteration in which no assignment is better by more than 1e-12
-    than the one before it.
+    An iteration visits the groups in random order and assigns each by the similarity of its units. The ascent
+    ends with the first iteration in which no assignment is better by more than 1e-12 than the one before it.
 
     Args:
       spec: the symmetries; every axis has to be one whole group, or pinned.
@@ -64,32 +62,20 @@ def git_rebasin_matching(
       The permutation and counts.
 
     Raises:
-      SpecError: an axis has several parts, or a group is an inner group; git-re-basin's table of one group
-        an axis cannot express that.
+      SpecError: the spec cannot be written as git-re-basin's table, see `whole_axes`.
     """
     table = whole_axes(spec)
     a, b = leaf_table(params_a), leaf_table(params_b)
-    places = {
-        group: [(path, axis) for path, row in table.items() for axis, name in enumerate(row) if name == group]
-        for group in spec.groups
-    }
-    sizes = {group: a[path].shape[axis] for group, ((path, axis), *_) in places.items()}
-    permutation = {group: jnp.arange(size) for group, size in sizes.items()}
+    permutation = {group: jnp.arange(size) for group, size in spec.group_sizes(params_a).items()}
     groups = list(permutation)
-
-    iterations = assignments = 0
-    progress = True
+    iterations, assignments, progress = 0, 0, True
     while progress and iterations < max_iterations:
         progress = False
         for index in jax.random.permutation(jax.random.fold_in(key, iterations), len(groups)):
             group = groups[int(index)]
-            n = sizes[group]
-            similarity = jnp.zeros((n, n))
-            for path, axis in places[group]:
-                moved = _permute_others(b[path], table[path], permutation, axis)
-                units_a = jnp.moveaxis(a[path], axis, 0).reshape(n, -1)
-                similarity += units_a @ jnp.moveaxis(moved, axis, 0).reshape(n, -1).T
+            similarity = _similarity(group, table, a, b, permutation)
             _, columns = linear_sum_assignment(np.asarray(similarity), maximize=True)
+            n = len(columns)
             old = jnp.vdot(similarity, jnp.eye(n)[permutation[group]])
             new = jnp.vdot(similarity, jnp.eye(n)[columns])
             progress = progress or bool(new > old + _PROGRESS)
@@ -103,7 +89,7 @@ def whole_axes(spec: PermutationSpec) -> Table:
     """Return the spec as git-re-basin's table: for each axis of a leaf one group, or `None`.
 
     Raises:
-      SpecError: the spec cannot be written as such a table.
+      SpecError: an axis has several parts, or a group is an inner group; the table has no way to say that.
     """
     if spec.indexed or not all(axis.is_whole for _, axes in spec.leaves for axis in axes):
         raise SpecError("git-re-basin's table has one group for a whole axis; this spec has parts of axes")
@@ -112,6 +98,28 @@ def whole_axes(spec: PermutationSpec) -> Table:
 
 def _group(axis: Axis) -> str | None:
     return axis.groups[0] if axis.groups else None
+
+
+def _similarity(
+    group: str,
+    table: Table,
+    a: Mapping[str, jax.Array],
+    b: Mapping[str, jax.Array],
+    permutation: dict[str, jax.Array],
+) -> jax.Array:
+    """Return the similarity [n, n] of the units of A and B, summed over all leaves that the group permutes.
+
+    B's other axes are permuted by the current permutation.
+    """
+    n = len(permutation[group])
+    similarity = jnp.zeros((n, n))
+    for path, row in table.items():
+        for axis, name in enumerate(row):
+            if name == group:
+                moved = _permute_others(b[path], row, permutation, axis)
+                units_a = jnp.moveaxis(a[path], axis, 0).reshape(n, -1)
+                similarity += units_a @ jnp.moveaxis(moved, axis, 0).reshape(n, -1).T
+    return similarity
 
 
 def _permute_others(

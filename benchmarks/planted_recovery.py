@@ -5,7 +5,7 @@
 Every method gets 20 networks of each of six models, together with the same network with its units in random
 order. The network counts as recovered if every leaf of the permuted network is that of the other bit for bit.
 The table has the number of recovered networks and the medians of iterations, assignments and milliseconds
-(warm). On two CPU cores it takes about three minutes.
+(warm). It takes a few minutes on two CPU cores.
 """
 
 import contextlib
