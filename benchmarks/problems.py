@@ -1,8 +1,12 @@
-"""Pairs of networks to match: Gaussian weights, and networks trained by the experiments."""
+"""Pairs of networks to match: Gaussian weights, and networks trained by the experiments.
+
+This is also the only place where benchmarks meet the recipes, the trained networks and the metrics of the
+experiments.
+"""
 
 import pathlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,19 +14,30 @@ import jax.numpy as jnp
 import numpy as np
 
 import rebasin
-from benchmarks.planting import Architecture, draw_network
-from experiments.console import Reporter
-from experiments.pairs import run_directory, train_networks
+from benchmarks.architectures import WIDTHS, build_architecture, draw_network
+from benchmarks.reports import Reporter
+from experiments.pairs import run_directory, shared_runs
 from experiments.presets import choose_preset
-from experiments.results import Results
-from rebasin.barrier import classification_metrics
-from rebasin.models import MLP, VGG16, ResNet20, build_model
-from rebasin.training.data import load_dataset
-from rebasin.training.loop import build_apply
+from rebasin.barrier import BarrierCurve
+from rebasin.models import build_model
+from rebasin.training.data import Dataset, Split, load_dataset, normalise
+from rebasin.training.loop import classification_metrics, train
 from rebasin.training.recipes import Recipe
 from rebasin.training.trajectory import Trajectory
 
-__all__ = ["MODELS", "Pair", "Problem", "find_trained", "gaussian_problems", "train_digits"]
+__all__ = [
+    "MODELS",
+    "Pair",
+    "Problem",
+    "build_apply",
+    "build_metrics",
+    "find_recipe",
+    "find_trained",
+    "gaussian_problems",
+    "train_digits",
+    "train_network",
+    "shared_runs",
+]
 
 MODELS = ("mlp", "vgg16", "resnet20")
 
@@ -34,13 +49,6 @@ _WANTED = {
     ("cifar10", "resnet20"): "cpu",
 }
 
-_CIFAR = (1, 32, 32, 3)
-# The width of each, and the architecture. ResNet-20 of width 64 is ×4 in git-re-basin's count, 256 is ×16.
-_GAUSSIAN = {
-    "mlp": {512: Architecture(MLP((512,) * 3), (1, 28, 28, 1))},
-    "vgg16": {width: Architecture(VGG16(width), _CIFAR) for width in (8, 16, 64)},
-    "resnet20": {width: Architecture(ResNet20(width), _CIFAR) for width in (16, 64, 256)},
-}
 _NAMES = {"mlp": "MLP 3×{}", "vgg16": "VGG-16 w{}", "resnet20": "ResNet-20 w{}"}
 
 
@@ -48,7 +56,7 @@ class Pair(NamedTuple):
     """Two networks.
 
     Attributes:
-      name: which they are.
+      name: which networks they are.
       load: reads or draws both.
     """
 
@@ -76,16 +84,22 @@ class Problem(NamedTuple):
     parameters: int
     pairs: tuple[Pair, ...]
     keys: int
-    build_sweep: Callable[[], Callable[[Any, Any], rebasin.BarrierCurve]] | None
+    build_sweep: Callable[[], Callable[[Any, Any], BarrierCurve]] | None
 
 
 def gaussian_problems(models: Sequence[str], *, pairs: int, max_width: int) -> Iterator[Problem]:
-    """Independent standard normal weights, a matching for each pair."""
+    """Yield a problem of independent standard normal weights for each model and width.
+
+    Args:
+      models: names of `MODELS`.
+      pairs: number of pairs of each problem; every pair is matched once.
+      max_width: largest width of a VGG-16 or a ResNet-20.
+    """
     for model in models:
-        for width, architecture in _GAUSSIAN[model].items():
+        for width in WIDTHS[model]:
             if model != "mlp" and width > max_width:
                 continue
-            spec, shapes = architecture.trace()
+            spec, shapes = build_architecture(f"{model}:{width}").trace()
 
             def load(pair: int, shapes: Any = shapes) -> tuple[Any, Any]:
                 return draw_network(shapes, 2 * pair), draw_network(shapes, 2 * pair + 1)
@@ -103,19 +117,63 @@ def gaussian_problems(models: Sequence[str], *, pairs: int, max_width: int) -> I
             )
 
 
+def find_recipe(preset: str, model: str) -> Recipe:
+    """Return the recipe by which a preset of the experiments trains a model."""
+    return choose_preset(preset, model).build_recipe("trajectory")
+
+
+def build_apply(model: Any, mean: Any, std: Any) -> Callable[[Any, Any], jax.Array]:
+    """Return ``apply_fn(params, images)``, the logits of a model for uint8 images.
+
+    Args:
+      model: a model of `rebasin.models`.
+      mean: pixel mean of the training data, [c].
+      std: pixel standard deviation of the training data, [c].
+    """
+    return lambda params, images: model.apply(params, normalise(images, mean, std))
+
+
+def build_metrics(apply_fn: Callable[..., jax.Array]) -> Callable[..., Mapping[str, jax.Array]]:
+    """Return ``metrics_fn(params, batch)``, the cross entropy and 0–1 error of each example.
+
+    Args:
+      apply_fn: ``(params, images)`` to logits; with a third argument, `metrics_fn` has it too.
+    """
+
+    def metrics_fn(params: Any, batch: Split, *prepared: Any) -> Mapping[str, jax.Array]:
+        return classification_metrics(apply_fn(params, batch.images, *prepared), batch.labels)
+
+    return metrics_fn
+
+
+def train_network(
+    recipe: Recipe, dataset: Dataset, seed: int, runs_dir: pathlib.Path, **options: Any
+) -> Trajectory:
+    """Train one network, unless it is there, in the folder where the experiments look for it.
+
+    Args:
+      recipe: how to train.
+      dataset: the data.
+      seed: seed of the initialisation and of the order of the data.
+      runs_dir: where the experiments keep networks.
+      **options: further options of `rebasin.training.loop.train`.
+    """
+    directory = run_directory(runs_dir, recipe, seed)
+    return train(recipe, dataset, seed=seed, directory=directory, resume=True, **options)
+
+
 def train_digits(runs_dir: pathlib.Path, seeds: Sequence[int], reporter: Reporter) -> None:
-    """Trains the MLPs of the preset digits, which takes seconds, unless they are there."""
-    recipe = choose_preset("digits", "mlp").build_recipe("trajectory")
-    directories = {seed: run_directory(runs_dir, recipe, seed) for seed in seeds}
-    missing = tuple(
-        seed
-        for seed, path in directories.items()
-        if not (path / "run.json").exists() or not Trajectory(path).complete
-    )
-    results = Results("benchmark", {})  # counts seconds, which are of no interest here
-    train_networks(
-        recipe, load_dataset("digits"), missing, runs_dir=runs_dir, reporter=reporter, results=results
-    )
+    """Train the MLPs of the preset digits, which takes seconds, unless they are there."""
+    recipe = find_recipe("digits", "mlp")
+    missing = [seed for seed in seeds if not _is_trained(run_directory(runs_dir, recipe, seed))]
+    with reporter.stage("train MLPs on digits", len(missing)) as advance:
+        for seed in missing:
+            train_network(recipe, load_dataset("digits"), seed, runs_dir)
+            advance()
+
+
+def _is_trained(directory: pathlib.Path) -> bool:
+    return (directory / "run.json").exists() and Trajectory(directory).complete
 
 
 def find_trained(
@@ -127,15 +185,15 @@ def find_trained(
     data_dir: str | None,
     say: Callable[[str], None],
 ) -> Iterator[Problem]:
-    """Finished networks of every recipe in a folder, in pairs of neighbouring seeds.
+    """Yield a problem for every recipe of finished networks in a folder, in pairs of neighbouring seeds.
 
     Args:
       models: names of the architectures that count.
       runs_dir: where the experiments keep networks.
-      keys: seeds of the matching for each pair, all different.
-      num_eval: test examples on which barriers are measured; 0 leaves them out.
+      keys: number of seeds of the matching for each pair, all different.
+      num_eval: number of test examples on which barriers are measured; 0 leaves barriers out.
       data_dir: TFDS folder.
-      say: is told what is left out and how to train it.
+      say: gets a line for everything that is left out, with the command that trains it.
     """
     runs: defaultdict[Recipe, list[Trajectory]] = defaultdict(list)
     for path in sorted(runs_dir.glob("*/seed_*/run.json")):
@@ -168,12 +226,12 @@ def _trained_problem(
     found = sorted(found, key=lambda trajectory: trajectory.seed)
     dataset = load_dataset(recipe.dataset, data_dir=data_dir)
     model = build_model(recipe.model, width=recipe.width, num_classes=dataset.num_classes)
-    image = jax.ShapeDtypeStruct((1, *dataset.test.inputs.shape[1:]), jnp.float32)
+    image = jax.ShapeDtypeStruct((1, *dataset.test.images.shape[1:]), jnp.float32)
 
-    def build_sweep() -> Callable[[Any, Any], rebasin.BarrierCurve]:
-        measure = rebasin.build_sweep(classification_metrics(build_apply(model, dataset)))
+    def build_sweep() -> Callable[[Any, Any], BarrierCurve]:
+        measure = rebasin.build_sweep(build_metrics(build_apply(model, dataset.mean, dataset.std)))
         data = jax.device_put(dataset.take(num_test=min(num_eval, len(dataset.test.labels))).test)
-        return lambda a, b: measure(a, b, data)
+        return lambda params_a, params_b: measure(params_a, params_b, data)
 
     return Problem(
         model=_NAMES[recipe.model].format(recipe.width),

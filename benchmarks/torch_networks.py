@@ -1,4 +1,4 @@
-"""The networks of `rebasin.models` in PyTorch, with the weights of a Flax tree, and plain loops around them.
+"""The networks of `rebasin.models` in PyTorch, with the weights of a Flax tree, and plain loops to run them.
 
 PyTorch is imported when it is first needed: nothing else in the project uses it.
 """
@@ -19,7 +19,7 @@ _EPSILON = 1e-6  # Flax's, in its norms
 
 
 def import_torch() -> Any:
-    """PyTorch.
+    """Import PyTorch and return it.
 
     Raises:
       ConfigError: it is not installed.
@@ -34,14 +34,14 @@ def import_torch() -> Any:
 
 
 def build_network(model: str, variables: Any, *, channels_last: bool = True) -> Any:
-    """The `torch.nn.Module` of a Flax network of `rebasin.models`, with its weights.
+    """Return the `torch.nn.Module` of a Flax network of `rebasin.models`, with its weights.
 
-    It maps images [n, c, h, w] to logits. Widths follow from the leaves.
+    The module maps images [n, c, h, w] to logits. Its widths follow from the leaves.
 
     Args:
       model: ``"mlp"``, ``"vgg16"`` or ``"resnet20"``.
       variables: the Flax tree.
-      channels_last: the memory format of images and kernels.
+      channels_last: whether images and kernels have channels last in memory.
     """
     torch = import_torch()
     leaves = {name.removeprefix("params/"): np.array(leaf) for name, leaf in leaf_table(variables).items()}
@@ -105,7 +105,7 @@ def _resnet(torch: Any, leaves: Mapping[str, np.ndarray]) -> Any:
 
 
 def _norm_class(torch: Any) -> Any:
-    """LayerNorm over the channels of images [n, c, h, w]."""
+    """Return the class of a LayerNorm over the channels of images [n, c, h, w]."""
 
     class LayerNorm(torch.nn.Module):
         def __init__(self, leaves: Mapping[str, np.ndarray], name: str) -> None:
@@ -144,9 +144,9 @@ def _dense(torch: Any, leaves: Mapping[str, np.ndarray], name: str) -> Any:
 def build_training(
     network: Any, images: np.ndarray, labels: np.ndarray, *, batch_size: int, channels_last: bool = True
 ) -> Callable[[], None]:
-    """Returns a function that trains for an epoch of shuffled uint8 images [n, h, w, c].
+    """Return a function that trains for an epoch of shuffled uint8 images [n, h, w, c].
 
-    SGD with momentum and coupled weight decay; pixels become ``(x - 127.5) / 63.75``.
+    It uses SGD with momentum and coupled weight decay. Pixels become ``(x - 127.5) / 63.75``.
     """
     torch = import_torch()
     optimizer = torch.optim.SGD(network.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4)
@@ -165,7 +165,7 @@ def build_training(
 def build_forward(
     network: Any, images: np.ndarray, *, batch_size: int, channels_last: bool = True
 ) -> Callable[[], Any]:
-    """Returns a function that computes the logits of all uint8 images [n, h, w, c]."""
+    """Return a function that computes the logits of all uint8 images [n, h, w, c]."""
     torch = import_torch()
     inputs = torch.from_numpy(images)
 
@@ -178,6 +178,6 @@ def build_forward(
 
 
 def _pixels(torch: Any, images: Any, channels_last: bool) -> Any:
-    """Uint8 images [n, h, w, c] as normalised float32 [n, c, h, w]."""
+    """Turn uint8 images [n, h, w, c] into normalised float32 images [n, c, h, w]."""
     layout = torch.channels_last if channels_last else torch.contiguous_format
     return ((images.float() - 127.5) / 63.75).permute(0, 3, 1, 2).contiguous(memory_format=layout)

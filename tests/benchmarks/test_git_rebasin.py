@@ -9,8 +9,9 @@ import pytest
 from scipy.optimize import linear_sum_assignment
 
 import rebasin
+from benchmarks.architectures import Architecture, draw_network
 from benchmarks.git_rebasin import git_rebasin_matching, whole_axes
-from benchmarks.planting import PLANTED, Architecture, draw_network, is_recovered
+from benchmarks.planted_recovery import PLANTED, is_recovered
 from rebasin.errors import SpecError
 from rebasin.models import MLP
 from rebasin.trees import leaf_table
@@ -50,7 +51,7 @@ def test_one_group_is_brute_force_and_scipy(seed):
         + a["Dense_1"]["kernel"] @ b["Dense_1"]["kernel"].T
     )
     assert row.tolist() == linear_sum_assignment(similarity, maximize=True)[1].tolist()
-    # The second sweep finds nothing better, and only then does the loop know.
+    # The second iteration finds nothing better, and only then does the loop know.
     assert (match.num_iterations, match.num_assignments) == (2, 2)
 
 

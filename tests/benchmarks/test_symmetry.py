@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 
 import rebasin
-from benchmarks.orders import compare_orders
 from benchmarks.problems import Pair
+from benchmarks.symmetry import compare_orders
 
 
 def draw(seed, widths):

@@ -7,7 +7,7 @@ import jax
 import pytest
 
 import rebasin
-from benchmarks.planting import PLANTED, is_recovered, plant
+from benchmarks.planted_recovery import PLANTED, is_recovered, plant
 
 SEEDS = 20
 FAST = 3

@@ -1,6 +1,5 @@
 """What the benchmark says about its runs, and that a small one goes through whole."""
 
-import functools
 import json
 import pathlib
 import subprocess
@@ -10,14 +9,14 @@ import jax
 import numpy as np
 import pytest
 
-import rebasin
-from benchmarks.comparison import UNALIGNED, Outcome, Run, compare, count_runs, tally
-from benchmarks.fresh_process import run_fresh
+from benchmarks.architectures import Architecture, draw_network
 from benchmarks.methods import METHODS, OURS, PEER
-from benchmarks.planting import Architecture, draw_network
 from benchmarks.problems import Pair, Problem, find_trained, gaussian_problems
-from benchmarks.tables import WIDTH, save
-from benchmarks.timing import mean_and_deviation
+from benchmarks.reports import WIDTH
+from benchmarks.tables import mean_and_deviation
+from benchmarks.weight_matching import compare, count_runs
+from benchmarks.weight_matching_report import UNALIGNED, Outcome, Run, save, tally
+from rebasin.barrier import Barrier
 from rebasin.models import MLP
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -72,8 +71,8 @@ class Curve:
 
     def __init__(self, a, b):
         value = float(sum(np.vdot(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)))
-        self.loss_barrier = rebasin.Barrier(value, 0.0, 0.5)
-        self.error_barrier = rebasin.Barrier(value / 100, 0.0, 0.5)
+        self.loss_barrier = Barrier(value, 0.0, 0.5)
+        self.error_barrier = Barrier(value / 100, 0.0, 0.5)
 
 
 @pytest.fixture(scope="module")
@@ -89,8 +88,8 @@ def test_every_method_runs_on_every_pair_and_key(small_outcome):
     expected = [(f"pair {i}", 2 * i + j, name) for i in range(2) for j in range(2) for name in METHODS]
     assert sorted((r.pair, r.key, r.method) for r in runs if r.method != UNALIGNED) == sorted(expected)
     assert [r.pair for r in runs if r.method == UNALIGNED] == ["pair 0", "pair 1"]
-    assert all(r.seconds > 0 and r.solves >= 2 for r in runs if r.method != UNALIGNED)
-    assert [len(seconds) for seconds in small_outcome.first.values()] == [1, 1]
+    assert all(r.seconds > 0 and r.assignments >= 2 for r in runs if r.method != UNALIGNED)
+    assert [len(seconds) for seconds in small_outcome.first_calls.values()] == [1, 1]
     # Objective and barrier are of the same permuted network.
     for r in runs:
         assert r.loss_barrier == pytest.approx(r.objective, rel=1e-5)
@@ -141,19 +140,6 @@ def test_gaussian_problems_are_the_widths_asked_for():
     leaves = zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True)
     assert not any(np.array_equal(x, y) for x, y in leaves)
     assert problems[1].parameters == sum(x.size for x in jax.tree.leaves(first))
-
-
-def test_a_failure_in_a_fresh_process_is_told():
-    with pytest.raises(RuntimeError, match=r"(?s)math:sqrt failed:.*ValueError"):
-        run_fresh("math:sqrt", -1.0)
-
-
-@pytest.mark.skipif(
-    not pathlib.Path("/proc/self/clear_refs").exists(), reason="peaks come from Linux's /proc"
-)
-def test_memory_that_is_taken_and_freed_is_seen():
-    growth = run_fresh("benchmarks.memory:resident_growth", functools.partial(np.ones, 8 * 2**20))
-    assert 64 * 2**20 <= growth < 66 * 2**20
 
 
 def run_binary(*arguments):

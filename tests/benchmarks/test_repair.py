@@ -3,8 +3,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.repair_bench import METHODS, UNALIGNED, VARIANTS, Bench, report
-from experiments.console import Reporter
+from benchmarks.repair import MATCHINGS, UNALIGNED, VARIANTS, PairMeasurements, report
+from benchmarks.reports import Reporter
 from rebasin import models
 from rebasin.models import BatchNorm
 from rebasin.training.data import load_dataset
@@ -23,7 +23,7 @@ class Normed(nn.Module):
 def test_variants_are_measured_and_told_apart(monkeypatch, capsys):
     monkeypatch.setitem(models.MODELS, "normed", lambda width, num_classes: Normed())
     digits = load_dataset("digits")
-    bench = Bench(
+    measurements = PairMeasurements(
         Recipe("digits", "normed", width=8, epochs=5), digits, num_alphas=3, num_test=50, num_train=60
     )
     images = jnp.zeros((1, 8, 8, 1))
@@ -35,7 +35,14 @@ def test_variants_are_measured_and_told_apart(monkeypatch, capsys):
         )
         for seed in (0, 1)
     )
-    pairs = [{"methods": {name: bench.measure(a, bench.align(name, a, b)) for name in (UNALIGNED, *METHODS)}}]
+    pairs = [
+        {
+            "methods": {
+                name: measurements.measure(a, measurements.align(name, a, b))
+                for name in (UNALIGNED, *MATCHINGS)
+            }
+        }
+    ]
     for found in pairs[0]["methods"].values():
         assert tuple(found) == VARIANTS
         ends = {variant: found[variant]["end_logit_difference"] for variant in VARIANTS}
