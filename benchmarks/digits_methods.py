@@ -22,12 +22,12 @@ import numpy as np
 
 import rebasin
 from benchmarks.command import run
-from benchmarks.problems import build_apply, build_metrics, find_recipe, train_network
+from benchmarks.problems import find_recipe, train_network
 from benchmarks.reports import Reporter, build_reporter, mean_and_interval
-from rebasin.matching.many import UniverseResult
-from rebasin.merging import cycle_error, match_to_reference
+from rebasin.matching.many import UniverseResult, cycle_error, match_to_reference
 from rebasin.models import build_model
-from rebasin.training.data import Split, load_dataset
+from rebasin.training.data import load_dataset
+from rebasin.training.loop import build_apply
 from rebasin.trees import inner_product
 
 NETWORKS = 15  # seven pairs; three disjoint sets of each size
@@ -62,8 +62,8 @@ class Setting(NamedTuple):
     spec: rebasin.PermutationSpec
     trees: list[Any]
     metrics_fn: Callable[..., Mapping[str, jax.Array]]
-    train: Split
-    test: Split
+    train: rebasin.Batch
+    test: rebasin.Batch
 
 
 def build_setting() -> Setting:
@@ -76,22 +76,19 @@ def build_setting() -> Setting:
             for seed in range(NETWORKS)
         ]
     model = build_model(recipe.model, width=recipe.width, num_classes=dataset.num_classes)
-    image = jax.ShapeDtypeStruct((1, *dataset.train[0].shape[1:]), np.float32)
+    image = jax.ShapeDtypeStruct((1, *dataset.train.inputs.shape[1:]), np.float32)
     spec = rebasin.infer_spec(model.apply, trees[0], image)
-    metrics_fn = build_metrics(build_apply(model, dataset.mean, dataset.std))
+    metrics_fn = rebasin.classification_metrics(build_apply(model, dataset))
     return Setting(spec, trees, metrics_fn, *jax.device_put((dataset.train, dataset.test)))
 
 
 def _pair_methods(setting: Setting) -> dict[str, Callable[[Any, Any], rebasin.MatchResult] | None]:
     """Return the rows of the table of pairs: a method with its options, or `None` for no matching."""
 
-    def loss_fn(params: Any, batch: Any) -> jax.Array:
-        return setting.metrics_fn(params, batch)["loss"]
-
     def method(name: str, **options: Any) -> Callable[[Any, Any], rebasin.MatchResult]:
         return lambda params_a, params_b: rebasin.match(setting.spec, params_a, params_b, name, **options)
 
-    learned = {"loss_fn": loss_fn, "data": setting.train, "key": KEY}
+    learned = {"metrics_fn": setting.metrics_fn, "data": setting.train, "key": KEY}
     return {
         "unaligned": None,
         "weights": method("weights", key=KEY),
@@ -152,7 +149,7 @@ def report_sets(setting: Setting, reporter: Reporter) -> None:
     """Merge sets of three to five networks and print a row for each size and method."""
     weights = functools.partial(rebasin.weight_matching, key=KEY)
     ways: dict[str, Callable[[Any, Any], UniverseResult]] = {
-        "weights to a reference": functools.partial(match_to_reference, matcher=weights),
+        "weights to a reference": functools.partial(match_to_reference, key=KEY),
         "merge_many": functools.partial(rebasin.merge_many, key=KEY),
         "universe_matching": rebasin.universe_matching,
     }

@@ -6,7 +6,7 @@ experiments.
 
 import pathlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,8 +20,8 @@ from experiments.pairs import run_directory, shared_runs
 from experiments.presets import choose_preset
 from rebasin.barrier import BarrierCurve
 from rebasin.models import build_model
-from rebasin.training.data import Dataset, Split, load_dataset, normalise
-from rebasin.training.loop import classification_metrics, train
+from rebasin.training.data import Dataset, load_dataset
+from rebasin.training.loop import build_apply, train
 from rebasin.training.recipes import Recipe
 from rebasin.training.trajectory import Trajectory
 
@@ -29,8 +29,6 @@ __all__ = [
     "MODELS",
     "Pair",
     "Problem",
-    "build_apply",
-    "build_metrics",
     "find_recipe",
     "find_trained",
     "gaussian_problems",
@@ -122,30 +120,6 @@ def find_recipe(preset: str, model: str) -> Recipe:
     return choose_preset(preset, model).build_recipe("trajectory")
 
 
-def build_apply(model: Any, mean: Any, std: Any) -> Callable[[Any, Any], jax.Array]:
-    """Return ``apply_fn(params, images)``, the logits of a model for uint8 images.
-
-    Args:
-      model: a model of `rebasin.models`.
-      mean: pixel mean of the training data, [c].
-      std: pixel standard deviation of the training data, [c].
-    """
-    return lambda params, images: model.apply(params, normalise(images, mean, std))
-
-
-def build_metrics(apply_fn: Callable[..., jax.Array]) -> Callable[..., Mapping[str, jax.Array]]:
-    """Return ``metrics_fn(params, batch)``, the cross entropy and 0–1 error of each example.
-
-    Args:
-      apply_fn: ``(params, images)`` to logits; with a third argument, `metrics_fn` has it too.
-    """
-
-    def metrics_fn(params: Any, batch: Split, *prepared: Any) -> Mapping[str, jax.Array]:
-        return classification_metrics(apply_fn(params, batch.images, *prepared), batch.labels)
-
-    return metrics_fn
-
-
 def train_network(
     recipe: Recipe, dataset: Dataset, seed: int, runs_dir: pathlib.Path, **options: Any
 ) -> Trajectory:
@@ -226,10 +200,10 @@ def _trained_problem(
     found = sorted(found, key=lambda trajectory: trajectory.seed)
     dataset = load_dataset(recipe.dataset, data_dir=data_dir)
     model = build_model(recipe.model, width=recipe.width, num_classes=dataset.num_classes)
-    image = jax.ShapeDtypeStruct((1, *dataset.test.images.shape[1:]), jnp.float32)
+    image = jax.ShapeDtypeStruct((1, *dataset.test.inputs.shape[1:]), jnp.float32)
 
     def build_sweep() -> Callable[[Any, Any], BarrierCurve]:
-        measure = rebasin.build_sweep(build_metrics(build_apply(model, dataset.mean, dataset.std)))
+        measure = rebasin.build_sweep(rebasin.classification_metrics(build_apply(model, dataset)))
         data = jax.device_put(dataset.take(num_test=min(num_eval, len(dataset.test.labels))).test)
         return lambda params_a, params_b: measure(params_a, params_b, data)
 

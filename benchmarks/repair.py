@@ -28,12 +28,13 @@ from jax.tree_util import Partial
 
 import rebasin
 from benchmarks.command import define_data_flags, flag_values, run
-from benchmarks.problems import build_apply, build_metrics, find_recipe, shared_runs, train_network
+from benchmarks.problems import find_recipe, shared_runs, train_network
 from benchmarks.reports import Reporter, build_reporter, describe_machine, plain, save_report
 from benchmarks.tables import mean_and_deviation
 from rebasin.barrier import BarrierCurve
 from rebasin.models import build_model
 from rebasin.training.data import Dataset, load_dataset, normalise
+from rebasin.training.loop import build_apply
 from rebasin.training.recipes import Recipe
 
 __all__ = ["MATCHINGS", "UNALIGNED", "VARIANTS", "PairMeasurements", "report"]
@@ -72,9 +73,9 @@ class PairMeasurements:
     ) -> None:
         model = build_model(recipe.model, width=recipe.width, num_classes=dataset.num_classes)
         chosen = dataset.take(num_train=num_train, num_test=num_test)
-        self.images, self.test = jax.device_put((chosen.train[0], chosen.test))
+        self.images, self.test = jax.device_put((chosen.train.inputs, chosen.test))
         self.num_alphas = num_alphas
-        self.apply_fn = build_apply(model, dataset.mean, dataset.std)
+        self.apply_fn = build_apply(model, dataset)
         image = jax.ShapeDtypeStruct(self.images[:1].shape, np.uint8)
         variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), jnp.float32(x)), image)
         self.spec = rebasin.infer_spec(self.apply_fn, variables, image)
@@ -99,14 +100,16 @@ class PairMeasurements:
         self, apply_fn: Callable[..., Any], prepare: Callable[[Any, Any], Any]
     ) -> Callable[[Any, Any], _Measured]:
         """Return a function that measures a path of ``apply_fn(params, images, prepare(params, alpha))``."""
-        sweep = rebasin.build_sweep(build_metrics(apply_fn), num_alphas=self.num_alphas, prepare=prepare)
+        sweep = rebasin.build_sweep(
+            rebasin.classification_metrics(apply_fn), num_alphas=self.num_alphas, prepare=prepare
+        )
 
         @jax.jit
         def logits(prepare: Any, params: Any, alpha: Any, images: Any) -> Any:
             return apply_fn(params, images, prepare(params, alpha))
 
         def measure(params_a: Any, params_b: Any) -> _Measured:
-            images = self.test[0][:_NUM_LOGITS]
+            images = self.test.inputs[:_NUM_LOGITS]
             ends = ((params_b, 0.0), (params_a, 1.0))
             computed = [np.asarray(logits(prepare, params, alpha, images)) for params, alpha in ends]
             return _Measured(sweep(params_a, params_b, self.test), np.stack(computed))

@@ -28,14 +28,13 @@ from absl import flags
 
 import rebasin
 from benchmarks.command import run
-from benchmarks.problems import build_apply, build_metrics
 from benchmarks.reports import Reporter, build_reporter, describe_machine
 from benchmarks.timing import alternate, median_ratio
 from benchmarks.torch_networks import build_forward, build_network, build_training, import_torch
+from rebasin import Batch, classification_metrics
 from rebasin.errors import ConfigError
 from rebasin.models import build_model
-from rebasin.training.data import Split
-from rebasin.training.loop import TrainingData, build_epoch, build_init
+from rebasin.training.loop import TrainingData, build_apply, build_epoch, build_init
 from rebasin.training.recipes import Recipe
 
 __all__ = ["CASES", "Case", "check_same", "measure_case", "parse_case"]
@@ -65,7 +64,7 @@ class Case(NamedTuple):
 
     def build_apply(self) -> Callable[[Any, Any], jax.Array]:
         """Return ``apply_fn(params, images)``, the logits of uint8 images."""
-        return build_apply(build_model(self.model, width=self.width, num_classes=10), *self.statistics)
+        return build_apply(build_model(self.model, width=self.width, num_classes=10), self.statistics)
 
     def draw_variables(self, seed: int = 0) -> Any:
         """Return a freshly initialised network."""
@@ -107,7 +106,7 @@ def measure_case(
     """
     rng = np.random.default_rng(0)
     n = steps * _BATCH
-    split = Split(
+    split = Batch(
         rng.integers(0, 256, (max(n, images), *case.image), np.uint8),
         rng.integers(0, 10, max(n, images), np.int32),
     )
@@ -123,12 +122,12 @@ def measure_case(
     return results
 
 
-def _first(split: Split, count: int) -> Split:
+def _first(split: Batch, count: int) -> Batch:
     """Return the first examples."""
     return jax.tree.map(lambda x: x[:count], split)
 
 
-def _faster_format(case: Case, data: Split) -> bool:
+def _faster_format(case: Case, data: Batch) -> bool:
     """Return whether PyTorch trains this network faster with channels last."""
     if case.model == "mlp":
         return False
@@ -137,16 +136,16 @@ def _faster_format(case: Case, data: Split) -> bool:
     return min(seconds["True"]) < min(seconds["False"])
 
 
-def _torch_training(case: Case, data: Split, channels_last: bool) -> Callable[[], None]:
+def _torch_training(case: Case, data: Batch, channels_last: bool) -> Callable[[], None]:
     network = build_network(case.model, case.draw_variables(), channels_last=channels_last)
     return build_training(network, *data, batch_size=_BATCH, channels_last=channels_last)
 
 
 def _trainers(
-    case: Case, data: Split, channels_last: bool, *, pytorch: bool
+    case: Case, data: Batch, channels_last: bool, *, pytorch: bool
 ) -> dict[str, Callable[[], None]]:
     """Return the contestants that train for an epoch."""
-    resident = TrainingData(*jax.device_put((*data, *case.statistics)))
+    resident = TrainingData(*jax.device_put((data, *case.statistics)))
     dataset = "mnist" if case.model == "mlp" else "cifar10"
     recipe = Recipe(dataset, case.model, width=case.width, epochs=1000, batch_size=_BATCH)
     run_epoch = build_epoch(recipe, 10)
@@ -163,11 +162,11 @@ def _trainers(
 
 
 def _sweepers(
-    case: Case, data: Split, alphas: int, channels_last: bool, *, pytorch: bool
+    case: Case, data: Batch, alphas: int, channels_last: bool, *, pytorch: bool
 ) -> dict[str, Callable[[], Any]]:
     """Return the contestants that evaluate a path."""
     resident = jax.device_put(data)
-    metrics_fn = build_metrics(case.build_apply())
+    metrics_fn = classification_metrics(case.build_apply())
     a, b = case.draw_variables(0), case.draw_variables(1)
     sweep = rebasin.build_sweep(metrics_fn, num_alphas=alphas, batch_size=_SWEEP_BATCH)
     bare = jax.jit(metrics_fn)
