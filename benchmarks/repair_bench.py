@@ -98,7 +98,7 @@ class Bench:
         """B in the order of A's units; as it is for `UNALIGNED`."""
         if method == UNALIGNED:
             return b
-        needs: dict[str, Any] = {"activations": {"function": self.function, "data": self.images}}
+        needs: dict[str, Any] = {"activations": {"apply_fn": self.function, "data": self.images}}
         match = rebasin.match(self.spec, a, b, method, key=jax.random.key(0), **needs.get(method, {}))
         return rebasin.permute(self.spec, match.permutation, b)
 

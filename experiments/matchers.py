@@ -50,8 +50,8 @@ def build_matchers(
     metrics = build_metrics(model, mean, std)
 
     # One function for all pairs of networks, so that it is traced once.
-    def function(variables: Any, batch: jax.Array) -> jax.Array:
-        return model.apply(variables, normalise(batch, mean, std))
+    def apply_fn(variables: Any, images: jax.Array) -> jax.Array:
+        return model.apply(variables, normalise(images, mean, std))
 
     def loss_fn(variables: Any, batch: Any) -> jax.Array:
         return metrics(variables, batch)["loss"]
@@ -60,8 +60,8 @@ def build_matchers(
         method = rebasin.METHODS[name]
         takes = (*method.needs, *method.options)
         options: dict[str, Any] = {}
-        if "function" in takes:
-            options = {"function": function, "data": examples.images}
+        if "apply_fn" in takes:
+            options = {"apply_fn": apply_fn, "data": examples.images}
         elif "loss_fn" in takes:
             options = {"loss_fn": loss_fn, "data": examples}
             if num_steps is not None:

@@ -1,5 +1,6 @@
 """Matching methods by name."""
 
+import dataclasses
 import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -7,8 +8,8 @@ from typing import Any, NamedTuple
 import jax
 
 from rebasin.errors import ConfigError, problem_list
-from rebasin.matching.activations import activation_matching
-from rebasin.matching.covariance import covariance_matching
+from rebasin.matching.activations import ActivationMatching, activation_matching
+from rebasin.matching.covariance import CovarianceMatching, covariance_matching
 from rebasin.matching.frank_wolfe import frank_wolfe_matching
 from rebasin.matching.result import MatchResult
 from rebasin.matching.sinkhorn import sinkhorn_matching
@@ -27,29 +28,33 @@ class Method(NamedTuple):
     Attributes:
       function: ``(spec, params_a, params_b, …) -> MatchResult``; its signature says what else it takes.
       objective: what it maximises.
+      fields: the dataclass of its options, if there is one.
     """
 
     function: Callable[..., MatchResult]
     objective: str
+    fields: Any = None
 
     @property
     def needs(self) -> tuple[str, ...]:
         """Arguments without a default, besides spec and networks."""
         parameters = inspect.signature(self.function).parameters.values()
-        return tuple(p.name for p in parameters if p.default is p.empty and p.name not in _NETWORKS)
+        parameters = [p for p in parameters if p.kind is not p.VAR_KEYWORD and p.name not in _NETWORKS]
+        return tuple(p.name for p in parameters if p.default is p.empty)
 
     @property
     def options(self) -> tuple[str, ...]:
         """Arguments with a default."""
         parameters = inspect.signature(self.function).parameters.values()
-        return tuple(p.name for p in parameters if p.default is not p.empty)
+        fields = () if self.fields is None else tuple(field.name for field in dataclasses.fields(self.fields))
+        return (*(p.name for p in parameters if p.default is not p.empty), *fields)
 
 
 # To add a method is to add a line here; tests/matching/test_every_method.py then runs for it as well.
 METHODS: dict[str, Method] = {
     "weights": Method(weight_matching, "⟨A, P[B]⟩"),
-    "activations": Method(activation_matching, "Σ of paired units' mean products over the data"),
-    "covariance": Method(covariance_matching, "⟨A, P[B]⟩ in the metric of the activations"),
+    "activations": Method(activation_matching, ActivationMatching.objective, ActivationMatching),
+    "covariance": Method(covariance_matching, CovarianceMatching.objective, CovarianceMatching),
     "frank_wolfe": Method(frank_wolfe_matching, "⟨A, P[B]⟩"),
     "straight_through": Method(straight_through_matching, "−ℓ(½A + ½P[B])"),
     "sinkhorn": Method(sinkhorn_matching, "−ℓ(½A + ½P[B]), or by its option `loss`"),

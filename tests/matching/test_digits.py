@@ -40,14 +40,14 @@ def test_the_error_barrier_nearly_vanishes(digits, method):
     metrics_fn, data = build_metrics(model, dataset.mean, dataset.std), jax.device_put(dataset.train)
     offered = {
         "loss_fn": lambda params, batch: metrics_fn(params, batch)["loss"],
-        "function": lambda params, batch: model.apply(
-            params, normalise(batch.images, dataset.mean, dataset.std)
-        ),
+        "apply_fn": lambda params, images: model.apply(params, normalise(images, dataset.mean, dataset.std)),
         "num_steps": 10,
         "data": data,
     }
     known = (*METHODS[method].needs, *METHODS[method].options)
     options = {name: value for name, value in offered.items() if name in known}
+    if "apply_fn" in known:
+        options["data"] = data.images
     sweep = rebasin.build_sweep(metrics_fn, num_alphas=5)
     assert sweep(a, b, data).error_barrier.value > 0.3
     match = rebasin.match(spec, a, b, method, key=KEY, **options)

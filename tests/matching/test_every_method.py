@@ -21,7 +21,7 @@ def options_of(method, case, **changes):
     known = (*METHODS[method].needs, *METHODS[method].options)
     offered = {
         "loss_fn": case.loss_fn,
-        "function": case.function,
+        "apply_fn": case.function,
         "data": case.data,
         "num_steps": 3,
         "batch_size": 16,
@@ -44,7 +44,7 @@ def test_a_planted_permutation_is_recovered(method, name):
     """Exactly; a method that goes by responses cannot tell units apart that are silent on all the data."""
     case = build_case(name)
     match = run(method, case, case.params_a, case.planted)
-    if "function" in METHODS[method].needs:
+    if "apply_fn" in METHODS[method].needs:
         alike = run(method, case, case.params_a, case.params_a)
         assert match.objective[-1] == pytest.approx(alike.objective[-1], rel=1e-5)
     else:
