@@ -7,6 +7,7 @@ from jax import lax
 
 import rebasin
 from rebasin import build_norm_reset, build_repair, build_sweep
+from rebasin.batches import Batch
 from rebasin.errors import (
     DataError,
     InferenceError,
@@ -171,6 +172,37 @@ def test_errors():
         InferenceError, match="the correction is for 1 layers, but with this batch there are 2"
     ):
         repair.apply(A, X, repair.prepare(A, 1.0)[:1])
+    for forgotten in ((A, X), (A,)):
+        with pytest.raises(InferenceError, match="the last argument must be a correction"):
+            repair.apply(*forgotten)
+
+
+def two_inputs(tree, x, y):
+    return jnp.tanh(x @ tree["w"] + y @ tree["u"]) @ tree["v"]
+
+
+def test_batches_and_several_inputs():
+    """Labels are ignored; several inputs are handed over one by one."""
+    repaired = build_repair(SPEC, A, B, network, X, batch_size=15).prepare(A, 0.5)
+    for data in (Batch(X), Batch(X, np.full(40, np.nan)), (X,)):
+        again = build_repair(SPEC, A, B, network, data, batch_size=15).prepare(A, 0.5)
+        jax.tree.map(np.testing.assert_array_equal, again, repaired)
+
+    y = normal(40, 2, seed=8)
+    a, b = ({"w": normal(4, 6, seed=s), "u": normal(2, 6, seed=s + 1), "v": normal(6, 3)} for s in (0, 5))
+    spec = rebasin.infer_spec(two_inputs, a, X, y)
+    repair = build_repair(spec, a, b, two_inputs, Batch((X, y), np.arange(40)))
+    mixed = rebasin.interpolate(a, b, 0.5)
+    outputs = repair.apply(mixed, X[:5], y[:5], repair.prepare(mixed, 0.5))
+    assert repair.layers == ("w", "u")
+
+    # Each of the two products is a layer; their means and deviations are between those of the endpoints.
+    expected = np.zeros((5, 6))
+    for name, x in (("w", X), ("u", y)):
+        of_a, of_b, own = (np.asarray(x @ tree[name], np.float64) for tree in (a, b, mixed))
+        scale = (of_a.std(0) + of_b.std(0)) / 2 / own.std(0)
+        expected += (own[:5] - own.mean(0)) * scale + (of_a.mean(0) + of_b.mean(0)) / 2
+    np.testing.assert_allclose(outputs, np.tanh(expected) @ np.asarray(mixed["v"]), rtol=1e-3, atol=1e-4)
 
 
 class Normed(nn.Module):
@@ -242,9 +274,24 @@ def test_norm_reset_fits_a_sweep_and_restores_the_variance():
     assert repaired.examples["loss"][1].std() > plain.examples["loss"][1].std()
 
 
+def test_norm_reset_takes_batches_and_several_inputs():
+    tree = Normed().init(jax.random.key(0), X)
+    alone = build_norm_reset(update, X, batch_size=8)(tree)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        build_norm_reset(update, Batch(X, np.arange(40)), batch_size=8)(tree),
+        alone,
+    )
+    parts = X[:, :1], X[:, 1:]
+    both = build_norm_reset(lambda t, x, y: update(t, jnp.concatenate([x, y], 1)), parts, batch_size=8)(tree)
+    jax.tree.map(np.testing.assert_array_equal, both, alone)
+    with pytest.raises(DataError, match="labels: 39 examples"):
+        build_norm_reset(update, Batch(X, np.arange(39)))
+
+
 def test_norm_reset_refuses_another_tree():
     reset = build_norm_reset(lambda tree, batch: tree["params"], X)
-    with pytest.raises(TreeMismatchError, match="what update returns"):
+    with pytest.raises(TreeMismatchError, match="what update_fn returns"):
         reset(Normed().init(jax.random.key(0), X))
 
 

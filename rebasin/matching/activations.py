@@ -1,15 +1,16 @@
-"""Activation matching: one assignment for each group, on the values that carry it.
+"""Activation matching: one linear assignment for each group, on the activations of its units.
 
-Appendix A of arXiv 2404.06498; Li et al. 2015 (arXiv 1511.07543); arXiv 2211.08403 for correlations. Sites
-values carry a group is defined in `rebasin.tracing.sites`.
+Appendix A of arXiv 2404.06498; Li et al. 2015 (arXiv 1511.07543); arXiv 2211.08403 for correlations. The
+values that are compared are the activation sites of `rebasin.tracing.sites`.
 """
 
+import dataclasses
 import functools
 import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -17,361 +18,120 @@ import numpy as np
 from jax import lax
 
 from rebasin.axis import cut, iter_blocks
-from rebasin.batches import Batches, batch_shapes, check_data, sum_batches
+from rebasin.batches import Batches, Sum, batch_shapes, check_data, inputs_of, num_examples, sum_batches
 from rebasin.errors import ConfigError, InferenceError, NonFiniteError, problem_list
-from rebasin.matching.assignment import maximise_assignment
+from rebasin.matching.assignment import best_inner_match, maximise_assignments
+from rebasin.matching.method import Method, check_at_least, check_networks
 from rebasin.matching.result import MatchResult
-from rebasin.permutation import Permutation, identity_permutation, permute
+from rebasin.permutation import Permutation, compiled_permute, identity_permutation
 from rebasin.spec import PermutationSpec
 from rebasin.tracing.evaluate import bind, evaluate
-from rebasin.tracing.program import Static, trace_program
+from rebasin.tracing.program import Program, Static, trace_program
 from rebasin.tracing.sites import Site, find_sites
-from rebasin.trees import check_finite, check_same_shapes, is_weight, leaf_table
+from rebasin.trees import LeafPredicate, check_finite, is_weight
 
-__all__ = [
-    "Sites",
-    "Kernel",
-    "Sums",
-    "Term",
-    "activation_matching",
-    "assign",
-    "best_rows",
-    "find_all_terms",
-    "find_terms",
-    "gram",
-    "measure",
-    "moments",
-    "samples",
-    "similarities",
-    "value_at",
-]
+__all__ = ["ActivationMatching", "Measurement", "Similarity", "Sites", "activation_matching", "sum_products"]
 
-
-class Term(NamedTuple):
-    """A block of a site, seen from one group.
-
-    Attributes:
-      site: the value.
-      block: which of its blocks.
-      fixed: labels of fixed indices.
-      chain: labels of outer groups, the group, and inner groups.
-      foreign: other groups that the block carries, whose units must already be aligned.
-    """
-
-    site: Site
-    block: int
-    fixed: tuple[str, ...]
-    chain: tuple[str, ...]
-    foreign: frozenset[str]
-
-
-def find_terms(spec: PermutationSpec, group: str, site: Site) -> tuple[Term, ...]:
-    """A group's terms in a site; a block that carries it on two axes, as a square does, has none."""
-    outer = spec.outer_groups
-    terms = []
-    for i, block in enumerate(iter_blocks(site.axes, site.shape)):
-        labels = block.labels
-        if labels.count(group) != 1:
-            continue
-        chain = [*(o for o in outer.get(group, ()) if o not in spec.fixed), group]
-        for inner in spec.outward:
-            if labels.count(inner) == 1 and inner not in chain and set(chain) <= set(outer.get(inner, ())):
-                chain.append(inner)
-        index = itertools.chain.from_iterable(outer.get(name, ()) for name in chain)
-        fixed = tuple(dict.fromkeys(name for name in index if name in spec.fixed))
-        moving = {name for name in labels if name is not None and name not in spec.fixed}
-        terms.append(Term(site, i, fixed, tuple(chain), frozenset(moving.difference(chain))))
-    return tuple(terms)
-
-
-def samples(term: Term, value: jax.Array) -> jax.Array:
-    """A term's values as ``[fixed positions, samples, units]``, real, in float32 at least.
-
-    Complex values count as two samples, an index of a single position that the value does not carry as one.
-    """
-    block = list(iter_blocks(term.site.axes, term.site.shape))[term.block]
-    x = cut(value, block)
-    labels: list[str | None] = list(block.labels)
-    if jnp.iscomplexobj(x):
-        x, labels = jnp.stack([x.real, x.imag]), [None, *labels]
-    missing = [name for name in (*term.fixed, *term.chain) if name not in labels]
-    x = x.reshape(*x.shape, *(1 for _ in missing))
-    labels += missing
-    order = [labels.index(name) for name in term.fixed]
-    units = [labels.index(name) for name in term.chain]
-    rest = [i for i in range(x.ndim) if i not in (*order, *units)]
-    sizes = [math.prod(x.shape[i] for i in part) for part in (order, rest, units)]
-    x = jnp.transpose(x, (*order, *rest, *units)).reshape(sizes)
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
-def gram(a: jax.Array, b: jax.Array) -> jax.Array:
-    """``[fixed, samples, units]`` of A and of B to their inner products, ``[fixed, units, units]``."""
-    return lax.dot_general(a, b, (((1,), (1,)), ((0,), (0,))), precision="highest")
-
-
-def moments(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Sums over the samples of ``[fixed, samples, units]``, and of their squares."""
-    return jnp.sum(x, axis=1), jnp.sum(jnp.square(x), axis=1)
-
-
-def best_rows(
-    spec: PermutationSpec, group: str, grams: Sequence[tuple[Term, np.ndarray]], permutation: Permutation
-) -> np.ndarray:
-    """The rows of a group that maximise the sum over its terms, given those of the groups that index it.
-
-    Units of a group that indexes others are paired by the value of the best match of their insides.
-
-    Args:
-      spec: the symmetries.
-      group: a group.
-      grams: its terms with their Gram matrices, ``[fixed positions, units, units]``.
-      permutation: rows of the outer groups; those of `group` give the shape.
-
-    Returns:
-      Rows of the shape of ``permutation[group]``, int32.
-    """
-    shape = np.shape(permutation[group])
-    names = spec.outer_groups.get(group, ())
-    similarity = np.zeros((*shape, shape[-1]))
-    for term, values in grams:
-        aligned, lead = _align(spec, term, _unfold(spec, term, values, permutation), permutation, group)
-        similarity += _for_index(_best_insides(aligned, len(lead)), lead, names)
-    return assign(similarity)
-
-
-def value_at(
-    spec: PermutationSpec, grams: Sequence[tuple[Term, np.ndarray]], permutation: Permutation
-) -> float:
-    """The sum of the terms' inner products between A and the permuted B."""
-    total = 0.0
-    for term, values in grams:
-        unfolded = _unfold(spec, term, values, permutation)
-        total += float(_align(spec, term, unfolded, permutation, None)[0].sum())
-    return total
-
-
-def assign(similarity: np.ndarray) -> np.ndarray:
-    """An assignment for each matrix of a stack ``[…, n, n]``, int32 ``[…, n]``."""
-    matrices = similarity.reshape(-1, *similarity.shape[-2:])
-    return np.stack([maximise_assignment(matrix) for matrix in matrices]).reshape(similarity.shape[:-1])
-
-
-def _unfold(spec: PermutationSpec, term: Term, values: np.ndarray, permutation: Permutation) -> np.ndarray:
-    """A Gram matrix as ``[fixed…, chain of A…, chain of B…]``."""
-    sizes: dict[str, int] = {}
-    for name in term.chain:
-        index = (*spec.outer_groups.get(name, ()), name)
-        sizes |= dict(zip(index, np.shape(permutation[name]), strict=True))
-    fixed, chain = [sizes[name] for name in term.fixed], [sizes[name] for name in term.chain]
-    return values.reshape(*fixed, *chain, *chain)
-
-
-def _align(
-    spec: PermutationSpec, term: Term, values: np.ndarray, permutation: Permutation, group: str | None
-) -> tuple[np.ndarray, list[str]]:
-    """Pairs the units of A and B along the chain, up to `group` or to its end.
-
-    Returns:
-      Values ``[fixed…, paired…, rest of A…, rest of B…]``, and the names of the fixed and paired dimensions.
-    """
-    lead = list(term.fixed)
-    paired = term.chain if group is None else term.chain[: term.chain.index(group)]
-    for i, name in enumerate(paired):
-        index = (*spec.outer_groups.get(name, ()), name)
-        rows = np.asarray(permutation[name])
-        order = sorted(range(rows.ndim), key=lambda d: (*lead, name).index(index[d]))
-        shape = [values.shape[d] if label in index else 1 for d, label in enumerate((*lead, name))]
-        rows = rows.transpose(order).reshape(shape)
-        at = len(lead)
-        values = np.moveaxis(values, at + len(term.chain) - i, at + 1)
-        rows = rows.reshape(*rows.shape, *(1 for _ in range(values.ndim - rows.ndim)))
-        values = np.take_along_axis(values, rows, axis=at + 1).squeeze(at + 1)
-        lead.append(name)
-    return values, lead
-
-
-def _best_insides(values: np.ndarray, num_lead: int) -> np.ndarray:
-    """``[lead…, n, inside…, n, inside…]`` to ``[lead…, n, n]``, the values of the best matches inside."""
-    depth = (values.ndim - num_lead) // 2
-    if depth == 1:
-        return values
-    # [lead…, n of A, n of B, inside of A…, inside of B…]
-    values = np.moveaxis(values, num_lead + depth, num_lead + 1)
-    inside = _best_insides(values, num_lead + 2)
-    return np.take_along_axis(inside, assign(inside)[..., None], axis=-1)[..., 0].sum(axis=-1)
-
-
-def _for_index(values: np.ndarray, lead: Sequence[str], names: Sequence[str]) -> np.ndarray:
-    """``[lead…, n, n]`` as ``[names…, n, n]``, summed over what is not among the names."""
-    values = values.sum(axis=tuple(i for i, name in enumerate(lead) if name not in names))
-    kept = [name for name in lead if name in names]
-    return values.transpose(*(kept.index(name) for name in names), len(names), len(names) + 1)
-
-
-Sites = Literal["last", "all"]
-
-
-Kernel = Literal["inner", "correlation"]
-
+Sites: TypeAlias = Literal["last", "all"]
+Similarity: TypeAlias = Literal["inner", "correlation"]
 
 # A unit whose deviation is below this share of its mean is constant: what is left is rounding.
 _CONSTANT = 1e-6
 
 
-def find_all_terms(
-    spec: PermutationSpec, function: Static, which: Sites, groups: tuple[str, ...], tree: Any, batch: Any
-) -> dict[str, tuple[Term, ...]]:
-    """The terms of each group: of all its sites, or of the last that carries no foreign group, if any."""
-    sites = find_sites(trace_program(spec, function.function, tree, batch), groups)
-    terms = {}
-    for group in groups:
-        every = [find_terms(spec, group, site) for site in sites[group]]
-        every = [own for own in every if own]
-        if which == "last":
-            alone = [own for own in every if not any(term.foreign for term in own)]
-            every = (alone or every)[-1:]
-        terms[group] = tuple(term for own in every for term in own)
-    return terms
+@dataclasses.dataclass(frozen=True)
+class ActivationMatching(Method):
+    """Activation matching, together with its options.
 
+    Attributes:
+      batch_size: number of examples that are evaluated at once. The last batch may be shorter. Memory does
+        not depend on the number of all examples.
+      sites: ``"last"`` takes the last activation site of each group, which is the paper's choice: after the
+        last nonlinearity and before pooling or flattening. If some sites carry no other group than the outer
+        and inner groups of this one, it is the last of those. ``"all"`` adds up the similarities of all sites
+        of a group, such as the outputs of all blocks of a residual stream.
+      similarity: ``"inner"`` is the inner product of the paper; its maximum is the least Euclidean distance
+        between activations. ``"correlation"`` centres each unit and divides it by its standard deviation.
+        Units that are constant over the data, such as dead ones, then correlate with nothing.
+      predicate: ``(path, leaf) -> bool``, the leaves that are checked to be finite.
+    """
 
-class Sums(NamedTuple):
-    """Sums over samples: their number, and for the correlation sums and squares of shifted values."""
+    name: ClassVar[str] = "activations"
+    objective: ClassVar[str] = "Σ of paired units' mean products over the data"
 
-    count: jax.Array
-    gram: jax.Array
-    a: tuple[jax.Array, ...] = ()
-    b: tuple[jax.Array, ...] = ()
+    batch_size: int = 500
+    sites: Sites = "last"
+    similarity: Similarity = "inner"
+    predicate: LeafPredicate = is_weight
 
+    def __post_init__(self) -> None:
+        if self.similarity not in ("inner", "correlation"):
+            raise ConfigError(f"unknown similarity {self.similarity!r}; known: 'inner', 'correlation'")
+        if self.sites not in ("last", "all"):
+            raise ConfigError(f"unknown sites {self.sites!r}; known: 'last', 'all'")
+        check_at_least(1, batch_size=self.batch_size)
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))
-def measure(
-    spec: PermutationSpec,
-    function: Static,
-    batches: Batches,
-    which: Sites,
-    kernel: Kernel,
-    wanted: tuple[tuple[str, tuple[int, ...]], ...],
-    params_a: Any,
-    params_b: Any,
-    data: Any,
-) -> Any:
-    """Sums over the split for each of the terms wanted of each group, and the shifts of the correlation."""
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The network as a function, and data."""
+        return ("apply_fn", "data")
 
-    def both(batch: Any) -> Any:
-        """Samples of A and of B for each term."""
-        every = find_all_terms(spec, function, which, tuple(group for group, _ in wanted), params_a, batch)
-        terms = {group: [every[group][i] for i in indices] for group, indices in wanted}
-        closed = trace_program(spec, function.function, params_a, batch).closed
-        places = {term.site.address: None for own in terms.values() for term in own}
-        found = []
-        for tree in (params_a, params_b):
-            inputs = [jnp.asarray(x) for x in jax.tree.leaves((tree, batch))]
-            _, values = evaluate(closed, inputs, _hand_out, places)
-            found.append(
-                {
-                    group: [samples(term, values[term.site.address][term.site.output]) for term in own]
-                    for group, own in terms.items()
-                }
-            )
-        return jax.tree.map(lambda a, b: (a, b), *found)
-
-    def products(batch: Any) -> Any:
-        return jax.tree.map(lambda pair: Sums(_count(pair), gram(*pair)), both(batch), is_leaf=_is_pair)
-
-    def products_and_moments(pair: Any, shift: Any) -> Sums:
-        a, b = (x - mean for x, mean in zip(pair, shift, strict=True))
-        return Sums(_count(pair), gram(a, b), moments(a), moments(b))
-
-    if kernel == "inner":
-        return sum_batches(products, data, batches), None
-    # Sums of squares lose a small deviation beside a large mean, so values are shifted by a first guess.
-    first = both(jax.tree.map(lambda x: jnp.asarray(x)[: batches.size], data))
-    shifts = jax.tree.map(lambda x: jnp.mean(x, axis=1, keepdims=True), first)
-
-    def centred(batch: Any) -> Any:
-        return jax.tree.map(products_and_moments, both(batch), shifts, is_leaf=_is_pair)
-
-    return sum_batches(centred, data, batches), shifts
-
-
-def _hand_out(address: Any, eqn: Any, operands: Sequence[Any], extra: Any) -> tuple[Any, Any]:
-    results = bind(eqn, operands)
-    return results, results
-
-
-def _is_pair(x: Any) -> bool:
-    return isinstance(x, tuple)
-
-
-def _count(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
-    return jnp.asarray(pair[0].shape[1], pair[0].dtype)
-
-
-def similarities(sums: Sums, shifts: Any, kernel: str) -> tuple[np.ndarray, np.ndarray]:
-    """Similarities ``[fixed, units, units]`` from float64 sums, and the numbers of constant units."""
-    mean_product = np.asarray(sums.gram / sums.count)
-    if kernel == "inner":
-        return mean_product, np.zeros(2, int)
-    means, deviations, constant = [], [], []
-    for (total, squares), shift in zip((sums.a, sums.b), shifts, strict=True):
-        mean = total / sums.count
-        deviation = np.sqrt(np.maximum(squares / sums.count - mean**2, 0))
-        silent = deviation <= _CONSTANT * np.abs(mean + np.asarray(shift, np.float64)[:, 0])
-        means.append(mean)
-        # A silent unit correlates with nothing.
-        deviations.append(np.where(silent, np.inf, deviation))
-        constant.append(int(silent.sum()))
-    covariance = mean_product - means[0][:, :, None] * means[1][:, None, :]
-    scale = deviations[0][:, :, None] * deviations[1][:, None, :]
-    return np.asarray(covariance / scale), np.array(constant)
+    def _match(self, spec: PermutationSpec, params_a: Any, params_b: Any, **needed: Any) -> MatchResult:
+        began = time.perf_counter()
+        check_networks(spec, {"params_a": params_a, "params_b": params_b}, self.predicate)
+        check_data(needed["data"], self.batch_size)
+        inputs = jax.tree.map(jnp.asarray, inputs_of(needed["data"]))
+        check_finite(inputs, "data")
+        batches = Batches.of(inputs, self.batch_size)
+        measurement = Measurement(spec, Static(needed["apply_fn"]), batches, self.sites, self.similarity)
+        matched, passes = _match_groups(measurement, params_a, params_b, inputs)
+        stats = {
+            "similarity": {group: (own.start, own.end) for group, own in matched.items()},
+            "constant_units": {g: m.constant for g, m in matched.items() if self.similarity == "correlation"},
+            "passes": passes,
+            "examples": num_examples(inputs),
+            "seconds": time.perf_counter() - began,
+        }
+        objective = [sum(own.start for own in matched.values()), sum(own.end for own in matched.values())]
+        permutation = identity_permutation(spec, params_b) | {g: own.rows for g, own in matched.items()}
+        return MatchResult(permutation, np.array(objective, np.float64), 1, True, stats)
 
 
 def activation_matching(
     spec: PermutationSpec,
     params_a: Any,
     params_b: Any,
-    function: Callable[[Any, Any], Any],
+    apply_fn: Callable[..., Any],
     data: Any,
-    *,
-    batch_size: int = 500,
-    sites: Sites = "last",
-    kernel: Kernel = "inner",
+    **options: Any,
 ) -> MatchResult:
-    """Finds the permutation of B under which its units behave most like A's on the same data.
+    """Find the permutation of B under which its units behave most like A's on the same data.
 
     For each group, similarity[i, j] is the mean product of unit i of A and unit j of B over all examples and
-    positions of the values that carry the group, and one linear assignment maximises its sum. No hooks are
-    needed: the function is traced, and its program is run with the values in question as further outputs.
+    positions of the values that carry the group. One linear assignment maximises the sum over paired units.
+    The model needs no hooks: these values are further outputs of the traced function.
 
-    Units of a group that indexes others, such as heads, are paired by the value of the best match of their
-    insides. A group whose sites also carry other groups (as in an MLP-Mixer) waits until those are known,
-    and is matched in a further pass over the data, with B permuted so far; where groups wait for each other,
-    one is matched by those of its sites that need not wait.
+    Units of an outer group, such as heads, are paired by the value of the best match of their inner units.
+    If the sites of a group also carry other groups, as in an MLP-Mixer, it is matched once those are, in a
+    further pass over the data, with B permuted so far. Where groups wait for each other, one of them is
+    matched by those of its sites that need not wait.
 
     Args:
-      spec: the symmetries.
+      spec: the symmetries of the networks.
       params_a: tree of A, which stays.
       params_b: tree of B, with the leaves, shapes and dtypes of A.
-      function: ``(tree, batch) -> outputs``, the function that `spec` was made for.
-      data: tree of arrays ``[n, …]`` with one common n; a batch is a slice of it.
-      batch_size: examples evaluated at once. The last batch may be shorter. Memory does not depend on n.
-      sites: ``"last"`` takes the last site of each group, which is the paper's choice, after the last
-        nonlinearity and before pooling or flattening (the last that carries no other group but its indices
-        and insides, if there is one); ``"all"`` adds up the similarities of all of them: every block's output
-        in a residual stream. `rebasin.tracing.sites` says what a site is.
-      kernel: ``"inner"``, the inner product of the paper, which maximised makes the Euclidean distance least;
-        or ``"correlation"``, each unit centred and divided by its deviation. Units that are constant over
-        the data (dead ones) correlate with nothing.
+      apply_fn: ``(params, *inputs) -> outputs``, the function that `spec` was made for.
+      data: a `rebasin.Batch`, whose labels are ignored, or its inputs alone, arrays ``[n, …]``.
+      **options: the fields of `ActivationMatching`.
 
     Returns:
-      The match; its objective is the sum over the groups of the mean similarity of paired units, at the
-      start (the identity) and at the end, in units of the kernel. ``stats`` has ``similarity`` (group to its
-      share of both), ``constant_units`` (group to their numbers in A and B, for the correlation),
-      ``passes`` over the data, ``examples`` and ``seconds``.
+      The match. Its objective is the sum over all groups of the similarities of paired units, at the start
+      (the identity) and at the end. ``stats`` has ``similarity`` (each group's share of both values),
+      ``constant_units`` (the numbers of constant units of each group in A and in B, for the correlation),
+      ``passes`` (over the data), ``examples`` and ``seconds``.
 
     Raises:
-      ConfigError: an unknown kernel or choice of sites, or an empty batch.
+      ConfigError: an option cannot work.
       DataError: the data are empty, or of different lengths.
       InferenceError: the function cannot be traced with such a batch, allows less than `spec`, or has groups
         that no value carries.
@@ -383,143 +143,137 @@ def activation_matching(
       >>> spec = PermutationSpec.from_axes({"w": (None, "P0"), "v": ("P0", None)})
       >>> a = {"w": np.array([[1.0, 2.0, -3.0]]), "v": np.ones((3, 1))}
       >>> b = {"w": np.array([[-3.0, 1.0, 2.0]]), "v": np.ones((3, 1))}
-      >>> network = lambda tree, x: jnp.tanh(x @ tree["w"]) @ tree["v"]
+      >>> network = lambda params, x: jnp.tanh(x @ params["w"]) @ params["v"]
       >>> match = activation_matching(spec, a, b, network, np.array([[1.0], [-2.0]]))
       >>> match.permutation["P0"].tolist()
       [1, 2, 0]
     """
-    began = time.perf_counter()
-    if kernel not in ("inner", "correlation"):
-        raise ConfigError(f"unknown kernel {kernel!r}; known: 'inner', 'correlation'")
-    if sites not in ("last", "all"):
-        raise ConfigError(f"unknown sites {sites!r}; known: 'last', 'all'")
-    check_same_shapes(params_a, params_b)
-    for tree, name in ((params_a, "params_a"), (params_b, "params_b")):
-        spec.group_sizes(tree, name=name)
-        check_finite({path: leaf for path, leaf in leaf_table(tree).items() if is_weight(path, leaf)}, name)
-    check_data(data, batch_size)
-    check_finite(jax.tree.map(jnp.asarray, data), "data")
-
-    run = _Run(spec, params_a, params_b, Static(function), data, batch_size, sites, kernel)
-    permutation, start, end = run.match()
-    stats = {
-        "similarity": {group: (start[group], end[group]) for group in start},
-        "constant_units": run.constant,
-        "passes": run.passes,
-        "examples": int(np.shape(jax.tree.leaves(data)[0])[0]),
-        "seconds": time.perf_counter() - began,
-    }
-    objective = np.array([sum(start.values()), sum(end.values())])
-    return MatchResult(permutation, objective, 1, True, stats)
+    method = ActivationMatching(**options)
+    return method.match(spec, params_a, params_b, apply_fn=apply_fn, data=data)
 
 
-class _Run:
-    """One matching: the terms of every group, and what is known so far."""
+class Measurement(NamedTuple):
+    """All that similarities depend on besides arrays; a static argument of what is compiled."""
 
-    def __init__(
-        self,
-        spec: PermutationSpec,
-        params_a: Any,
-        params_b: Any,
-        function: Static,
-        data: Any,
-        batch_size: int,
-        which: Sites,
-        kernel: Kernel,
-    ) -> None:
-        self.spec, self.params_a, self.params_b = spec, params_a, params_b
-        self.data, self.kernel = data, kernel
-        self.batches = Batches.of(data, batch_size)
-        self.measure = functools.partial(measure, spec, function, self.batches, which, kernel)
-        self.identity = identity_permutation(spec, params_a)
-        shapes = batch_shapes(data, self.batches.size)
-        # A group of one unit has nothing to match.
-        groups = [group for group in spec.groups if self.identity[group].shape[-1] > 1]
-        self.terms = find_all_terms(spec, function, which, tuple(groups), params_a, shapes)
-        lost = [f"{group!r}" for group, terms in self.terms.items() if not terms]
-        if lost:
-            advice = "keep them with infer_spec(…, pin=[…]) or match weights"
-            raise InferenceError(problem_list(f"no value that depends on the data carries ({advice}):", lost))
-        self.constant: dict[str, tuple[int, int]] = {}
-        self.passes = 0
+    spec: PermutationSpec
+    apply_fn: Static
+    batches: Batches
+    sites: Sites
+    similarity: Similarity
 
-    def match(self) -> tuple[dict[str, np.ndarray], dict[str, float], dict[str, float]]:
-        """The permutation, and each group's similarity at the start and at the end."""
-        known: dict[str, np.ndarray] = {}
-        start: dict[str, float] = {}
-        end: dict[str, float] = {}
-        while pending := [group for group in self.terms if group not in known]:
-            ready = self._ready(pending, known)
-            grams = self._grams(ready, self.identity | known)
-            found: dict[str, np.ndarray] = {}
-            for group in (group for group in self.spec.outward if group in ready):
-                # Groups of earlier passes are aligned already.
-                found[group] = best_rows(self.spec, group, grams[group], self.identity | found)
-            for family in _families(self.spec, tuple(ready)):
-                rows = {group: found[group] for group in family}
-                before, after = (
-                    {g: value_at(self.spec, grams[g], self.identity | move) for g in family}
-                    for move in ({}, rows)
-                )
-                if sum(after.values()) < sum(before.values()):
-                    rows, after = {group: self.identity[group] for group in family}, before
-                known |= rows
-                start |= before
-                end |= after
-        return self.identity | known, start, end
+    def trace(self, params: Any, inputs: Sequence[Any]) -> Program:
+        """Trace the function for parameters and inputs of given shapes."""
+        return trace_program(self.spec, self.apply_fn.function, params, *inputs)
 
-    def _ready(self, pending: Sequence[str], known: dict[str, np.ndarray]) -> dict[str, list[int]]:
-        """The groups to match in the next pass, with the terms that count.
 
-        Those whose neighbours in all their sites are known; else those of which that holds for some of
-        them, which then count alone; else the first family as it is.
-        """
-        usable = {
-            group: [
-                i
-                for i, term in enumerate(self.terms[group])
-                if term.foreign & self.terms.keys() <= known.keys()
-            ]
-            for group in pending
-        }
-        for wanted in (
-            lambda group: len(usable[group]) == len(self.terms[group]),
-            lambda group: usable[group],
-        ):
-            families = [f for f in _families(self.spec, pending) if all(wanted(group) for group in f)]
-            if families:
-                return {group: usable[group] for family in families for group in family}
-        return {group: list(range(len(self.terms[group]))) for group in _families(self.spec, pending)[0]}
+class SiteBlock(NamedTuple):
+    """A block of an activation site, seen from one of the groups that it carries.
 
-    def _grams(
-        self, ready: dict[str, list[int]], permutation: dict[str, np.ndarray]
-    ) -> dict[str, list[tuple[Term, np.ndarray]]]:
-        """Mean products, or correlations, of the units of each term of each group."""
-        self.passes += 1
-        moved = permute(self.spec, permutation, self.params_b)
-        wanted = tuple((group, tuple(indices)) for group, indices in ready.items())
-        totals, shifts = jax.device_get(self.measure(wanted, self.params_a, moved, self.data))
-        sums = totals.value()
-        grams = {}
-        for group, indices in ready.items():
-            grams[group] = []
-            constant = np.zeros(2, int)
-            for i, term in enumerate(self.terms[group][j] for j in indices):
-                shift = None if shifts is None else shifts[group][i]
-                values, silent = similarities(sums[group][i], shift, self.kernel)
-                if not np.isfinite(values).all():
-                    raise NonFiniteError(
-                        f"the values that carry group {group!r} are not finite on these data"
-                    )
-                grams[group].append((term, values))
-                constant += silent
-            if self.kernel == "correlation":
-                self.constant[group] = (int(constant[0]), int(constant[1]))
-        return grams
+    Attributes:
+      group: the group.
+      site: the activation site.
+      index: the number of the block in the site.
+      fixed: labels of dimensions that never move and only serve as an index.
+      chain: the outer groups of the group, the group itself, and its inner groups, outermost first.
+      foreign: all other groups of the block. They must be aligned before units of this group are compared.
+    """
+
+    group: str
+    site: Site
+    index: int
+    fixed: tuple[str, ...]
+    chain: tuple[str, ...]
+    foreign: frozenset[str]
+
+
+class Measured(NamedTuple):
+    """A block with its similarities ``[fixed positions, units of A, units of B]``, and constant units.
+
+    A unit of a block is a combination of units of all groups of the chain. `constant` holds the numbers of
+    constant units in A and in B; it is zero unless correlations are measured.
+    """
+
+    block: SiteBlock
+    values: np.ndarray
+    constant: np.ndarray
+
+
+class Matched(NamedTuple):
+    """The rows of a group, its similarity under the identity and under these rows, and constant units."""
+
+    rows: np.ndarray
+    start: float
+    end: float
+    constant: tuple[int, ...]
+
+
+def _match_groups(
+    measurement: Measurement, params_a: Any, params_b: Any, inputs: tuple[Any, ...]
+) -> tuple[dict[str, Matched], int]:
+    """Match every group of at least two units; return the groups and the number of passes over the data."""
+    spec = measurement.spec
+    identity = identity_permutation(spec, params_a)
+    blocks = _find_blocks(measurement, params_a, batch_shapes(inputs, measurement.batches.size))
+    matched: dict[str, Matched] = {}
+    passes = 0
+    while pending := list(dict.fromkeys(b.group for b in blocks if b.group not in matched)):
+        passes += 1
+        wanted = _choose_blocks(blocks, _families(spec, pending))
+        rows = identity | {group: own.rows for group, own in matched.items()}
+        moved = compiled_permute(spec, rows, params_b)
+        sums, shifts = jax.device_get(sum_products(measurement, wanted, params_a, moved, inputs))
+        measured = [
+            _compare(blocks[i], own, shift)
+            for i, own, shift in zip(wanted, sums.value(), shifts, strict=True)
+        ]
+        for family in _families(spec, list(dict.fromkeys(one.block.group for one in measured))):
+            matched |= _match_family(spec, family, measured, identity)
+    return matched, passes
+
+
+def _find_blocks(measurement: Measurement, params: Any, inputs: Sequence[Any]) -> tuple[SiteBlock, ...]:
+    """Find the blocks whose similarities add up to that of each group of at least two units."""
+    spec = measurement.spec
+    groups = [group for group, size in spec.group_sizes(params).items() if np.ravel(size)[-1] > 1]
+    sites = find_sites(measurement.trace(params, inputs), groups)
+    found = {group: [_blocks_of_site(spec, group, site) for site in sites[group]] for group in groups}
+    found = {group: [blocks for blocks in of_group if blocks] for group, of_group in found.items()}
+    lost = [f"{group!r}" for group, of_group in found.items() if not of_group]
+    if lost:
+        advice = "keep them with infer_spec(…, pin=[…]) or match weights"
+        raise InferenceError(problem_list(f"no value that depends on the data carries ({advice}):", lost))
+    if measurement.sites == "last":
+        for group, of_group in found.items():
+            alone = [blocks for blocks in of_group if not any(block.foreign for block in blocks)]
+            found[group] = (alone or of_group)[-1:]
+    return tuple(block for of_group in found.values() for blocks in of_group for block in blocks)
+
+
+def _blocks_of_site(spec: PermutationSpec, group: str, site: Site) -> list[SiteBlock]:
+    """Return the blocks of a site that carry a group on exactly one axis.
+
+    A block that carries it on two axes, such as a matrix of products between units, says nothing about units
+    one by one and is left out.
+    """
+    outer = spec.outer_groups
+    found = []
+    for i, block in enumerate(iter_blocks(site.axes, site.shape)):
+        labels = block.labels
+        if labels.count(group) != 1:
+            continue
+        chain = [*(o for o in outer.get(group, ()) if o not in spec.fixed), group]
+        for inner in spec.outward:
+            if labels.count(inner) == 1 and inner not in chain and set(chain) <= set(outer.get(inner, ())):
+                chain.append(inner)
+        index = itertools.chain.from_iterable(outer.get(name, ()) for name in chain)
+        fixed = tuple(dict.fromkeys(name for name in index if name in spec.fixed))
+        moving = {name for name in labels if name is not None and name not in spec.fixed}
+        found.append(SiteBlock(group, site, i, fixed, tuple(chain), frozenset(moving.difference(chain))))
+    return found
 
 
 def _families(spec: PermutationSpec, groups: Sequence[str]) -> list[tuple[str, ...]]:
-    """Groups that index each other, together."""
+    """Gather groups with their outer and inner groups, which have to be matched in the same pass."""
     outer = spec.outer_groups
     families: list[set[str]] = []
     for group in groups:
@@ -529,3 +283,197 @@ def _families(spec: PermutationSpec, groups: Sequence[str]) -> list[tuple[str, .
             family |= other
         families.append(family)
     return [tuple(group for group in groups if group in family) for family in families]
+
+
+def _choose_blocks(blocks: Sequence[SiteBlock], families: Sequence[Sequence[str]]) -> tuple[int, ...]:
+    """Choose the blocks that are measured in the next pass over the data.
+
+    A block is usable once every other group that it carries is matched. Families are matched if all their
+    blocks are usable. If there are no such families, those in which every group has some usable block are
+    matched by these alone. If there are none of those either, the first family is matched by all its blocks.
+    The result holds the numbers of the chosen blocks.
+    """
+    waiting = set(itertools.chain.from_iterable(families))
+    numbers = {group: [i for i, block in enumerate(blocks) if block.group == group] for group in waiting}
+    usable = {group: [i for i in own if not blocks[i].foreign & waiting] for group, own in numbers.items()}
+    chosen = [f for f in families if all(usable[group] == numbers[group] for group in f)]
+    chosen = chosen or [f for f in families if all(usable[group] for group in f)]
+    if not chosen:
+        chosen, usable = families[:1], numbers
+    return tuple(i for family in chosen for group in family for i in usable[group])
+
+
+class PairSums(NamedTuple):
+    """Sums over the samples of a block.
+
+    Attributes:
+      count: number of samples.
+      products: products of units of A and of B, ``[fixed, units, units]``.
+      moments: for the correlation, values and their squares in A and in B, ``[fixed, units]`` each.
+    """
+
+    count: jax.Array
+    products: jax.Array
+    moments: tuple[tuple[jax.Array, jax.Array], ...] = ()
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def sum_products(
+    measurement: Measurement, wanted: tuple[int, ...], params_a: Any, params_b: Any, inputs: tuple[Any, ...]
+) -> tuple[Sum, tuple[Any, ...]]:
+    """Sum over all examples what the similarities of the blocks of numbers `wanted` are made of.
+
+    Returns:
+      The sum of a `PairSums` for each block; and for each block what was subtracted from the values of A and
+      of B beforehand: for the correlation arrays ``[fixed, 1, units]``, else nothing.
+    """
+
+    def samples(batch: tuple[Any, ...]) -> list[tuple[jax.Array, jax.Array]]:
+        # The axes of a site depend on the size of the batch: the last, shorter batch has sites of its own.
+        blocks = _find_blocks(measurement, params_a, batch)
+        closed = measurement.trace(params_a, batch).closed
+        a, b = (_samples(closed, [blocks[i] for i in wanted], tree, batch) for tree in (params_a, params_b))
+        return list(zip(a, b, strict=True))
+
+    def sums(pair: tuple[jax.Array, jax.Array], shift: tuple[jax.Array, ...]) -> PairSums:
+        a, b = (x - first for x, first in zip(pair, shift, strict=True)) if shift else pair
+        moments = tuple((jnp.sum(x, axis=1), jnp.sum(jnp.square(x), axis=1)) for x in (a, b) if shift)
+        products = lax.dot_general(a, b, (((1,), (1,)), ((0,), (0,))), precision="highest")
+        return PairSums(jnp.asarray(a.shape[1], a.dtype), products, moments)
+
+    shifts: tuple[tuple[jax.Array, ...], ...] = ((),) * len(wanted)
+    if measurement.similarity == "correlation":
+        # Sums of squares lose a small deviation beside a large mean, so values are shifted by a first guess.
+        first = samples(jax.tree.map(lambda x: x[: measurement.batches.size], inputs))
+        shifts = tuple(tuple(jnp.mean(x, axis=1, keepdims=True) for x in pair) for pair in first)
+    total = sum_batches(lambda batch: tuple(map(sums, samples(batch), shifts)), inputs, measurement.batches)
+    return total, shifts
+
+
+def _samples(closed: Any, blocks: Sequence[SiteBlock], params: Any, inputs: Any) -> list[jax.Array]:
+    """Evaluate a network and return the values of blocks as ``[fixed positions, samples, units]``."""
+
+    def hand_out(address: Any, eqn: Any, operands: Sequence[Any], extra: Any) -> tuple[Any, Any]:
+        results = bind(eqn, operands)
+        return results, results
+
+    arguments = [jnp.asarray(x) for x in jax.tree.leaves((params, inputs))]
+    _, values = evaluate(closed, arguments, hand_out, dict.fromkeys(block.site.address for block in blocks))
+    return [_to_samples(block, values[block.site.address][block.site.output]) for block in blocks]
+
+
+def _to_samples(block: SiteBlock, value: jax.Array) -> jax.Array:
+    """Reshape the values of a block to ``[fixed positions, samples, units]``, real, in float32 at least.
+
+    A complex value counts as two samples. A group of the chain that the value does not carry counts as a
+    dimension with a single position.
+    """
+    place = list(iter_blocks(block.site.axes, block.site.shape))[block.index]
+    x = cut(value, place)
+    labels: list[str | None] = list(place.labels)
+    if jnp.iscomplexobj(x):
+        x, labels = jnp.stack([x.real, x.imag]), [None, *labels]
+    missing = [name for name in (*block.fixed, *block.chain) if name not in labels]
+    x = x.reshape(*x.shape, *(1 for _ in missing))
+    labels += missing
+    fixed = [labels.index(name) for name in block.fixed]
+    units = [labels.index(name) for name in block.chain]
+    rest = [i for i in range(x.ndim) if i not in (*fixed, *units)]
+    sizes = [math.prod(x.shape[i] for i in part) for part in (fixed, rest, units)]
+    x = jnp.transpose(x, (*fixed, *rest, *units)).reshape(sizes)
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _compare(block: SiteBlock, sums: PairSums, shift: tuple[np.ndarray, ...]) -> Measured:
+    """Compute the similarities of a block from its sums, on the host in float64."""
+    values, constant = np.asarray(sums.products / sums.count), np.zeros(2, int)
+    if sums.moments:
+        means, deviations = [], []
+        for i, ((total, squares), first) in enumerate(zip(sums.moments, shift, strict=True)):
+            mean = total / sums.count
+            deviation = np.sqrt(np.maximum(squares / sums.count - mean**2, 0))
+            silent = deviation <= _CONSTANT * np.abs(mean + np.asarray(first, np.float64)[:, 0])
+            constant[i] = silent.sum()
+            means.append(mean)
+            # An infinite deviation makes every correlation of the unit zero.
+            deviations.append(np.where(silent, np.inf, deviation))
+        covariance = values - means[0][:, :, None] * means[1][:, None, :]
+        values = covariance / (deviations[0][:, :, None] * deviations[1][:, None, :])
+    if not np.isfinite(values).all():
+        raise NonFiniteError(f"the values that carry group {block.group!r} are not finite on these data")
+    return Measured(block, values, constant)
+
+
+def _match_family(
+    spec: PermutationSpec, family: Sequence[str], measured: Sequence[Measured], identity: Permutation
+) -> dict[str, Matched]:
+    """Match groups that depend on each other, outer groups first; keep the identity where it is better."""
+    of_group = {group: [one for one in measured if one.block.group == group] for group in family}
+    rows: dict[str, np.ndarray] = {}
+    for group in (group for group in spec.outward if group in family):
+        # Groups of earlier passes are aligned already: their rows are the identity here.
+        rows[group] = _best_rows(spec, group, of_group[group], {**identity, **rows})
+
+    def similarity(group: str, permutation: Permutation) -> float:
+        paired = (_pair_units(spec, one, permutation, one.block.chain) for one in of_group[group])
+        return sum((float(values.sum()) for values in paired), 0.0)
+
+    start = {group: similarity(group, identity) for group in family}
+    end = {group: similarity(group, {**identity, **rows}) for group in family}
+    if sum(end.values()) < sum(start.values()):
+        rows, end = {group: identity[group] for group in family}, start
+    constant = {g: np.sum([one.constant for one in own], axis=0) for g, own in of_group.items()}
+    return {g: Matched(rows[g], start[g], end[g], tuple(constant[g].tolist())) for g in family}
+
+
+def _best_rows(
+    spec: PermutationSpec, group: str, measured: Sequence[Measured], permutation: Permutation
+) -> np.ndarray:
+    """Return the rows of a group that maximise its similarity, given the rows of its outer groups."""
+    shape = np.shape(permutation[group])
+    outer = spec.outer_groups.get(group, ())
+    total = np.zeros((*shape, shape[-1]))
+    for one in measured:
+        paired = one.block.chain[: one.block.chain.index(group)]
+        names = [*one.block.fixed, *paired]
+        values = _match_inner(_pair_units(spec, one, permutation, paired), len(names))
+        # Sum over the dimensions on which the rows of the group do not depend.
+        values = values.sum(axis=tuple(i for i, name in enumerate(names) if name not in outer))
+        kept = [name for name in names if name in outer]
+        total += values.transpose(*(kept.index(name) for name in outer), len(outer), len(outer) + 1)
+    return maximise_assignments(total)
+
+
+def _pair_units(
+    spec: PermutationSpec, measured: Measured, permutation: Permutation, paired: Sequence[str]
+) -> np.ndarray:
+    """Keep, of all pairs of units, those that a permutation pairs, for the first groups of the chain.
+
+    Rows of the other groups of the chain do not count. The result has the dimensions ``[fixed…, paired…, rest
+    of the chain in A…, rest of the chain in B…]``.
+    """
+    chain, labels = measured.block.chain, (*measured.block.fixed, *measured.block.chain)
+    index = {name: (*spec.outer_groups.get(name, ()), name) for name in chain}
+    sizes: dict[str, int] = {}
+    for name in chain:
+        sizes |= dict(zip(index[name], np.shape(permutation[name]), strict=True))
+    values = measured.values.reshape([sizes[label] for label in (*labels, *chain)])
+    if not paired:
+        return values
+    rest = chain[len(paired) :]
+    positions = np.ix_(*(np.arange(sizes[label]) for label in (*labels, *rest)))
+    in_a = dict(zip(labels, positions[: len(labels)], strict=True))
+    in_b = dict(zip(rest, positions[len(labels) :], strict=True))
+    for name in paired:
+        in_b[name] = np.asarray(permutation[name])[tuple(in_a[label] for label in index[name])]
+    return values[(*in_a.values(), *(in_b[name] for name in chain))]
+
+
+def _match_inner(values: np.ndarray, num_paired: int) -> np.ndarray:
+    """Turn ``[paired…, n, inner…, n, inner…]`` into ``[paired…, n, n]``: values of the best inner matches."""
+    depth = (values.ndim - num_paired) // 2
+    if depth == 1:
+        return values
+    # To [paired…, n of A, n of B, inner of A…, inner of B…].
+    values = np.moveaxis(values, num_paired + depth, num_paired + 1)
+    return best_inner_match(_match_inner(values, num_paired + 2))[1]

@@ -53,10 +53,9 @@ class Program(NamedTuple):
 
 def trace_program(
     spec: PermutationSpec,
-    function: Callable[[Any, Any], Any],
-    tree: Any,
-    batch: Any,
-    *,
+    apply_fn: Callable[..., Any],
+    params: Any,
+    *inputs: Any,
     precision: str | None = "highest",
 ) -> Program:
     """Traces a function and labels the axes of its values with the groups of a spec.
@@ -65,9 +64,9 @@ def trace_program(
 
     Args:
       spec: the groups; it must be one that the trace confirms, as what `infer_spec` returns is.
-      function: ``(tree, batch) -> outputs``.
-      tree: parameters, or their shapes.
-      batch: a batch, or its shapes.
+      apply_fn: ``(params, *inputs) -> outputs``.
+      params: parameters, or their shapes.
+      *inputs: the inputs of a batch, or their shapes.
       precision: of the products for which the function sets none; `None` leaves it to JAX.
 
     Returns:
@@ -78,10 +77,10 @@ def trace_program(
       InferenceError: the function cannot be traced with these arguments, or ties or pins what the spec lets
         move.
     """
-    spec.group_sizes(tree)
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), jnp.result_type(x)), (tree, batch))
+    spec.group_sizes(params)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), jnp.result_type(x)), (params, inputs))
     leaves, structure = jax.tree.flatten(shapes)
-    return _trace(spec, Static(function), tuple(leaves), structure, precision)
+    return _trace(spec, Static(apply_fn), tuple(leaves), structure, precision)
 
 
 class Static:
@@ -112,10 +111,10 @@ def _trace(
     precision: str | None,
 ) -> Program:
     tree, batch = jax.tree.unflatten(structure, shapes)
-    leaves, inputs = leaf_table(tree), leaf_table(batch)
+    leaves, inputs = leaf_table(tree), leaf_table(batch[0] if len(batch) == 1 else batch)
     try:
         with jax.default_matmul_precision(precision) if precision else contextlib.nullcontext():
-            closed, returned = jax.make_jaxpr(function.function, return_shape=True)(tree, batch)
+            closed, returned = jax.make_jaxpr(function.function, return_shape=True)(tree, *batch)
     except (TypeError, ValueError) as error:
         described = ", ".join(f"{path or 'batch'} {x.dtype}{list(x.shape)}" for path, x in inputs.items())
         raise InferenceError(f"the function cannot be traced with {described}: {error}") from error

@@ -10,7 +10,7 @@ from zoo import KEY, ZOO, arrays
 
 import rebasin
 from rebasin import PermutationSpec, activation_matching
-from rebasin.batches import Batches
+from rebasin.batches import Batch, Batches
 from rebasin.errors import (
     ConfigError,
     DataError,
@@ -19,7 +19,7 @@ from rebasin.errors import (
     SpecMismatchError,
     TreeMismatchError,
 )
-from rebasin.matching import activations as responses
+from rebasin.matching.activations import ActivationMatching, Measurement, sum_products
 from rebasin.models import MLP, VGG16, ResNet20, ViT
 from rebasin.tracing.program import Static
 
@@ -46,9 +46,9 @@ def hidden(tree, x):
     return np.tanh(np.asarray(x, np.float64) @ w + b)
 
 
-def similarity(kernel, a, b):
+def similarity(kind, a, b):
     """[n, n] by hand from samples [s, n]."""
-    if kernel == "inner":
+    if kind == "inner":
         return a.T @ b / len(a)
     a, b = a - a.mean(0), b - b.mean(0)
     scale = np.outer(a.std(0), b.std(0))
@@ -59,13 +59,13 @@ def value(matrix, rows):
     return matrix[np.arange(len(rows)), rows].sum()
 
 
-@pytest.mark.parametrize("kernel", ["inner", "correlation"])
+@pytest.mark.parametrize("kind", ["inner", "correlation"])
 @given(seed=st.integers(0, 10**6), batch_size=st.sampled_from([4, 30]))
 @settings(max_examples=8)
-def test_one_layer_is_scipys_optimum(kernel, seed, batch_size):
+def test_one_layer_is_scipys_optimum(kind, seed, batch_size):
     a, b, x = layer(seed), layer(seed + 1), examples(23, 3, seed=seed)
-    match = activation_matching(SPEC, a, b, network, x, batch_size=batch_size, kernel=kernel)
-    matrix = similarity(kernel, hidden(a, x), hidden(b, x))
+    match = activation_matching(SPEC, a, b, network, x, batch_size=batch_size, similarity=kind)
+    matrix = similarity(kind, hidden(a, x), hidden(b, x))
     best = value(matrix, linear_sum_assignment(matrix, maximize=True)[1])
     expected = [np.trace(matrix), best]
     np.testing.assert_allclose(match.objective, expected, rtol=1e-4, atol=1e-5)
@@ -75,8 +75,8 @@ def test_one_layer_is_scipys_optimum(kernel, seed, batch_size):
     assert match.converged
 
 
-def planted(function, tree, inputs, *, state_outputs=None):
-    spec = rebasin.infer_spec(function, tree, inputs, state_outputs=state_outputs)
+def planted(function, tree, *inputs, state_outputs=None):
+    spec = rebasin.infer_spec(function, tree, *inputs, state_outputs=state_outputs)
     moved = rebasin.permute(spec, rebasin.random_permutation(spec, tree, key=jax.random.key(1)), tree)
     return spec, moved
 
@@ -89,9 +89,9 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("kernel", ["inner", "correlation"])
+@pytest.mark.parametrize("kind", ["inner", "correlation"])
 @pytest.mark.parametrize("seed", range(3))
-def test_planted_permutation_is_recovered_exactly(seed, kernel):
+def test_planted_permutation_is_recovered_exactly(seed, kind):
     def deep(tree, x):
         for w in tree[:-1]:
             x = jnp.tanh(x @ w)
@@ -102,7 +102,7 @@ def test_planted_permutation_is_recovered_exactly(seed, kernel):
     ]
     x = examples(100, 5)
     spec, moved = planted(deep, tree, x)
-    match = activation_matching(spec, tree, moved, deep, x, kernel=kernel, batch_size=30)
+    match = activation_matching(spec, tree, moved, deep, x, similarity=kind, batch_size=30)
     chex.assert_trees_all_equal(rebasin.permute(spec, match.permutation, moved), tree)
 
 
@@ -136,11 +136,9 @@ def test_zoo(name, sites):
         pytest.importorskip(name.rsplit("_", 1)[1])
     specimen = ZOO[name].build()
 
-    def function(tree, inputs):
-        return specimen.function(tree, *inputs)
-
+    function = specimen.function
     tree, inputs = arrays(specimen.tree), arrays(specimen.inputs, seed=1)
-    spec, moved = planted(function, tree, inputs, state_outputs=specimen.state_outputs)
+    spec, moved = planted(function, tree, *inputs, state_outputs=specimen.state_outputs)
     match = activation_matching(spec, tree, moved, function, inputs, sites=sites)
     rebasin.check_permutation(spec, tree, match.permutation)
     itself = activation_matching(spec, tree, tree, function, inputs, sites=sites)
@@ -148,7 +146,7 @@ def test_zoo(name, sites):
     assert match.objective[1] >= match.objective[0]
 
 
-def test_heads_are_paired_by_their_insides():
+def test_heads_are_paired_by_their_inner_units():
     """By hand: the best of all pairings of two heads, each with the best match of its dimensions."""
 
     def attention(tree, x):
@@ -182,7 +180,7 @@ def test_correlation_ignores_scale_and_shift_and_the_inner_product_does_not():
     b = rebasin.permute(SPEC, {"P0": np.array([2, 0, 1, 6, 5, 3, 4])}, a)
     b |= {"w": b["w"] * jnp.array([[1e-2, 5, 1, 100, 1e-3, 1, 3]]), "b": b["b"] + 50}
     x = examples(64, 3)
-    match = activation_matching(SPEC, a, b, linear, x, kernel="correlation", batch_size=10)
+    match = activation_matching(SPEC, a, b, linear, x, similarity="correlation", batch_size=10)
     assert match.permutation["P0"].tolist() == [1, 2, 0, 5, 6, 4, 3]
     np.testing.assert_allclose(match.objective[-1], 7, atol=1e-3)
     assert activation_matching(SPEC, a, b, linear, x).permutation["P0"].tolist() != [1, 2, 0, 5, 6, 4, 3]
@@ -194,14 +192,14 @@ def test_dead_and_constant_units_correlate_with_nothing():
     a["b"] = a["b"].at[3].set(1.0)  # constant
     a["w"], a["b"] = a["w"].at[:, 5].set(0.0), a["b"].at[5].set(0.0)  # silent
     b = rebasin.permute(SPEC, {"P0": np.array([6, 5, 4, 3, 2, 1, 0])}, a)
-    match = activation_matching(SPEC, a, b, network, examples(40, 3), kernel="correlation", batch_size=9)
+    match = activation_matching(SPEC, a, b, network, examples(40, 3), similarity="correlation", batch_size=9)
     assert match.stats["constant_units"] == {"P0": (2, 2)}
     np.testing.assert_allclose(match.objective[-1], 5, rtol=1e-5)
     alive = [0, 1, 2, 4, 6]
     assert match.permutation["P0"][alive].tolist() == [6 - i for i in alive]
 
 
-def test_all_carriers_add_up():
+def test_all_sites_add_up():
     def residual(tree, x):
         first = jnp.tanh(x @ tree["w"])
         second = first + jnp.tanh(first @ tree["u"])
@@ -241,16 +239,51 @@ def test_deterministic_and_traced_once():
 def test_memory_does_not_depend_on_the_size_of_the_split():
     a, b = layer(0, width=64, inputs=32), layer(1, width=64, inputs=32)
 
-    def temporary(n, kernel):
-        data = jnp.zeros((n, 32))
-        wanted = (("P0", (0,)),)
-        lowered = responses.measure.lower(
-            SPEC, Static(network), Batches.of(data, 50), "last", kernel, wanted, a, b, data
-        )
+    def temporary(n, kind):
+        inputs = (jnp.zeros((n, 32)),)
+        measurement = Measurement(SPEC, Static(network), Batches.of(inputs, 50), "last", kind)
+        lowered = sum_products.lower(measurement, (0,), a, b, inputs)
         return lowered.compile().memory_analysis().temp_size_in_bytes
 
-    for kernel in ("inner", "correlation"):
-        assert temporary(500, kernel) == temporary(20_000, kernel)
+    for kind in ("inner", "correlation"):
+        assert temporary(500, kind) == temporary(20_000, kind)
+
+
+def two_inputs(tree, x, y):
+    hidden = jnp.tanh(x @ tree["w"] + y @ tree["u"] + tree["b"][None])
+    return hidden @ tree["v"]
+
+
+def test_a_batch_and_its_inputs_alone_are_the_same():
+    """Labels are ignored, whatever their dtype; several inputs are handed over one by one."""
+    a, b, x = layer(0), layer(1), examples(23, 3)
+    alone = activation_matching(SPEC, a, b, network, x, batch_size=10)
+    for data in (Batch(x), Batch(x, np.full(23, np.nan)), Batch((x,), np.arange(23)), (x,)):
+        assert activation_matching(SPEC, a, b, network, data, batch_size=10) == alone
+    with pytest.raises(DataError, match="labels: 22 examples"):
+        activation_matching(SPEC, a, b, network, Batch(x, np.arange(22)))
+
+    y = examples(23, 2, seed=8)
+    a, b = ({**layer(seed), "u": examples(2, 7, seed=seed + 20)} for seed in (0, 1))
+    spec = rebasin.infer_spec(two_inputs, a, x, y)
+    match = activation_matching(spec, a, b, two_inputs, Batch((x, y), np.arange(23)), batch_size=10)
+    joined = [{"w": jnp.concatenate([t["w"], t["u"]]), "b": t["b"], "v": t["v"]} for t in (a, b)]
+    expected = activation_matching(SPEC, *joined, network, jnp.concatenate([x, y], axis=1), batch_size=10)
+    np.testing.assert_allclose(match.objective, expected.objective, rtol=1e-5)
+    (group,) = match.permutation
+    np.testing.assert_array_equal(match.permutation[group], expected.permutation["P0"])
+
+
+def test_a_method_is_a_value_that_holds_its_options():
+    a, b, x = layer(0), layer(1), examples(23, 3)
+    method = ActivationMatching(similarity="correlation", batch_size=10)
+    assert method == ActivationMatching(similarity="correlation", batch_size=10)
+    assert len({method, ActivationMatching()}) == 2
+    assert method.match(SPEC, a, b, apply_fn=network, data=x) == activation_matching(
+        SPEC, a, b, network, x, similarity="correlation", batch_size=10
+    )
+    with pytest.raises(ConfigError, match="needs apply_fn, data"):
+        method.match(SPEC, a, b)
 
 
 def test_width_one_and_no_groups():
@@ -272,7 +305,7 @@ def test_two_nets_of_the_same_values_stay():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"kernel": "cosine"}, ConfigError, "unknown kernel 'cosine'"),
+        ({"similarity": "cosine"}, ConfigError, "unknown similarity 'cosine'"),
         ({"sites": "first"}, ConfigError, "unknown sites 'first'"),
         ({"batch_size": 0}, ConfigError, "batch_size must be at least 1"),
         ({"data": jnp.ones((0, 3))}, DataError, "no examples"),
@@ -285,7 +318,7 @@ def test_two_nets_of_the_same_values_stay():
 )
 def test_errors(change, error, message):
     arguments = {
-        "params_a": layer(0), "params_b": layer(1), "function": network, "data": examples(5, 3)
+        "params_a": layer(0), "params_b": layer(1), "apply_fn": network, "data": examples(5, 3)
     } | change  # fmt: skip
     with pytest.raises(error, match=message):
         activation_matching(SPEC, **arguments)
@@ -299,7 +332,7 @@ def test_values_that_overflow_are_named():
         activation_matching(SPEC, layer(0), layer(1), apply, 10 * examples(5, 3))
 
 
-def test_group_without_a_carrier_is_named():
+def test_group_without_a_site_is_named():
     def apply(tree, x):
         return x @ (tree["w"] @ tree["v"]) + tree["b"].sum()
 

@@ -9,12 +9,12 @@ from scipy.optimize import linear_sum_assignment
 from zoo import KEY, arrays
 
 import rebasin
-from rebasin import PermutationSpec, apply_metric, covariance_matching
+from rebasin import PermutationSpec, covariance_matching
+from rebasin.batches import Batch
 from rebasin.errors import ConfigError, DataError, InferenceError, NonFiniteError, TreeMismatchError
-from rebasin.matching import covariance as metric
+from rebasin.matching.covariance import CovarianceMatching, apply_metric, find_metric, sum_weighted
 from rebasin.models import ResNet20, ViT
 from rebasin.models.convolution import conv_general_dilated
-from rebasin.tracing.program import Static
 
 RNG = np.random.default_rng(0)
 
@@ -235,6 +235,7 @@ def test_width_one():
     [
         ({"order": "breadth"}, ConfigError, "unknown order 'breadth'"),
         ({"batch_size": 0}, ConfigError, "batch_size must be at least 1"),
+        ({"max_iterations": 0}, ConfigError, "max_iterations must be at least 1"),
         ({"data": jnp.ones((0, 4))}, DataError, "no examples"),
         ({"data": jnp.full((2, 4), jnp.inf)}, NonFiniteError, "data is not finite"),
         ({"data": jnp.ones((5, 3))}, InferenceError, r"cannot be traced with batch float32\[5, 3\]"),
@@ -246,7 +247,7 @@ def test_errors(change, error, message):
     arguments = {
         "params_a": chain_tree(0),
         "params_b": chain_tree(1),
-        "function": chain,
+        "apply_fn": chain,
         "data": normal(5, 4),
     } | change
     spec = rebasin.infer_spec(chain, chain_tree(0), normal(5, 4))
@@ -274,12 +275,44 @@ def test_memory_does_not_depend_on_the_size_of_the_split():
     spec = rebasin.infer_spec(chain, a, normal(5, 8))
 
     def temporary(n):
-        data = jnp.zeros((n, 8))
-        of_split = metric.Metric(spec, a, Static(chain), data, 20, lambda path, leaf: True)
-        lowered = metric._gradients.lower(of_split._static, a, data)
-        return lowered.compile().memory_analysis().temp_size_in_bytes
+        inputs = (jnp.zeros((n, 8)),)
+        metric = find_metric(spec, a, chain, inputs, 20, lambda path, leaf: True)
+        return sum_weighted.lower(metric, a, inputs).compile().memory_analysis().temp_size_in_bytes
 
     assert temporary(200) == temporary(20_000)
+
+
+def test_a_batch_and_its_inputs_alone_are_the_same():
+    """Labels are ignored; several inputs are handed over one by one, and have a Σ each."""
+
+    def apply(tree, x, y):
+        return jnp.tanh(x @ tree["w"] + y @ tree["u"]) @ tree["v"]
+
+    x, y = normal(37, 4, seed=3), normal(37, 2, seed=4)
+    a, b = ({"w": normal(4, 9, seed=s), "u": normal(2, 9, seed=s + 1), "v": normal(9, 2)} for s in (0, 5))
+    spec = rebasin.infer_spec(apply, a, x, y)
+    weighted = apply_metric(spec, a, apply, Batch((x, y), np.full(37, np.nan)), batch_size=10)
+    for name, inputs in (("w", x), ("u", y)):
+        moment = np.asarray(inputs, np.float64).T @ np.asarray(inputs, np.float64) / 37
+        np.testing.assert_allclose(weighted[name], moment @ np.asarray(a[name], np.float64), rtol=1e-4)
+    match = covariance_matching(spec, a, b, apply, Batch((x, y), np.arange(37)), key=KEY_, batch_size=10)
+    assert match == covariance_matching(spec, a, b, apply, (x, y), key=KEY_, batch_size=10)
+    tree, z = chain_tree(0), normal(37, 4, seed=3)
+    spec = rebasin.infer_spec(chain, tree, z)
+    alone = covariance_matching(spec, tree, chain_tree(10), chain, z, key=KEY_)
+    assert covariance_matching(spec, tree, chain_tree(10), chain, Batch(z, np.arange(37)), key=KEY_) == alone
+
+
+def test_a_method_is_a_value_that_holds_its_options():
+    a, b, x = chain_tree(0), chain_tree(10), normal(37, 4, seed=3)
+    spec = rebasin.infer_spec(chain, a, x)
+    method = CovarianceMatching(order="depth", batch_size=20)
+    assert len({method, CovarianceMatching(order="depth", batch_size=20), CovarianceMatching()}) == 2
+    assert method.match(spec, a, b, apply_fn=chain, data=x, key=KEY_) == covariance_matching(
+        spec, a, b, chain, x, key=KEY_, order="depth", batch_size=20
+    )
+    with pytest.raises(ConfigError, match="needs apply_fn, data, key"):
+        method.match(spec, a, b, apply_fn=chain, data=x)
 
 
 def test_float64():
