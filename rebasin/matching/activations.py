@@ -25,7 +25,7 @@ from rebasin.permutation import Permutation, identity_permutation, permute
 from rebasin.spec import PermutationSpec
 from rebasin.tracing.evaluate import bind, evaluate
 from rebasin.tracing.program import Static, trace_program
-from rebasin.tracing.sites import Site, find_sites
+from rebasin.tracing.sites import ActivationSite, find_sites
 from rebasin.trees import check_finite, check_same_shapes, is_weight, leaf_table
 
 __all__ = [
@@ -58,14 +58,14 @@ class Term(NamedTuple):
       foreign: other groups that the block carries, whose units must already be aligned.
     """
 
-    site: Site
+    site: ActivationSite
     block: int
     fixed: tuple[str, ...]
     chain: tuple[str, ...]
     foreign: frozenset[str]
 
 
-def find_terms(spec: PermutationSpec, group: str, site: Site) -> tuple[Term, ...]:
+def find_terms(spec: PermutationSpec, group: str, site: ActivationSite) -> tuple[Term, ...]:
     """A group's terms in a site; a block that carries it on two axes, as a square does, has none."""
     outer = spec.outer_groups
     terms = []
