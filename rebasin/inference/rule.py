@@ -56,8 +56,13 @@ Rule: TypeAlias = Callable[..., Sequence[Dims]]
 #   contracts: is a sum of products with a weight or with other data, as a layer is.
 Effect: TypeAlias = Literal["computes", "moves", "reduces", "pools", "contracts"]
 
-_RULES: dict[str, Rule] = {}
-_EFFECTS: dict[str, Effect] = {}
+
+class _Entry(NamedTuple):
+    rule: Rule
+    effect: Effect
+
+
+_TABLE: dict[str, _Entry] = {}  # by name of the primitive
 _ABSTRACT_VALUE_READERS: set[Rule] = set()
 _DEFERRED_RESHAPE_KEEPERS: set[Rule] = set()
 
@@ -83,8 +88,7 @@ def register_rule(*primitives: str, effect: Effect | None = None) -> Callable[[R
 
     def register(rule: Rule) -> Rule:
         for primitive in primitives:
-            _RULES[primitive] = rule
-            _EFFECTS[primitive] = effect or find_effect(primitive)
+            _TABLE[primitive] = _Entry(rule, effect or find_effect(primitive))
         return rule
 
     return register
@@ -93,13 +97,12 @@ def register_rule(*primitives: str, effect: Effect | None = None) -> Callable[[R
 @contextlib.contextmanager
 def temporary_rules() -> Iterator[None]:
     """Restore on exit every rule and effect that was registered on entry, for trying out a rule."""
-    rules, effects = dict(_RULES), dict(_EFFECTS)
+    before = dict(_TABLE)
     try:
         yield
     finally:
-        for table, before in ((_RULES, rules), (_EFFECTS, effects)):
-            table.clear()
-            table.update(before)
+        _TABLE.clear()
+        _TABLE.update(before)
 
 
 def reads_abstract_values(rule: Rule) -> Rule:
@@ -120,12 +123,14 @@ def keeps_deferred_reshapes(rule: Rule) -> Rule:
 
 def find_rule(primitive: str) -> Rule | None:
     """Return the rule of a primitive, `None` if it has none."""
-    return _RULES.get(primitive)
+    entry = _TABLE.get(primitive)
+    return None if entry is None else entry.rule
 
 
 def find_effect(primitive: str) -> Effect:
     """Return what a primitive does to the values of a group; one that is not registered computes."""
-    return _EFFECTS.get(primitive, "computes")
+    entry = _TABLE.get(primitive)
+    return "computes" if entry is None else entry.effect
 
 
 def prepare(rule: Rule | None, operands: Sequence[Value], reason: str) -> None:
@@ -137,7 +142,7 @@ def prepare(rule: Rule | None, operands: Sequence[Value], reason: str) -> None:
       reason: the reason of the pins.
     """
     for operand in operands:
-        if rule not in _ABSTRACT_VALUE_READERS:
+        if operand.abstract is not None and rule not in _ABSTRACT_VALUE_READERS:
             operand.pin_named(reason)
-        if rule not in _DEFERRED_RESHAPE_KEEPERS:
+        if operand.deferred and rule not in _DEFERRED_RESHAPE_KEEPERS:
             operand.resolve_reshapes()

@@ -39,7 +39,7 @@ def test_attention_has_a_permutation_of_dimensions_for_each_head():
 
 
 def test_a_scale_shared_by_all_heads_ties_them():
-    """The first value that carries head dimensions without the head: a norm's scale over head dimensions."""
+    """The scale of a norm over head dimensions carries these without the head, and so ties all heads."""
 
     def function(t, x):
         shared = {name: t[name] * t["scale"][None, None] for name in ("q", "k")}
@@ -70,7 +70,7 @@ def test_multi_query_attention_ties_the_dimensions_of_all_heads():
 
 
 def test_positions_that_face_each_other_tie():
-    """``Σ_d x[o, d] x[o', d]``: every value carries o beside d, but o faces o'."""
+    """In ``Σ_d x[o, d] x[o', d]`` every value carries o beside d, but o faces o'."""
 
     def function(t, x):
         h = jnp.tanh(jnp.einsum("nc,cod->nod", x, t["w"]))
@@ -82,7 +82,7 @@ def test_positions_that_face_each_other_tie():
 
 
 def test_positions_that_add_up_tie():
-    """A running sum over o mixes what stands at different o, though every value carries o beside d."""
+    """A running sum over o adds up what stands at different o, though every value carries o beside d."""
 
     def function(t, x):
         h = jnp.cumsum(jnp.tanh(jnp.einsum("nc,cod->nod", x, t["w"])), axis=1)

@@ -363,8 +363,9 @@ def test_composite_and_debug_print_do_not_pin():
     assert spec.equivalent(PermutationSpec.from_axes({"w": (None, "P"), "v": ("P", None)}))
 
 
-# --- mixing: positions that meet cannot be an index --------------------------------------------------------
+# --- position-dependent axes, which cannot be outer groups -----------------------------------------------
 
+# Operations after which the positions along axis 1 have met.
 MIXERS = {
     "gather": lambda h: h[:, jnp.array([1, 2, 0])],
     "take_along_axis": lambda h: jnp.take_along_axis(
@@ -414,8 +415,8 @@ def test_dimensions_of_heads_that_meet_are_permuted_alike(name):
     verify_spec(spec, function, params, X)
 
 
-def test_steps_that_meet_through_the_carry_cannot_index():
-    """What a step hands on and the next one returns is of another layer, though no equation reads it."""
+def test_steps_that_meet_through_the_carry_are_no_outer_group():
+    """A step returns what the step before it computed; no equation reads that value in between."""
 
     def function(t, x):
         def step(before, w):

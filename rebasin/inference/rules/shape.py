@@ -159,7 +159,7 @@ def split_rule(equation: Equation, x: Value) -> Sequence[Dims]:
     cut = _cut_deferred(x, axis, equation.params["sizes"])
     if cut is not None:
         return cut
-    parts = split(x[axis], equation.params["sizes"], equation.because("segments that cut factors"))
+    parts = split(x[axis], equation.params["sizes"], equation.because("its segments cut through factors"))
     return [(*x[:axis], part, *x[axis + 1 :]) for part in parts]
 
 
@@ -212,7 +212,7 @@ def slice_rule(equation: Equation, x: Value) -> Sequence[Dims]:
             dims.append(node)
         elif strides[i] == 1:
             sizes = [starts[i], limits[i] - starts[i], node.size - limits[i]]
-            dims.append(split(node, sizes, equation.because("a range that cuts factors"))[1])
+            dims.append(split(node, sizes, equation.because("the range cuts through factors"))[1])
         else:
             dims.append(_every_nth(equation, node, shape[i], strides[i]))
     return [x.moved(dims)]
@@ -268,7 +268,7 @@ def iota(equation: Equation, *_: Dims) -> Sequence[Dims]:
 
 @register_rule("dynamic_slice", "dynamic_update_slice", effect="moves")
 def dynamic_slice(equation: Equation, x: Dims, *rest: Dims) -> Sequence[Dims]:
-    """Pass on an axis that is taken or written whole; pin one whose range starts where the data say."""
+    """Pass on an axis that is taken or written whole; pin one whose range starts at a computed position."""
     (shape,) = equation.shapes
     update = rest[0] if equation.primitive == "dynamic_update_slice" else tuple(Node(size) for size in shape)
     dims = []
@@ -277,7 +277,7 @@ def dynamic_slice(equation: Equation, x: Dims, *rest: Dims) -> Sequence[Dims]:
             unite(node, part, equation.because("operands with incompatible factors"))
             dims.append(node)
         else:
-            why = equation.because("a range that starts where the data say")
+            why = equation.because("a range whose start depends on the data")
             pin(node, why)
             pin(part, why)
             dims.append(pinned(size, why))
