@@ -2,8 +2,9 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
+from rebasin.errors import ConfigError
 from rebasin.inference.values import Dims, Value
 
 __all__ = [
@@ -79,12 +80,18 @@ def register_rule(*primitives: str, effect: Effect | None = None) -> Callable[[R
     Returns:
       The decorator.
 
+    Raises:
+      ConfigError: the effect is unknown.
+
     Examples:
       >>> with temporary_rules():
       ...     @register_rule("my_elementwise_primitive")
       ...     def rule(equation, x):
       ...         return [x]
     """
+
+    if effect is not None and effect not in get_args(Effect):
+        raise ConfigError(f"unknown effect {effect!r} of {list(primitives)}; known: {list(get_args(Effect))}")
 
     def register(rule: Rule) -> Rule:
         for primitive in primitives:

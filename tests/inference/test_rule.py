@@ -2,6 +2,7 @@
 
 import pytest
 
+from rebasin.errors import ConfigError
 from rebasin.inference.rule import find_effect, find_rule, register_rule, temporary_rules
 
 
@@ -35,6 +36,15 @@ def test_replaced_rule_keeps_its_effect_unless_another_is_given():
         assert find_rule("reshape") is find_rule("transpose") is rule
         assert find_effect("reshape") == "moves"
         assert find_effect("transpose") == "computes"
+
+
+def test_unknown_effect_is_refused():
+    message = (
+        "unknown effect 'move' of ['swirl']; known: ['computes', 'moves', 'reduces', 'pools', 'contracts']"
+    )
+    with pytest.raises(ConfigError) as info:
+        register_rule("swirl", effect="move")
+    assert str(info.value) == message
 
 
 def test_temporary_rules_are_gone_afterwards_also_after_an_error():
