@@ -89,7 +89,6 @@ def register_rule(*primitives: str, effect: Effect | None = None) -> Callable[[R
       ...     def rule(equation, x):
       ...         return [x]
     """
-
     if effect is not None and effect not in get_args(Effect):
         raise ConfigError(f"unknown effect {effect!r} of {list(primitives)}; known: {list(get_args(Effect))}")
 

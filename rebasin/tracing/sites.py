@@ -76,7 +76,7 @@ def find_sites(program: Program, groups: Sequence[str]) -> dict[str, tuple[Activ
       groups: names of groups of its spec.
 
     Returns:
-      The sites by group; none for a group that no value carries which depends on the inputs.
+      The sites by group; none for a group that only values without the inputs carry, as weights do.
     """
     candidates = _walk(program).candidates
     found: dict[str, tuple[ActivationSite, ...]] = {}
