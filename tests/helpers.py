@@ -90,7 +90,7 @@ def build_case(name: str) -> Case:
 X = jnp.asarray(np.random.default_rng(0).normal(size=(5, 3)), jnp.float32)
 
 
-def tree(**shapes):
+def random_tree(**shapes):
     """A flat tree of random float32 leaves."""
     rng = np.random.default_rng(1)
     return {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}

@@ -1,42 +1,47 @@
-"""The algebra of axes: union-find over axes that can be refined into factors and segments.
+"""The algebra of axes: a union-find whose elements can be refined into factors and segments.
 
-A `Node` stands for one permutation, yet unknown, of ``size`` positions. An axis of a value in the program is
-a node, and two axes that must be permuted alike are united into one. A node may be
+A `Node` stands for one permutation of ``size`` positions that is not known yet. Every axis of every value in
+a program is a node, and two axes that must be permuted alike are united into one node. A node takes one of
+these forms:
 
 - *whole*: any permutation of its positions;
 - a *product* of nodes: its positions are read in mixed radix, the first part varying slowest (a reshape);
-- a *sum* of nodes: its positions are consecutive segments (a concatenation);
-- *pinned*: the identity, with the reason; and *mixed* if the program tells its positions apart (neighbours in
-  a convolution, steps of a running sum), so that nothing can be permuted differently at each of them.
+- a *sum* of nodes: its positions are consecutive segments (a concatenation).
 
-Refining (whole → product or sum, any → pinned) only ever shrinks the set of permutations that a node allows,
-and a node never becomes less refined. So the constraints may come in any order, an early answer stays valid
+A node can also be *pinned*: only the identity is left, and the reason is kept. A pinned node is
+*position-dependent* if the program makes its positions meet (neighbours in a convolution, steps of a running
+sum). Then no inner group can be permuted differently at each of them.
+
+Refining a node (whole → product or sum, any form → pinned) only ever shrinks the set of permutations that it
+allows, and nothing undoes a refinement. So constraints may come in any order, an early answer stays valid
 when a later equation refines its nodes, and whatever cannot be expressed is pinned, which is always sound.
 
-Invariants, after every public call: sizes of parts multiply or add up to the size of their node; no part has
-size 1 in a product; the parts of a pinned node are pinned; a node is never among its own parts.
+After every public call these invariants hold: the sizes of the parts multiply or add up to the size of their
+node; no part of a product has size 1; the parts of a pinned node are pinned; a node is never among its own
+parts.
 """
 
 import collections
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Literal
 
 __all__ = ["Node", "concatenate", "factor", "pin", "pinned", "product", "segments", "split", "unite"]
 
-# An axis of more segments than this is pinned instead: the spec could no longer be read, and costs more than
-# it gains.
+# An axis that would fall into more segments than this is pinned instead: nobody could read such a spec, and
+# it costs more than it gains.
 _MAX_SEGMENTS = 1024
 
-# Shifted sums (h + roll(h, 1)) refine each other once a position, and leave the identity in the end: so an
-# axis refined this often is pinned, rather than taken to pieces down to the recursion limit.
+# A sum of shifted values, h + roll(h, 1), refines an axis once per position until only the identity is left.
+# An axis refined this often is pinned at once; otherwise Python's recursion limit would be reached first.
 _MAX_DEPTH = 64
 
 
 class Node:
-    """One permutation of `size` positions, unknown so far."""
+    """One permutation of `size` positions that is not known yet."""
 
-    __slots__ = ("_form", "_mixed", "_parent", "_parts", "_reason", "size")
+    __slots__ = ("_form", "_parent", "_parts", "_position_dependent", "_reason", "size")
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -44,42 +49,47 @@ class Node:
         self._form: Literal["whole", "product", "sum"] = "whole"
         self._parts: tuple[Node, ...] = ()
         self._reason: str | None = None
-        self._mixed = False
+        self._position_dependent = False
 
     @property
     def root(self) -> "Node":
-        """The representative of all nodes united with this one."""
+        """Return the representative of all nodes united with this one."""
         node = self
         while node._parent is not None:
             if node._parent._parent is not None:
-                node._parent = node._parent._parent  # halves the path for the next search
+                node._parent = node._parent._parent  # shortens the next search
             node = node._parent
         return node
 
     @property
     def form(self) -> Literal["whole", "product", "sum"]:
-        """How the node is refined."""
+        """Tell whether the node is whole, a product or a sum."""
         return self.root._form
 
     @property
     def parts(self) -> tuple["Node", ...]:
-        """The factors of a product or the segments of a sum, first to last."""
+        """Return the factors of a product or the segments of a sum, first to last."""
         return self.root._parts
 
     @property
     def reason(self) -> str | None:
-        """Why the node is pinned as a whole; `None` if it is not."""
+        """Return why the node is pinned as a whole; `None` if it is not."""
         return self.root._reason
 
     @property
     def is_pinned(self) -> bool:
-        """Whether only the identity is left; a single position cannot move."""
+        """Tell whether only the identity is left; a single position cannot move either."""
         return self.root._reason is not None or self.size <= 1
 
     @property
-    def is_mixed(self) -> bool:
-        """Whether positions meet each other, so that the axis cannot index a permutation of another."""
-        return self.root._mixed
+    def is_atomic(self) -> bool:
+        """Tell whether the node is whole or pinned, so that it is one factor of an axis."""
+        return self.root._form == "whole" or self.is_pinned
+
+    @property
+    def is_position_dependent(self) -> bool:
+        """Tell whether positions meet each other, which keeps the node from being an outer group."""
+        return self.root._position_dependent
 
     def __repr__(self) -> str:
         root = self.root
@@ -90,39 +100,39 @@ class Node:
         return "(" + {"product": "*", "sum": "+"}[root._form].join(map(repr, root._parts)) + ")"
 
 
-def pinned(size: int, reason: str, *, mixed: bool = True) -> Node:
-    """A node that allows the identity alone; see `pin`."""
+def pinned(size: int, reason: str, *, position_dependent: bool = True) -> Node:
+    """Make a node that allows only the identity; the arguments are those of `pin`."""
     node = Node(size)
-    pin(node, reason, mixed=mixed)
+    pin(node, reason, position_dependent=position_dependent)
     return node
 
 
-def pin(node: Node, reason: str, *, mixed: bool = True) -> None:
-    """Leaves a node, and all that is united with it, the identity alone. The first reason is kept.
+def pin(node: Node, reason: str, *, position_dependent: bool = True) -> None:
+    """Restrict `node` and everything united with it to the identity. The first reason is kept.
 
     Args:
-      node: the node.
-      reason: why.
-      mixed: whether positions meet each other; not so where they are only told apart, as the axes of an
-        input.
+      node: the node to pin.
+      reason: why it cannot move, for `PermutationSpec.explain`.
+      position_dependent: whether the positions of the node meet each other; false where they are only told
+        apart, as along the axes of an input.
     """
     root = node.root
-    if root._reason is None or mixed > root._mixed:
+    if root._reason is None or position_dependent > root._position_dependent:
         root._reason = root._reason or reason
-        root._mixed = root._mixed or mixed
+        root._position_dependent = root._position_dependent or position_dependent
         for part in root._parts:
-            pin(part, reason, mixed=mixed)
+            pin(part, reason, position_dependent=position_dependent)
 
 
 def product(parts: Sequence[Node]) -> Node:
-    """The node whose positions are read in mixed radix over `parts`."""
+    """Make the node whose positions are read in mixed radix over `parts`."""
     return _compound(
         "product", [part for part in parts if part.size != 1], math.prod(part.size for part in parts)
     )
 
 
 def concatenate(parts: Sequence[Node]) -> Node:
-    """The node whose positions are those of `parts`, one after the other."""
+    """Make the node whose positions are those of `parts`, one after the other."""
     return _compound("sum", [part for part in parts if part.size], sum(part.size for part in parts))
 
 
@@ -135,18 +145,18 @@ def _compound(form: Literal["product", "sum"], parts: list[Node], size: int) -> 
         reasons = [part.reason for part in parts if part.size > 1]
         if reasons and None not in reasons:
             node._reason = reasons[0]
-            node._mixed = any(part.is_mixed for part in parts)
+            node._position_dependent = any(part.is_position_dependent for part in parts)
     return node
 
 
 def unite(x: Node, y: Node, reason: str, *, depth: int = 0) -> None:
-    """Makes two nodes of one size the same permutation.
+    """Make two nodes of equal size the same permutation.
 
     Args:
-      x: a node.
-      y: another.
-      reason: what to say where their refinements have nothing in common and both are pinned.
-      depth: how many refinements led here.
+      x: one node.
+      y: the other node.
+      reason: the reason to give if their refinements have nothing in common and both are pinned.
+      depth: number of nested calls that led here.
     """
     x, y = x.root, y.root
     if x is y:
@@ -155,12 +165,13 @@ def unite(x: Node, y: Node, reason: str, *, depth: int = 0) -> None:
         pin(x, reason)
     assert x.size == y.size, f"axes of sizes {x.size} and {y.size} cannot be one"
     if x._reason is not None or y._reason is not None:
-        known, mixed = x._reason or y._reason or reason, x._mixed or y._mixed
-        pin(x, known, mixed=mixed)
-        pin(y, known, mixed=mixed)
+        known = x._reason or y._reason or reason
+        position_dependent = x._position_dependent or y._position_dependent
+        pin(x, known, position_dependent=position_dependent)
+        pin(y, known, position_dependent=position_dependent)
     elif x._form != "whole" and y._form != "whole":
         _unite_refined(x, y, reason, depth)
-        # Parts may have been pinned or joined meanwhile; both now describe the same permutations.
+        # Uniting the parts may have pinned or united x and y themselves, so their roots are looked up again.
         x, y = x.root, y.root
     if x is not y:
         keep, drop = (x, y) if x._form != "whole" else (y, x)
@@ -168,25 +179,26 @@ def unite(x: Node, y: Node, reason: str, *, depth: int = 0) -> None:
 
 
 def _unite_refined(x: Node, y: Node, reason: str, depth: int) -> None:
-    """Brings two refined nodes to one common refinement and unites it part by part."""
+    """Bring two refined nodes to a common refinement and unite them part by part."""
     if x._form == "sum" and y._form == "product":
         x, y = y, x
-    # A sum is read as the other node's product: then all its segments hold the same inner factors.
+    # Where one is a sum and the other a product, the sum is read as a product: `factor` makes all its
+    # segments share the same inner factors.
     refine = split if x._form == "sum" else factor
     wanted = x._parts
     for a, b in zip(wanted, refine(y, [part.size for part in wanted], reason), strict=True):
         unite(a, b, reason, depth=depth + 1)
     if y._reason is not None:
-        pin(x, y._reason, mixed=y._mixed)
+        pin(x, y._reason, position_dependent=y._position_dependent)
 
 
 def factor(node: Node, sizes: Sequence[int], reason: str) -> list[Node]:
-    """Reads a node as a product of the given sizes.
+    """Read a node as a product of factors of the given sizes.
 
     Args:
-      node: the node, refined in place.
-      sizes: sizes of the factors, first slowest; their product is the node's size.
-      reason: what to say if the node's refinement does not allow it and it is pinned.
+      node: the node, which is refined in place.
+      sizes: sizes of the factors, the slowest first; their product is the size of the node.
+      reason: the reason to give if the node is refined in a way that does not allow this, and is pinned.
 
     Returns:
       One node for each size.
@@ -197,7 +209,7 @@ def factor(node: Node, sizes: Sequence[int], reason: str) -> list[Node]:
     if len(proper) <= 1 or not root.size:
         parts = [root] if len(proper) == 1 else [Node(size) for size in proper]
     elif root._reason is not None:
-        parts = [pinned(size, root._reason, mixed=root._mixed) for size in proper]
+        parts = _pinned_like(root, root._reason, proper)
     elif root._form == "whole":
         parts = [Node(size) for size in proper]
         root._form, root._parts = "product", tuple(parts)
@@ -213,12 +225,12 @@ def factor(node: Node, sizes: Sequence[int], reason: str) -> list[Node]:
 
 
 def split(node: Node, sizes: Sequence[int], reason: str) -> list[Node]:
-    """Cuts a node into consecutive segments of the given sizes.
+    """Cut a node into consecutive segments of the given sizes.
 
     Args:
-      node: the node, refined in place.
-      sizes: sizes of the segments, first to last; their sum is the node's size.
-      reason: what to say if the node's refinement does not allow it and it is pinned.
+      node: the node, which is refined in place.
+      sizes: sizes of the segments, first to last; their sum is the size of the node.
+      reason: the reason to give if the node is refined in a way that does not allow this, and is pinned.
 
     Returns:
       One node for each size.
@@ -229,7 +241,7 @@ def split(node: Node, sizes: Sequence[int], reason: str) -> list[Node]:
     if len(proper) <= 1:
         parts = [root] if proper else []
     elif root._reason is not None:
-        parts = [pinned(size, root._reason, mixed=root._mixed) for size in proper]
+        parts = _pinned_like(root, root._reason, proper)
     elif root._form == "whole":
         parts = [Node(size) for size in proper]
         root._form, root._parts = "sum", tuple(parts)
@@ -244,6 +256,11 @@ def split(node: Node, sizes: Sequence[int], reason: str) -> list[Node]:
     return [next(queue) if size else Node(0) for size in sizes]
 
 
+def _pinned_like(root: Node, reason: str, sizes: Sequence[int]) -> list[Node]:
+    """Make one pinned node of each size, for the parts of a pinned node."""
+    return [pinned(size, reason, position_dependent=root._position_dependent) for size in sizes]
+
+
 def _refine(
     parts: Sequence[Node],
     sizes: Sequence[int],
@@ -252,10 +269,13 @@ def _refine(
     compose: Callable[[Sequence[Node]], Node],
     reason: str,
 ) -> list[Node] | None:
-    """Regroups consecutive parts into nodes of the given sizes, cutting parts where a boundary falls inside.
+    """Regroup consecutive parts into nodes of the given sizes, cutting the parts that cross a boundary.
 
-    The same walk serves products and sums, which differ in `rest`, what remains of a whole without a part (0
-    if that cannot be), in how a part is cut and in how parts are put together. `None` where boundaries clash.
+    The same walk serves products and sums. They differ in `rest`, which gives the size that remains of a
+    whole without a part (0 if that is impossible), in how a part is cut, and in how parts are put together.
+
+    Returns:
+      One node for each size; `None` if the boundaries of the parts and of the sizes clash.
     """
     queue = collections.deque(parts)
     regrouped = []
@@ -267,8 +287,8 @@ def _refine(
                 remainder = rest(part.size, missing)
                 if not remainder:
                     return None
-                part, tail = cut(part, [missing, remainder], reason)
-                queue.appendleft(tail)
+                part, leftover = cut(part, [missing, remainder], reason)
+                queue.appendleft(leftover)
             collected.append(part)
             if part.size == missing:
                 break
@@ -288,7 +308,7 @@ def _difference(whole: int, part: int) -> int:
 
 
 def _factor_sum(root: Node, sizes: Sequence[int], reason: str) -> list[Node] | None:
-    """A sum read as a product: every segment holds whole inner products, which all move alike."""
+    """Read a sum as a product: every segment holds whole copies of the inner factors, which move alike."""
     inner = math.prod(sizes[1:])
     if any(part.size % inner for part in root._parts):
         return None
@@ -304,7 +324,7 @@ def _factor_sum(root: Node, sizes: Sequence[int], reason: str) -> list[Node] | N
 
 
 def _split_product(root: Node, sizes: Sequence[int], reason: str) -> list[Node] | None:
-    """A product cut into segments: boundaries fall between inner products, and cut the outer factors."""
+    """Cut a product into segments: boundaries cut the outer factors and leave the inner factors whole."""
     parts = root._parts
     inner_from = next(i for i in range(len(parts) + 1) if not any(s % _size(parts[i:]) for s in sizes))
     outer, inner = parts[:inner_from], parts[inner_from:]
@@ -321,29 +341,52 @@ def _size(parts: Sequence[Node]) -> int:
     return math.prod(part.size for part in parts)
 
 
-def segments(node: Node) -> list[list[Node]]:
-    """The node as a list of segments, each a list of whole or pinned factors.
+def _pin_around(outer: Sequence[Node], repeated: Node, count: int) -> bool:
+    """Pin the factors around a sum, so that its segments can be repeated for each of their positions."""
+    for node in outer:
+        pin(node, "it repeats a concatenated axis, which no spec can express")
+    if count > _MAX_SEGMENTS:
+        pin(repeated, f"it would fall into {count} segments")
+    return count <= _MAX_SEGMENTS
 
-    A sum inside a product has that form only if the factors around it are pinned and can be unrolled, so they
-    are pinned here where they are not yet. Callers repeat until nothing changes.
+
+def segments(
+    node: Node,
+    *,
+    is_factor: Callable[[Node], bool] = lambda node: node.is_atomic,
+    may_repeat: Callable[[Sequence[Node], Node, int], bool] = _pin_around,
+) -> list[list[Node]]:
+    """Write a node as a list of segments, each a list of factors, as `rebasin.axis.Axis` does.
+
+    A sum inside a product has no such form, unless the segments of the sum are repeated for every position of
+    the factors before it. `may_repeat` decides about that, since repeating is right only if those factors do
+    not move. By default they are pinned; as that may change the segments of other nodes, callers repeat until
+    nothing changes.
+
+    Args:
+      node: the node.
+      is_factor: tells whether a root is to be one factor, whatever its parts.
+      may_repeat: called with the factors before a sum, the sum itself, and the number of segments that the
+        product would have up to there. If it returns false, the product as a whole is one factor.
+
+    Returns:
+      The segments, first to last. By default every factor is whole or pinned.
     """
     root = node.root
-    if root._reason is not None or root._form == "whole" or root.size <= 1:
+    if is_factor(root):
         return [[root]]
+    inner_segments = functools.partial(segments, is_factor=is_factor, may_repeat=may_repeat)
     if root._form == "sum":
-        return [segment for part in root._parts for segment in segments(part)]
+        return [segment for part in root._parts for segment in inner_segments(part)]
     result: list[list[Node]] = [[]]
     for part in root._parts:
-        inner = segments(part)
+        inner = inner_segments(part)
         if len(inner) == 1:
             result = [segment + inner[0] for segment in result]
             continue
         copies = sum(_size(segment) for segment in result)
-        why = "it repeats a concatenated axis, which no spec can express"
-        for outer in (factor for segment in result for factor in segment):
-            pin(outer, why)
-        if copies * len(inner) > _MAX_SEGMENTS:
-            pin(part, f"it would fall into {copies * len(inner)} segments")
-            return [[root]] if root._reason else segments(root)
+        if not may_repeat([node for segment in result for node in segment], part, copies * len(inner)):
+            # If `may_repeat` has pinned the sum instead, then the sum is one factor by now.
+            return inner_segments(root) if is_factor(part.root) else [[root]]
         result = [list(segment) for _ in range(copies) for segment in inner]
     return result

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,7 +11,7 @@ import rebasin.inference.rules  # noqa: F401  # registers every rule
 from rebasin.axis import Axis, Factor, SizedFactor
 from rebasin.errors import InferenceError
 from rebasin.inference.axes import Node, pin, segments, unite
-from rebasin.inference.indexing import Equations, find_indices
+from rebasin.inference.indexing import Equations, find_outer_groups
 from rebasin.inference.interpreter import interpret
 from rebasin.inference.rule import Equation, Rule, register_rule
 from rebasin.inference.values import Dims, Value
@@ -22,33 +22,33 @@ __all__ = ["Equation", "Rule", "infer_spec", "register_rule"]
 
 
 def infer_spec(
-    function: Any,
-    tree: Any,
+    apply_fn: Callable[..., Any],
+    params: Any,
     *inputs: Any,
     state_outputs: Mapping[str, str] | None = None,
     pin: Sequence[str] = (),
 ) -> PermutationSpec:
-    """Finds which axes of which leaves can be permuted together without changing a function.
+    """Find which axes of which leaves can be permuted together without changing a function.
 
     The function is traced, never run, and its jaxpr is read equation by equation. Every axis of every value
-    is an unknown permutation; each primitive's rule ties those that must be equal, reads reshaped axes as
-    products and concatenated ones as segments, and pins what it does not cover. Inputs and outputs are
-    pinned, so whatever is left unpinned in `tree` moves freely: the answer is sound by construction, and each
-    pin keeps its reason.
+    is an unknown permutation. Each primitive's rule unites axes that must be permuted alike, reads reshaped
+    axes as products and concatenated ones as segments, and pins what it does not cover. Inputs and outputs
+    are pinned too. So whatever is left unpinned in `params` moves freely: the answer is sound by
+    construction, and every pin keeps its reason.
 
     Args:
-      function: ``function(tree, *inputs)``, any JAX function, for example a Flax model's ``apply``. Close
-        over arguments that are not arrays (`functools.partial`).
-      tree: the parameters, or their shapes (`jax.eval_shape`); usually Flax ``variables`` whole.
+      apply_fn: the function, called as ``apply_fn(params, *inputs)``: any JAX function, for example a Flax
+        model's ``apply``. Bind arguments that are not arrays beforehand (`functools.partial`).
+      params: the tree of parameters, or their shapes (`jax.eval_shape`); usually Flax ``variables`` whole.
       *inputs: example inputs, or their shapes.
-      state_outputs: outputs that are the next values of leaves of `tree` and move with them: path name of an
-        output, or of a subtree of outputs, to that in `tree` (``{"1/batch_stats": "batch_stats"}`` for Flax'
-        ``apply(…, mutable=["batch_stats"])``; ``""`` is the whole tree).
+      state_outputs: the outputs that are the next values of leaves of `params` and move with them: path name
+        of an output, or of a subtree of outputs, to that in `params` (``{"1/batch_stats": "batch_stats"}``
+        for Flax' ``apply(…, mutable=["batch_stats"])``; ``""`` is the whole tree).
       pin: path names of leaves, or of subtrees, that are to stay put.
 
     Returns:
-      A spec for every leaf of `tree`, leaves in the order in which the function uses them. Groups are named
-      after the first leaf that carries them; a second group of the same leaf gets ``#2``.
+      A spec for every leaf of `params`, with the leaves in the order in which the function uses them. Groups
+      are named after the first leaf that carries them; a second group of the same leaf gets ``#2``.
 
     Raises:
       InferenceError: the function cannot be traced with these arguments, or a leaf to be pinned is unknown.
@@ -56,54 +56,42 @@ def infer_spec(
 
     Examples:
       >>> import jax.numpy as jnp
-      >>> tree = {"w": jnp.ones((3, 8)), "b": jnp.ones((8,)), "v": jnp.ones((8, 2))}
-      >>> print(infer_spec(lambda t, x: jnp.tanh(x @ t["w"] + t["b"][None]) @ t["v"], tree, jnp.ones((5, 3))))
+      >>> params = {"w": jnp.ones((3, 8)), "b": jnp.ones((8,)), "v": jnp.ones((8, 2))}
+      >>> apply_fn = lambda p, x: jnp.tanh(x @ p["w"] + p["b"][None]) @ p["v"]
+      >>> print(infer_spec(apply_fn, params, jnp.ones((5, 3))))
       1 group, 3 leaves
         w: -, w
         b: w
         v: w, -
     """
-    leaves = leaf_table(tree)
     try:
-        closed, output_shapes = jax.make_jaxpr(function, return_shape=True)(tree, *inputs)
+        closed, output_shapes = jax.make_jaxpr(apply_fn, return_shape=True)(params, *inputs)
     except (TypeError, ValueError) as error:
         raise InferenceError(f"the function cannot be traced: {error}") from error
     avals = [var.aval for var in closed.jaxpr.invars]
-    dims = [Value.of_leaf([Node(size) for size in aval.shape], aval.dtype) for aval in avals]
-    for i, input_dims in enumerate(dims[len(leaves) :]):
-        _pin_each(input_dims, f"meets an axis of input {i}")
-    of_leaf = dict(zip(leaves, dims, strict=False))
+    values = [Value.of_leaf([Node(size) for size in aval.shape], aval.dtype) for aval in avals]
+    paths = list(leaf_table(params))
+    of_leaf = dict(zip(paths, values, strict=False))
+    for i, value in enumerate(values[len(paths) :]):
+        _pin_each(value, f"meets an axis of input {i}")
     _pin_by_name(of_leaf, pin)
 
-    uses = _Uses()
-    # A leaf is a value of its own: one that a loop takes apart is no operand of any equation as a whole.
-    equations: list[Sequence[Value]] = [(leaf_dims,) for leaf_dims in of_leaf.values()]
-
-    def observe(operands: Sequence[Value], results: Sequence[Value]) -> None:
-        for operand in operands:
-            uses.note(operand)
-        equations.append((*operands, *results))
-
-    outputs = interpret(closed, dims, observe)
-    state = state_leaves(state_outputs or {}, output_shapes, tree)
-    for i, (path, output_dims) in enumerate(zip(leaf_table(output_shapes), outputs, strict=True)):
-        if path in state:
-            for node, next_node in zip(of_leaf[state[path]], output_dims, strict=True):
-                unite(node, next_node, f"output {path} has other factors than {state[path]}")
-        else:
-            _pin_each(output_dims, f"reaches an axis of output {i}")
-        output_dims.pin_named(f"output {i} names positions along it")
-        for fold in output_dims.folds:
-            fold.open()
-        uses.note(output_dims)  # a leaf that is itself an output is used although no equation reads it
-    for leaf_dims in of_leaf.values():
-        if uses.rank(leaf_dims) == math.inf:
-            _pin_each(leaf_dims, "the function does not use this leaf")
-    order = sorted(of_leaf, key=lambda path: uses.rank(of_leaf[path]))
-    return _to_spec({path: of_leaf[path] for path in order}, equations)
+    seen = _Observations(of_leaf.values())
+    outputs = interpret(closed, values, seen.add)
+    next_values = state_leaves(state_outputs or {}, output_shapes, params)
+    output_of = dict(zip(leaf_table(output_shapes), outputs, strict=True))
+    _tie_outputs(output_of, {path: (leaf, of_leaf[leaf]) for path, leaf in next_values.items()})
+    for value in outputs:
+        seen.use(value)  # a leaf that is itself an output is used although no equation reads it
+    for value in of_leaf.values():
+        if seen.first_use(value) == math.inf:
+            _pin_each(value, "the function does not use this leaf")
+    order = sorted(of_leaf, key=lambda path: seen.first_use(of_leaf[path]))
+    return _to_spec({path: of_leaf[path] for path in order}, seen.equations)
 
 
 def _pin_by_name(of_leaf: Mapping[str, Dims], names: Sequence[str]) -> None:
+    """Pin the leaves at or below some path names."""
     unknown = [name for name in names if not any(is_below(path, name) for path in of_leaf)]
     if unknown:
         raise InferenceError(f"cannot pin {unknown}: no such leaves; the tree has {list(of_leaf)}")
@@ -114,46 +102,66 @@ def _pin_by_name(of_leaf: Mapping[str, Dims], names: Sequence[str]) -> None:
 
 def _pin_each(dims: Dims, reason: str) -> None:
     for node in dims:
-        pin(node, reason, mixed=False)
+        pin(node, reason, position_dependent=False)
 
 
-class _Uses:
-    """The order in which leaves are first used, told by their axes: a loop strips the first of them."""
+class _Observations:
+    """What is seen while a program is interpreted: the values of every equation, and the uses of axes."""
 
-    def __init__(self) -> None:
-        self.seen: dict[Node, int] = {}
+    def __init__(self, leaves: Iterable[Value]) -> None:
+        # A leaf counts as an equation of its own, since one that a loop takes apart is an operand of no
+        # equation as a whole.
+        self.equations: list[Sequence[Value]] = [(leaf,) for leaf in leaves]
+        self._first_use: dict[Node, int] = {}
 
-    def note(self, dims: Dims) -> None:
-        """Enters an operand."""
+    def add(self, operands: Sequence[Value], results: Sequence[Value]) -> None:
+        """Enter an equation."""
+        for operand in operands:
+            self.use(operand)
+        self.equations.append((*operands, *results))
+
+    def use(self, dims: Dims) -> None:
+        """Enter a value that is used."""
         for node in dims:
-            self.seen.setdefault(node, len(self.seen))
+            self._first_use.setdefault(node, len(self._first_use))
 
-    def rank(self, dims: Dims) -> float:
-        """When a leaf was first used; infinity if it never was, and for a scalar, which has no axes."""
-        return min((self.seen[node] for node in dims if node in self.seen), default=math.inf)
+    def first_use(self, dims: Dims) -> float:
+        """Return a number that orders leaves by first use; infinite for an unused leaf and for a scalar.
+
+        Leaves are recognised by any of their axes, since a loop hands on slices without the first axis.
+        """
+        return min((self._first_use[node] for node in dims if node in self._first_use), default=math.inf)
+
+
+def _tie_outputs(outputs: Mapping[str, Value], next_values: Mapping[str, tuple[str, Value]]) -> None:
+    """Unite the outputs that are next values with their leaves, and pin all others.
+
+    Args:
+      outputs: value of each output, by path.
+      next_values: path and value of the leaf whose next value an output is, by the path of the output.
+    """
+    for i, (path, output) in enumerate(outputs.items()):
+        if path in next_values:
+            leaf, value = next_values[path]
+            for node, next_node in zip(value, output, strict=True):
+                unite(node, next_node, f"output {path} has other factors than {leaf}")
+        else:
+            _pin_each(output, f"reaches an axis of output {i}")
+        output.pin_named(f"output {i} names positions along it")
+        output.resolve_reshapes()
 
 
 def _to_spec(of_leaf: Mapping[str, Dims], equations: Equations) -> PermutationSpec:
-    """Names the groups and writes the axes of every leaf."""
-    table = _settled(of_leaf)
-    names: dict[Node, str] = {}
-    for path, axes in table.items():
-        fresh = [
-            factor
-            for axis in axes
-            for segment in axis
-            for factor in segment
-            if not factor.is_pinned and factor.root not in names
-        ]
-        numbers = itertools.count(2)
-        for i, node in enumerate(dict.fromkeys(node.root for node in fresh)):
-            later = (f"{path}#{n}" for n in numbers)
-            names[node] = path if i == 0 else next(name for name in later if name not in of_leaf)
-    index = find_indices([[value.unfolded for value in values] for values in equations], list(names))
-    # An axis that stays gets a name where it is the index of a group.
-    fixed = dict.fromkeys(node for nodes in index.values() for node in nodes if node.is_pinned)
+    """Name the groups and write down the axes of every leaf."""
+    table = _settled_segments(of_leaf)
+    names = _group_names(table)
+    # The parts of a reshape that is still deferred are in no group, so values count as they were before it.
+    before_reshapes = [[value.before_reshapes for value in values] for values in equations]
+    outer = find_outer_groups(before_reshapes, list(names))
+    # An axis that stays gets a name where it is an outer group.
+    fixed = dict.fromkeys(node for nodes in outer.values() for node in nodes if node.is_pinned)
     labels = names | {node: f"index_{i}" for i, node in enumerate(fixed)}
-    indexed = tuple((names[group], tuple(labels[node] for node in nodes)) for group, nodes in index.items())
+    indexed = tuple((names[group], tuple(labels[node] for node in nodes)) for group, nodes in outer.items())
     leaves = tuple((path, tuple(_axis(axis, labels) for axis in axes)) for path, axes in table.items())
     pins = tuple(
         Pin(path, i, reason)
@@ -164,25 +172,38 @@ def _to_spec(of_leaf: Mapping[str, Dims], equations: Equations) -> PermutationSp
     return PermutationSpec(leaves, indexed, tuple(labels[node] for node in fixed), pins)
 
 
-def _settled(of_leaf: Mapping[str, Dims]) -> dict[str, list[list[list[Node]]]]:
-    """Segments of every axis, once writing one of them pins nothing more."""
+def _settled_segments(of_leaf: Mapping[str, Dims]) -> dict[str, list[list[list[Node]]]]:
+    """Write every axis as segments, again and again until that pins nothing more."""
     while True:
-        before = [node.is_pinned for dims in of_leaf.values() for node in _parts(dims)]
+        before = [node.is_pinned for dims in of_leaf.values() for node in _with_parts(dims)]
         table = {path: [segments(node) for node in dims] for path, dims in of_leaf.items()}
-        if before == [node.is_pinned for dims in of_leaf.values() for node in _parts(dims)]:
+        if before == [node.is_pinned for dims in of_leaf.values() for node in _with_parts(dims)]:
             return table
 
 
-def _parts(nodes: Dims) -> list[Node]:
-    """All nodes and their parts, at every depth."""
+def _with_parts(nodes: Dims) -> list[Node]:
+    """Return some nodes and their parts at every depth."""
     found = []
     for node in nodes:
-        found += [node, *_parts(node.parts)]
+        found += [node, *_with_parts(node.parts)]
     return found
 
 
+def _group_names(table: Mapping[str, list[list[list[Node]]]]) -> dict[Node, str]:
+    """Name each group after the first leaf that carries it; later groups of a leaf are numbered from 2."""
+    names: dict[Node, str] = {}
+    for path, axes in table.items():
+        factors = (factor for axis in axes for segment in axis for factor in segment)
+        roots = dict.fromkeys(factor.root for factor in factors if not factor.is_pinned)
+        numbers = itertools.count(2)
+        for i, node in enumerate([root for root in roots if root not in names]):
+            later = (f"{path}#{n}" for n in numbers)
+            names[node] = path if i == 0 else next(name for name in later if name not in table)
+    return names
+
+
 def _axis(axis: list[list[Node]], names: dict[Node, str]) -> Axis:
-    """An axis of the spec: neighbouring pinned factors, and neighbouring pinned segments, become one."""
+    """Make an axis of the spec, joining neighbouring pinned factors and neighbouring pinned segments."""
     parts: list[list[SizedFactor]] = []
     for segment in axis:
         factors: list[SizedFactor] = []

@@ -1,4 +1,7 @@
-"""Reads a jaxpr equation by equation and keeps the axes of every value."""
+"""Reads a jaxpr equation by equation, on axes in place of values.
+
+`rebasin.inference.programs` says which other readers of jaxprs there are, and why.
+"""
 
 import os
 from collections.abc import Callable, Sequence
@@ -10,47 +13,52 @@ import numpy as np
 from jax.extend import core
 
 from rebasin.inference.axes import Node, pin, pinned
+from rebasin.inference.programs import open_program
 from rebasin.inference.rule import Equation, find_rule, prepare
 from rebasin.inference.values import Dims, Number, Value
 from rebasin.spec import NO_RULE
 
-__all__ = ["Locate", "interpret"]
+__all__ = ["Locate", "Observe", "interpret"]
 
-# Called after each equation with its address, the operands and the results. Equation i of the program is at
+# Called after an equation with its operands and its results.
+Observe: TypeAlias = Callable[[Sequence[Value], Sequence[Value]], None]
+
+# Called after an equation with its address, its operands and its results. Equation i of the program is at
 # (i,); equation j of the k-th program that the rule of equation i runs is at (i, k, j), and so on.
 Locate: TypeAlias = Callable[[tuple[int, ...], Sequence[Value], Sequence[Value]], None]
 
-# Frames inside these packages are not what the user wrote.
+# The user did not write what lies in these packages, so reasons never name its lines.
 _LIBRARIES = tuple(os.sep + name + os.sep for name in ("jax", "jaxlib", "flax", "equinox", "haiku"))
 
 
 def interpret(
     closed: Any,
     inputs: Sequence[Value],
-    observe: Callable[[Sequence[Value], Sequence[Value]], None] = lambda operands, results: None,
+    observe: Observe = lambda operands, results: None,
     caller: str | None = None,
     locate: Locate | None = None,
     address: tuple[int, ...] = (),
 ) -> list[Value]:
-    """Runs a program on axes in place of values.
+    """Run a program on axes in place of values.
 
     Args:
       closed: a closed jaxpr, or a jaxpr without constants.
-      inputs: each input.
-      observe: called with operands and results of each equation, in the order of the program. An equation
-        whose rule runs a program is observed inside, as are the program's own inputs and outputs, each by
-        itself.
-      caller: source line of the equation that holds this program, for programs that lie in a library.
-      locate: called for every equation, also for one that holds a program.
-      address: where this program lies, for `locate`.
+      inputs: the value of each input.
+      observe: called with operands and results of each equation, in the order of the program. For an equation
+        whose rule runs a program, it is called for the equations of that program instead, and for each input
+        and output of the program by itself.
+      caller: source line of the equation that holds this program, used where the program lies in a library.
+      locate: called for every equation, whether or not it holds a program.
+      address: address of the equation that holds this program and number of the program, for `locate`.
 
     Returns:
-      Each output.
+      The value of each output.
     """
-    jaxpr, consts = (closed.jaxpr, closed.consts) if hasattr(closed, "jaxpr") else (closed, ())
+    jaxpr, consts = open_program(closed)
     env: dict[Any, Value] = dict(zip(jaxpr.constvars, map(_constant, consts), strict=True))
     env.update(zip(jaxpr.invars, inputs, strict=True))
-    # Programs of a library (`jax.nn.relu`) are traced once, and name the line of whoever called them first.
+    # A jitted function of a library (`jax.nn.relu`) is traced once, so its equations name the line of the
+    # first caller in this process. The line of the present caller is the one that helps.
     in_library = _is_library(str(getattr(jaxpr.debug_info, "func_src_info", "")))
 
     def read(atom: Any) -> Value:
@@ -77,22 +85,27 @@ def interpret(
 
 
 def _complete(output: Dims, context: frozenset[Node]) -> Value:
-    """What a rule returned, as a value: in the context of its operands, if it does not say otherwise."""
+    """Turn what a rule returned into a value, in the context of the operands unless the rule sets one."""
     if not isinstance(output, Value):
         return Value(output, context)
     if output.context is not None:
         return output
     return Value(
-        output, context, output.constant, note=output.note, distinct=output.distinct, folds=output.folds
+        output,
+        context,
+        output.constant,
+        abstract=output.abstract,
+        tie_free=output.tie_free,
+        deferred=output.deferred,
     )
 
 
 class _Runner:
-    """Interprets the programs of one equation, and remembers whether its rule asked for any."""
+    """The `run` of one equation: it interprets programs, and remembers whether the rule asked for any."""
 
     def __init__(
         self,
-        observe: Callable[[Sequence[Value], Sequence[Value]], None],
+        observe: Observe,
         caller: str | None,
         locate: Locate | None,
         address: tuple[int, ...],
@@ -102,21 +115,22 @@ class _Runner:
 
     @property
     def has_run(self) -> bool:
-        """Whether any program was run."""
+        """Tell whether any program was run."""
         return self.count > 0
 
     def __call__(self, inner: Any, operands: Sequence[Value]) -> list[Value]:
         address = (*self.address, self.count)
         self.count += 1
         results = interpret(inner, operands, self.observe, self.caller, self.locate, address)
-        # A carry that a loop only hands on is an operand of no equation, and yet one value at all steps.
+        # A carry that a loop only hands on is an operand of no equation. Unless it is observed here, nothing
+        # shows that it is one value at all steps.
         for value in (*operands, *results):
             self.observe((), (value,))
         return results
 
 
 def _pin_all(equation: Equation, operands: Sequence[Dims]) -> list[Dims]:
-    """What happens to a primitive without a rule: nothing that it touches may move."""
+    """Pin all operands and results of a primitive without a rule: nothing that it touches may move."""
     reason = equation.where + NO_RULE
     for dims in operands:
         for node in dims:
@@ -125,23 +139,24 @@ def _pin_all(equation: Equation, operands: Sequence[Dims]) -> list[Dims]:
 
 
 def _constant(value: Any) -> Value:
-    """Axes of a constant: free where it does not vary along the axis, else pinned."""
+    """Return the value of a constant: an axis is free if the constant does not vary along it, else pinned."""
     shape = np.shape(value)
     if not shape:
         is_real = any(jnp.issubdtype(jnp.result_type(value), kind) for kind in (jnp.integer, jnp.floating))
-        return Value((), frozenset(), note=Number(float(value)) if is_real else None)
+        return Value((), frozenset(), abstract=Number(float(value)) if is_real else None)
     if jnp.issubdtype(value.dtype, jax.dtypes.extended):
         return Value((pinned(size, "a constant of an opaque type") for size in shape), frozenset())
     array = np.asarray(value)
     nodes = []
     for axis, size in enumerate(shape):
         varies = size > 1 and not (array == array.take([0], axis=axis)).all()
-        nodes.append(pinned(size, "a constant array varies along it", mixed=False) if varies else Node(size))
+        why = "a constant array varies along it"
+        nodes.append(pinned(size, why, position_dependent=False) if varies else Node(size))
     return Value(nodes, frozenset(), (node for node in nodes if not node.is_pinned))
 
 
 def _source_line(eqn: Any) -> str | None:
-    """The user's file and line that an equation comes from, for example ``model.py:12``."""
+    """Return the user's file and line that an equation comes from, for example ``model.py:12``."""
     traceback = eqn.source_info.traceback
     for frame in traceback.frames if traceback is not None else ():
         if not _is_library(frame.file_name) and not frame.file_name.startswith("<"):

@@ -1,10 +1,10 @@
-"""What is known of the entries of a value, beside how its axes are permuted.
+"""What inference keeps of a value: its axes, and beside them an abstract value of its entries.
 
-A router computes *which* expert an example goes to: the entries of that value are positions along the axis
-of the experts. If the experts are permuted, those entries are renamed, and what is looked up with them is the
-same as before. So positions are followed through the program until they meet an axis, by a gather, a scatter
-or a comparison with a count along it (one-hot). Whatever else is computed with them pins the axis that they
-name.
+A router computes *which* expert an example goes to: the entries of that value are positions along the axis of
+the experts. If the experts are permuted, those entries are renamed, and whatever is looked up with them is
+the same as before. So inference follows such positions through the program until they meet an axis: in a
+gather, in a scatter, or in a comparison with a count along it (one-hot). The axis that they name is pinned as
+soon as anything else is computed with them.
 """
 
 import math
@@ -16,12 +16,12 @@ import jax.numpy as jnp
 from rebasin.inference.axes import Node, factor, pin, split, unite
 
 __all__ = [
-    "Components",
-    "Dims",
-    "Fold",
     "NEVER",
+    "AbstractValue",
+    "Components",
+    "DeferredReshape",
+    "Dims",
     "Never",
-    "Note",
     "Number",
     "Positions",
     "Value",
@@ -30,11 +30,12 @@ __all__ = [
 
 
 class Positions(NamedTuple):
-    """Entries are positions along `axis`, from 0 to its size − 1.
+    """Entries that are positions along an axis, from 0 to its size − 1.
 
     Attributes:
-      axis: the axis that they name; renamed as it is permuted.
-      beyond: they were moved past the end, as `x[i]` does for negative i, to be discarded: no use is allowed.
+      axis: the axis that the entries name; they are renamed when it is permuted.
+      beyond: whether the positions were moved past the end, as ``x[i]`` does for negative i. Such a value is
+        discarded by a later `select_n`; used in any other way, it pins the axis.
     """
 
     axis: Node
@@ -42,9 +43,9 @@ class Positions(NamedTuple):
 
 
 class Components(NamedTuple):
-    """Entries along the last axis are the components of an index, each with a note of its own."""
+    """Entries along the last axis are the components of an index, each with an abstract value of its own."""
 
-    parts: tuple["Note", ...]
+    parts: tuple["AbstractValue", ...]
 
 
 class Number(NamedTuple):
@@ -59,73 +60,77 @@ class Never(NamedTuple):
 
 NEVER = Never()
 
-Note: TypeAlias = Positions | Components | Number | Never | None
+AbstractValue: TypeAlias = Positions | Components | Number | Never | None  # `None`: nothing is known
 
 
-def named_axes(note: Note) -> tuple[Node, ...]:
-    """The axes whose positions the entries name."""
-    if isinstance(note, Positions):
-        return (note.axis,)
-    if isinstance(note, Components):
-        return tuple(axis for part in note.parts for axis in named_axes(part))
+def named_axes(abstract: AbstractValue) -> tuple[Node, ...]:
+    """Return the axes whose positions the entries name."""
+    if isinstance(abstract, Positions):
+        return (abstract.axis,)
+    if isinstance(abstract, Components):
+        return tuple(axis for part in abstract.parts for axis in named_axes(part))
     return ()
 
 
-Dims: TypeAlias = tuple[Node, ...]  # one node per axis of a value
+Dims: TypeAlias = tuple[Node, ...]  # one node for each axis of a value
 
 
-class Fold:
-    """An axis reshaped into several, which are not tied to it yet.
+class DeferredReshape:
+    """A reshape of one axis into several that are not tied to it yet.
 
-    ``x.reshape(…, 3, heads, dims)`` says that the axis is a product, and so that all three parts of it are
-    permuted alike. Not so if each of the three is taken out by itself, as from a fused projection: then they
-    are segments. So a reshape is put off until something else is done than to slice along the first of its
-    axes.
+    ``x.reshape(…, 3, heads, dims)`` seems to say that the axis is a product, so that its three parts are
+    permuted alike. But if each of the three is then taken out by itself, as from a fused projection, the
+    parts are segments of the axis and may be permuted differently. So the reshape is deferred until a rule
+    does anything else than slice along the first of the new axes.
 
     Attributes:
       source: the axis that was reshaped.
       parts: the axes that it became.
+      reason: the reason to give if the axis cannot be read as a product and is pinned.
+      is_resolved: whether the parts have been tied to the factors of the source.
     """
 
     def __init__(self, source: Node, sizes: Sequence[int], reason: str) -> None:
         self.source, self.parts, self.reason = source, tuple(map(Node, sizes)), reason
-        self.is_open = False
+        self.is_resolved = False
 
-    def open(self) -> None:
-        """Ties the parts to the factors of the source."""
-        if not self.is_open:
-            self.is_open = True
+    def resolve(self) -> None:
+        """Tie the parts to the factors of the source."""
+        if not self.is_resolved:
+            self.is_resolved = True
             sizes = [part.size for part in self.parts]
             for part, node in zip(self.parts, factor(self.source, sizes, self.reason), strict=True):
                 unite(part, node, self.reason)
 
-    def cut(self, sizes: Sequence[int]) -> list["Fold"]:
-        """The fold of each segment along the first of the parts."""
+    def cut(self, sizes: Sequence[int]) -> list["DeferredReshape"]:
+        """Cut the first of the parts into segments; return the deferred reshape of each segment."""
         inner = [part.size for part in self.parts[1:]]
         ends = split(self.source, [size * math.prod(inner) for size in sizes], self.reason)
-        return [Fold(node, [size, *inner], self.reason) for size, node in zip(sizes, ends, strict=True)]
+        return [
+            DeferredReshape(node, [size, *inner], self.reason) for size, node in zip(sizes, ends, strict=True)
+        ]
 
 
 class Value(tuple[Node, ...]):
-    """The axes of a value, with what is known of it beside them.
+    """The axes of a value, and what else is known of the value.
 
     Attributes:
-      context: axes of stacked inputs that a loop strips before it hands on a slice for each step. What is
-        computed from such a slice may be permuted differently at each step, as if it still carried the axis.
-        `None` in what a rule returns stands for the contexts of all operands together.
-      constant: those axes along which the value does not vary, so that it says nothing about their
+      context: axes of stacked inputs that a loop strips before it hands each step its slice. What is computed
+        from such a slice may be permuted differently at each step, as if it still carried the axis. `None` in
+        what a rule returns stands for the contexts of all operands together.
+      constant: the axes along which the value does not vary, so that it says nothing about their
         permutation.
-      note: what is known of the entries.
-      distinct: axes along which no two positions hold equal numbers, but for weights that happen to be equal:
-        the values of a leaf, and what is computed from them without rounding, clipping or comparing.
-      folds: reshapes that were put off.
+      abstract: what is known of the entries.
+      tie_free: axes along which no two positions hold equal numbers, unless weights happen to be equal. Such
+        are the axes of a leaf, and of what is computed from leaves without rounding, clipping or comparing.
+      deferred: the deferred reshapes whose parts are among the axes.
     """
 
     context: frozenset[Node] | None
     constant: frozenset[Node]
-    note: Note
-    distinct: frozenset[Node]
-    folds: tuple[Fold, ...]
+    abstract: AbstractValue
+    tie_free: frozenset[Node]
+    deferred: tuple[DeferredReshape, ...]
 
     def __new__(
         cls,
@@ -133,43 +138,54 @@ class Value(tuple[Node, ...]):
         context: frozenset[Node] | None = None,
         constant: Iterable[Node] = (),
         *,
-        note: Note = None,
-        distinct: Iterable[Node] = (),
-        folds: Iterable[Fold] = (),
+        abstract: AbstractValue = None,
+        tie_free: Iterable[Node] = (),
+        deferred: Iterable[DeferredReshape] = (),
     ) -> "Value":
-        """A value with the axes `dims`; of `distinct`, those among them count."""
+        """Make a value with the axes `dims`; nodes in `tie_free` that are not among them are ignored."""
         value = super().__new__(cls, dims)
-        value.context, value.constant, value.note = context, frozenset(constant), note
-        roots = {node.root for node in distinct}
-        value.distinct = frozenset(node for node in value if node.root in roots) if roots else frozenset()
-        value.folds = tuple(fold for fold in folds if not fold.is_open)
+        value.context, value.constant, value.abstract = context, frozenset(constant), abstract
+        roots = {node.root for node in tie_free}
+        value.tie_free = frozenset(node for node in value if node.root in roots) if roots else frozenset()
+        value.deferred = tuple(reshape for reshape in deferred if not reshape.is_resolved)
         return value
 
     @classmethod
     def of_leaf(cls, dims: Sequence[Node], dtype: Any) -> "Value":
-        """A leaf, of which nothing is known but that its numbers differ."""
-        return cls(dims, frozenset(), distinct=dims if jnp.issubdtype(dtype, jnp.floating) else ())
+        """Make the value of a leaf, of which only this is known: floating numbers in it differ."""
+        return cls(dims, frozenset(), tie_free=dims if jnp.issubdtype(dtype, jnp.floating) else ())
 
     def moved(self, dims: Iterable[Node], *, constant: Iterable[Node] = ()) -> "Value":
-        """The same entries along other axes: what a rule returns that only moves or repeats them."""
-        return Value(dims, constant=constant, note=self.note, distinct=self.distinct, folds=self.folds)
+        """Return the same entries along other axes, for a rule that only moves or repeats them."""
+        return Value(
+            dims,
+            constant=constant,
+            abstract=self.abstract,
+            tie_free=self.tie_free,
+            deferred=self.deferred,
+        )
 
     @property
-    def unfolded(self) -> "Value":
-        """The value with every axis that is still folded, and so in no group yet, as it was before."""
-        closed = [fold for fold in self.folds if not fold.is_open]
-        if not closed:
+    def before_reshapes(self) -> "Value":
+        """The value as it was before the reshapes that are still deferred, whose parts are in no group."""
+        pending = [reshape for reshape in self.deferred if not reshape.is_resolved]
+        if not pending:
             return self
-        hidden = {part for fold in closed for part in fold.parts}
-        dims = [*(node for node in self if node not in hidden), *(fold.source for fold in closed)]
-        return Value(dims, self.context, self.constant, note=self.note)
+        hidden = {part for reshape in pending for part in reshape.parts}
+        dims = [*(node for node in self if node not in hidden), *(reshape.source for reshape in pending)]
+        return Value(dims, self.context, self.constant, abstract=self.abstract)
 
-    def is_distinct(self, axis: int) -> bool:
-        """Whether positions along an axis hold different numbers; not told for an axis that occurs twice."""
+    def is_tie_free(self, axis: int) -> bool:
+        """Tell whether positions along an axis are known to differ; false for an axis that occurs twice."""
         roots = [node.root for node in self]
-        return roots.count(roots[axis]) == 1 and roots[axis] in {node.root for node in self.distinct}
+        return roots.count(roots[axis]) == 1 and roots[axis] in {node.root for node in self.tie_free}
 
     def pin_named(self, reason: str) -> None:
-        """Pins the axes whose positions the entries name."""
-        for axis in named_axes(self.note):
-            pin(axis, reason, mixed=False)
+        """Pin the axes whose positions the entries name."""
+        for axis in named_axes(self.abstract):
+            pin(axis, reason, position_dependent=False)
+
+    def resolve_reshapes(self) -> None:
+        """Resolve every reshape that is still deferred."""
+        for reshape in self.deferred:
+            reshape.resolve()

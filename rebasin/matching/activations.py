@@ -27,7 +27,7 @@ from rebasin.permutation import Permutation, compiled_permute, identity_permutat
 from rebasin.spec import PermutationSpec
 from rebasin.tracing.evaluate import bind, evaluate
 from rebasin.tracing.program import Program, Static, trace_program
-from rebasin.tracing.sites import Site, find_sites
+from rebasin.tracing.sites import ActivationSite, find_sites
 from rebasin.trees import LeafPredicate, check_finite, is_weight
 
 __all__ = ["ActivationMatching", "Measurement", "Similarity", "Sites", "activation_matching", "sum_products"]
@@ -179,7 +179,7 @@ class SiteBlock(NamedTuple):
     """
 
     group: str
-    site: Site
+    site: ActivationSite
     index: int
     fixed: tuple[str, ...]
     chain: tuple[str, ...]
@@ -249,7 +249,7 @@ def _find_blocks(measurement: Measurement, params: Any, inputs: Sequence[Any]) -
     return tuple(block for of_group in found.values() for blocks in of_group for block in blocks)
 
 
-def _blocks_of_site(spec: PermutationSpec, group: str, site: Site) -> list[SiteBlock]:
+def _blocks_of_site(spec: PermutationSpec, group: str, site: ActivationSite) -> list[SiteBlock]:
     """Return the blocks of a site that carry a group on exactly one axis.
 
     A block that carries it on two axes, such as a matrix of products between units, says nothing about units

@@ -1,4 +1,7 @@
-"""Evaluates a jaxpr equation by equation, with a hook at chosen equations, however deep they lie."""
+"""Evaluates a jaxpr equation by equation, with a hook at chosen equations, however deep they lie.
+
+`rebasin.inference.programs` says which other readers of jaxprs there are, and why.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
@@ -8,39 +11,39 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
 
-from rebasin.inference.rule import find_rule
-from rebasin.inference.rules.control import call
+from rebasin.inference.programs import called_program, open_program
 from rebasin.tracing.program import Address
 
-__all__ = ["Hook", "bind", "evaluate", "inner_program"]
+__all__ = ["Hook", "bind", "evaluate"]
 
-_Hooks = Mapping[Address, Any]
+# For each address with a hook, what to hand to the hook there.
+_Extras = Mapping[Address, Any]
 
 
 class Hook(Protocol):
-    """What happens at an equation in place of it."""
+    """A function that is called in place of an equation."""
 
     def __call__(self, address: Address, eqn: Any, operands: Sequence[Any], extra: Any, /) -> tuple[Any, Any]:
-        """Returns the results of the equation, as a list, and whatever is to be handed out."""
+        """Return the results of the equation, as a list, and whatever is to be handed out."""
         ...
 
 
 def evaluate(
-    closed: Any, inputs: Sequence[Any], hook: Hook, extras: _Hooks
+    closed: Any, inputs: Sequence[Any], hook: Hook, extras: _Extras
 ) -> tuple[list[Any], dict[Address, Any]]:
-    """Runs a program and calls a hook at some of its equations.
+    """Run a program and call a hook at some of its equations.
 
     Programs inside calls (``jit``, ``remat``, custom derivatives) are run as part of the whole, scans and
     conditionals as scans and conditionals. What a hook hands out inside a scan comes back stacked along a
-    first axis of steps; from a branch that is not taken come zeros; from a while loop comes what its last
-    step handed out, zeros if there was none.
+    first axis of steps. A branch that is not taken hands out zeros. A while loop hands out what its last step
+    did, or zeros if there was none.
 
     Args:
       closed: a closed jaxpr, or a jaxpr without constants.
-      inputs: its inputs.
-      hook: called at each address of `extras`.
-      extras: what to hand to the hook there: a tree of arrays, stacked along the steps of every scan around
-        the equation as results are, or `None`.
+      inputs: the inputs of the program.
+      hook: the function to call at each address in `extras`.
+      extras: what to hand to the hook at each address: `None`, or a tree of arrays that are stacked along the
+        steps of every scan around the equation, as results are.
 
     Returns:
       The outputs, and what the hook handed out at each address.
@@ -49,25 +52,19 @@ def evaluate(
 
 
 def bind(eqn: Any, operands: Sequence[Any]) -> list[Any]:
-    """Evaluates one equation as it is."""
+    """Evaluate one equation as it is."""
     params = eqn.primitive.get_bind_params(eqn.params)
-    # Older versions of JAX hand out the functions in it apart.
+    # Older versions of JAX return the functions among the parameters separately.
     functions, params = params if isinstance(params, tuple) else ((), params)
     results = eqn.primitive.bind(*functions, *operands, **params)
     return list(results) if eqn.primitive.multiple_results else [results]
 
 
-def inner_program(eqn: Any) -> Any:
-    """The program of a call; `None` for any other equation."""
-    if find_rule(eqn.primitive.name) is not call:
-        return None
-    return next(eqn.params[name] for name in ("jaxpr", "call_jaxpr", "fun_jaxpr") if name in eqn.params)
-
-
 def _run(
-    closed: Any, inputs: Sequence[Any], hook: Hook, extras: _Hooks, address: Address
+    closed: Any, inputs: Sequence[Any], hook: Hook, extras: _Extras, address: Address
 ) -> tuple[list[Any], dict[Address, Any]]:
-    jaxpr, consts = (closed.jaxpr, closed.consts) if hasattr(closed, "jaxpr") else (closed, ())
+    """Run the program at an address; the addresses of `extras` all lie in it."""
+    jaxpr, consts = open_program(closed)
     env: dict[Any, Any] = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *inputs), strict=True))
     handed_out: dict[Address, Any] = {}
 
@@ -91,17 +88,17 @@ def _run(
 
 
 def _run_inside(
-    eqn: Any, operands: Sequence[Any], hook: Hook, extras: _Hooks, here: Address
+    eqn: Any, operands: Sequence[Any], hook: Hook, extras: _Extras, here: Address
 ) -> tuple[list[Any], dict[Address, Any]]:
-    """An equation that holds a program with addresses in it."""
+    """Run an equation that holds a program with hooks inside."""
     forms: dict[str, Callable[..., Any]] = {"scan": _scan, "while": _while, "cond": _cond}
     if eqn.primitive.name in forms:
         return forms[eqn.primitive.name](eqn, operands, hook, extras, here)
-    return _run(inner_program(eqn), operands, hook, extras, (*here, 0))
+    return _run(called_program(eqn), operands, hook, extras, (*here, 0))
 
 
 def _scan(
-    eqn: Any, operands: Sequence[Any], hook: Hook, extras: _Hooks, here: Address
+    eqn: Any, operands: Sequence[Any], hook: Hook, extras: _Extras, here: Address
 ) -> tuple[list[Any], dict[Address, Any]]:
     params = eqn.params
     num_consts, num_carry = params["num_consts"], params["num_carry"]
@@ -120,7 +117,7 @@ def _scan(
 
 
 def _while(
-    eqn: Any, operands: Sequence[Any], hook: Hook, extras: _Hooks, here: Address
+    eqn: Any, operands: Sequence[Any], hook: Hook, extras: _Extras, here: Address
 ) -> tuple[list[Any], dict[Address, Any]]:
     params = eqn.params
     split = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
@@ -139,12 +136,12 @@ def _while(
 
 
 def _cond(
-    eqn: Any, operands: Sequence[Any], hook: Hook, extras: _Hooks, here: Address
+    eqn: Any, operands: Sequence[Any], hook: Hook, extras: _Extras, here: Address
 ) -> tuple[list[Any], dict[Address, Any]]:
     def branch(k: int) -> Callable[..., Any]:
         inside = {at: at[: len(here) + 1] == (*here, k) for at in extras}
 
-        def run(extras: _Hooks, *values: Any) -> Any:
+        def run(extras: _Extras, *values: Any) -> Any:
             own = {at: extra for at, extra in extras.items() if inside[at]}
             return _run(eqn.params["branches"][k], values, hook, own, (*here, k))
 

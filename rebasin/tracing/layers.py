@@ -1,4 +1,4 @@
-"""What a layer is, and how far its output stays what it is but for a scale and a shift of each channel."""
+"""Layers and their affine epilogues, the operations behind a layer that only scale and shift its channels."""
 
 import collections
 from collections.abc import Sequence
@@ -8,26 +8,28 @@ from jax.extend import core
 
 from rebasin.tracing.program import Address, Axes
 
-__all__ = ["Layer", "Tails"]
+__all__ = ["AffineEpilogues", "Layer"]
 
 _AFFINE = frozenset({"add", "sub", "mul", "div", "neg"})
 
 
 class Layer(NamedTuple):
-    """A contraction of data with a weight.
+    """A contraction of data with a weight, and the affine epilogue behind it.
+
+    The affine epilogue consists of the equations right behind the contraction that only scale and shift its
+    output channel by channel: a bias, BatchNorm in evaluation. It may be empty.
 
     Attributes:
-      address: its equation.
-      end: the last equation through which its output is only scaled and shifted, channel by channel, as by a
-        bias and by BatchNorm in evaluation; its own, if there is none.
-      data: which operand is the data.
-      weight: which operand is the weight.
-      leaf: path name of the leaf that the weight is, moved or not; `None` for a weight that is computed.
-      axes: axes of the result, without those that scans stack it along.
-      channels: which of them come from the weight and carry a group.
+      address: address of the contraction.
+      end: address of the last equation of the affine epilogue; `address` if the epilogue is empty.
+      data: number of the operand that is the data.
+      weight: number of the operand that is the weight.
+      leaf: path name of the leaf that the weight is, possibly moved; `None` for a weight that is computed.
+      axes: axes of the result, without those along which scans stack it.
+      channels: numbers of the axes of the result that come from the weight and carry a group.
       contracted: groups of the weight that the contraction sums over.
-      repeats: how often the same weight is used, by the scans around.
-      in_while: whether it lies in a ``while`` loop, through which there is no gradient.
+      repeats: number of times that the same weight is used, by the scans around.
+      in_while: whether the layer lies in a ``while`` loop, through which there is no gradient.
     """
 
     address: Address
@@ -42,12 +44,13 @@ class Layer(NamedTuple):
     in_while: bool
 
 
-class Tails:
-    """Follows the layers of one program: through the bias, and the evaluation of BatchNorm, to what is not.
+class AffineEpilogues:
+    """Finds the affine epilogues of the layers of one program.
 
-    An equation belongs to a layer's tail if it is the only one that reads the value before it, and adds or
-    multiplies nothing but what does not depend on the batch and is the same wherever only other axes than the
-    channels' differ. So a residual sum, a nonlinearity, LayerNorm, and positions that are added end it.
+    An equation belongs to the affine epilogue of a layer under two conditions: it is the only one that reads
+    the value before it, and what it adds or multiplies does not depend on the inputs and varies along no axes
+    but those of channels. So an epilogue ends at a residual sum, a nonlinearity, a LayerNorm, or the addition
+    of positions.
 
     Args:
       jaxpr: the program, whose equations `follow` is to get one after the other.
@@ -60,22 +63,26 @@ class Tails:
         self._layers: dict[Any, Layer] = {}
 
     def follow(self, eqn: Any, here: Address, data: Sequence[bool], layer: Layer | None) -> Layer | None:
-        """The layer whose output an equation computes, or whose tail it belongs to, with its new end.
+        """Find the layer that an equation computes, or to whose affine epilogue it belongs.
 
         Args:
           eqn: the equation.
-          here: its address.
-          data: which of its operands depend on the batch.
-          layer: the layer that it is, if it is one.
+          here: address of the equation.
+          data: for each operand, whether it depends on the inputs of the network.
+          layer: the layer that the equation computes, if it computes one.
+
+        Returns:
+          The layer with this equation as its end; `None` if the equation belongs to no layer.
         """
         if layer is None:
-            layer = self._continued(eqn, data)
+            layer = self._extended(eqn, data)
         if layer is not None:
             layer = layer._replace(end=here)
             self._layers[eqn.outvars[0]] = layer
         return layer
 
-    def _continued(self, eqn: Any, data: Sequence[bool]) -> Layer | None:
+    def _extended(self, eqn: Any, data: Sequence[bool]) -> Layer | None:
+        """Return the layer whose affine epilogue goes on with an equation, if there is one."""
         if eqn.primitive.name not in _AFFINE or sum(data) != 1:
             return None
         value = eqn.invars[data.index(True)]
@@ -85,10 +92,10 @@ class Tails:
         if layer is None or self._uses[value] > 1 or divides or reshapes:
             return None
         others = [atom for atom, moves in zip(eqn.invars, data, strict=True) if not moves]
-        return layer if all(self._differs_by(layer.channels, atom) for atom in others) else None
+        return layer if all(self._varies_only_along(layer.channels, atom) for atom in others) else None
 
-    def _differs_by(self, channels: Sequence[int], atom: Any) -> bool:
-        """Whether a value is the same at all positions of every axis but these."""
+    def _varies_only_along(self, channels: Sequence[int], atom: Any) -> bool:
+        """Tell whether a value is the same at all positions of every axis but the channels."""
         if all(n == 1 for i, n in enumerate(atom.aval.shape) if i not in channels):
             return True
         eqn = None if isinstance(atom, core.Literal) else self._defined_by.get(atom)

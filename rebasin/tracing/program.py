@@ -1,9 +1,8 @@
-"""A traced function whose every value knows which of its axes belong to which group of a spec."""
+"""Traces a function and says of every value which of its axes belong to which group of a spec."""
 
 import contextlib
 import functools
 import itertools
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -13,9 +12,9 @@ import numpy as np
 
 from rebasin.axis import Axis, Factor, SizedFactor
 from rebasin.errors import InferenceError, problem_list
-from rebasin.inference.axes import Node, concatenate, pin, pinned, product
+from rebasin.inference.axes import Node, concatenate, pin, pinned, product, segments
 from rebasin.inference.interpreter import interpret
-from rebasin.inference.rule import Value
+from rebasin.inference.values import Value
 from rebasin.spec import PermutationSpec
 from rebasin.trees import leaf_table
 
@@ -25,22 +24,23 @@ __all__ = ["Address", "Axes", "Program", "Static", "trace_program"]
 # (i, k, j), and so on.
 Address: TypeAlias = tuple[int, ...]
 
-Axes: TypeAlias = tuple[Axis, ...]  # one for each axis of a value, as the axes of a leaf in a spec
+Axes: TypeAlias = tuple[Axis, ...]  # one for each axis of a value, like the axes of a leaf in a spec
 
-# Axes that fall into more segments than this carry no labels.
+# An axis that would fall into more segments than this carries no labels.
 _MAX_SEGMENTS = 256
 
 
 class Program(NamedTuple):
-    """A function traced for trees and batches of given shapes.
+    """A function traced for parameters and inputs of given shapes.
 
     Attributes:
-      closed: its jaxpr, a function of the leaves of the tree and then of those of the batch.
-      leaves: path names of the leaves of the tree.
-      operands: axes of each operand of each equation.
-      results: axes of each result of each equation. These know the size of every part, whole axes included.
-      fixed: labels that never move, and only serve as an index.
-      outputs: structure of what the function returns.
+      closed: the closed jaxpr, a function of the leaves of the parameters and then of those of the inputs.
+      leaves: path names of the leaves of the parameters.
+      operands: axes of each operand, by the address of the equation.
+      results: axes of each result, by the address of the equation. These know the size of every part, also of
+        a part that is a whole axis.
+      fixed: groups that never move, and only serve as outer groups.
+      outputs: tree structure of what the function returns.
     """
 
     closed: Any
@@ -58,22 +58,22 @@ def trace_program(
     *inputs: Any,
     precision: str | None = "highest",
 ) -> Program:
-    """Traces a function and labels the axes of its values with the groups of a spec.
+    """Trace a function and label the axes of its values with the groups of a spec.
 
     The program of the same spec, function and shapes is remembered, so that a function is traced once.
 
     Args:
-      spec: the groups; it must be one that the trace confirms, as what `infer_spec` returns is.
-      apply_fn: ``(params, *inputs) -> outputs``.
-      params: parameters, or their shapes.
-      *inputs: the inputs of a batch, or their shapes.
-      precision: of the products for which the function sets none; `None` leaves it to JAX.
+      spec: the groups. The trace must confirm them, as it does for what `infer_spec` returns.
+      apply_fn: the function, called as ``apply_fn(params, *inputs)``.
+      params: the tree of parameters, or their shapes.
+      *inputs: the inputs, or their shapes.
+      precision: precision of the products for which the function sets none; `None` leaves it to JAX.
 
     Returns:
       The program.
 
     Raises:
-      SpecMismatchError: the tree does not fit the spec.
+      SpecMismatchError: the parameters do not fit the spec.
       InferenceError: the function cannot be traced with these arguments, or ties or pins what the spec lets
         move.
     """
@@ -84,7 +84,7 @@ def trace_program(
 
 
 class Static:
-    """A function as a static argument of ``jit``: equal to itself, and to equal ones if it has a hash."""
+    """A function as a static argument of ``jit``; it equals any function that compares and hashes equal."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
@@ -105,39 +105,24 @@ class Static:
 @functools.lru_cache(maxsize=64)
 def _trace(
     spec: PermutationSpec,
-    function: Static,
+    apply_fn: Static,
     shapes: tuple[jax.ShapeDtypeStruct, ...],
     structure: Any,
     precision: str | None,
 ) -> Program:
-    tree, batch = jax.tree.unflatten(structure, shapes)
-    leaves, inputs = leaf_table(tree), leaf_table(batch[0] if len(batch) == 1 else batch)
-    try:
-        with jax.default_matmul_precision(precision) if precision else contextlib.nullcontext():
-            closed, returned = jax.make_jaxpr(function.function, return_shape=True)(tree, *batch)
-    except (TypeError, ValueError) as error:
-        described = ", ".join(f"{path or 'batch'} {x.dtype}{list(x.shape)}" for path, x in inputs.items())
-        raise InferenceError(f"the function cannot be traced with {described}: {error}") from error
-
-    lengths = _lengths(spec, {path: np.shape(leaf) for path, leaf in leaves.items()})
-    nodes = {group: Node(length) for group, length in lengths.items()}
-    for group in spec.fixed:
-        pin(nodes[group], "the spec keeps it as an index", mixed=False)
-    table = spec.table
-    dims = [
-        Value.of_leaf([_node(axis, n, nodes) for axis, n in zip(table[path], x.shape, strict=True)], x.dtype)
-        for path, x in leaves.items()
-    ]
-    for path, x in inputs.items():
-        reason = f"an axis of the batch{path and ' at '}{path}"
-        dims.append(Value((pinned(n, reason, mixed=False) for n in np.shape(x)), frozenset()))
+    """Trace a program as `trace_program` does, from arguments that can be remembered."""
+    params, inputs = jax.tree.unflatten(structure, shapes)
+    closed, returned = _make_jaxpr(apply_fn.function, params, inputs, precision)
+    nodes = _group_nodes(spec, params)
+    values = [*_leaf_values(spec, params, nodes), *_input_values(inputs)]
     seen: dict[Address, tuple[Sequence[Value], Sequence[Value]]] = {}
 
     def locate(address: Address, operands: Sequence[Value], results: Sequence[Value]) -> None:
         seen[address] = operands, results
 
-    interpret(closed, dims, locate=locate)
+    interpret(closed, values, locate=locate)
     _check_groups(spec, nodes)
+    # Where a later group has been united with an earlier one, the name of the earlier one counts.
     labels = {nodes[group].root: group for group in reversed((*spec.groups, *spec.fixed))}
     cache: dict[Node, Axis] = {}
 
@@ -146,7 +131,7 @@ def _trace(
 
     return Program(
         closed,
-        tuple(leaves),
+        tuple(leaf_table(params)),
         {address: axes(operands) for address, (operands, _) in seen.items()},
         {address: axes(results) for address, (_, results) in seen.items()},
         frozenset(spec.fixed),
@@ -154,30 +139,74 @@ def _trace(
     )
 
 
-def _lengths(spec: PermutationSpec, shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
-    """The number of positions of each group, those that never move included."""
-    return {
+def _make_jaxpr(
+    apply_fn: Callable[..., Any], params: Any, inputs: tuple[Any, ...], precision: str | None
+) -> tuple[Any, Any]:
+    """Return the closed jaxpr of a function, and the shapes of its outputs."""
+    try:
+        with jax.default_matmul_precision(precision) if precision else contextlib.nullcontext():
+            return jax.make_jaxpr(apply_fn, return_shape=True)(params, *inputs)
+    except (TypeError, ValueError) as error:
+        described = ", ".join(f"{name} {x.dtype}{list(x.shape)}" for name, x in _named(inputs).items())
+        raise InferenceError(f"the function cannot be traced with {described}: {error}") from error
+
+
+def _named(inputs: tuple[Any, ...]) -> dict[str, Any]:
+    """Return the arrays of the inputs by a name for messages; a single array is called the batch."""
+    if len(inputs) == 1:
+        return {path or "batch": x for path, x in leaf_table(inputs[0]).items()}
+    return {f"input {path}": x for path, x in leaf_table(inputs).items()}
+
+
+def _group_nodes(spec: PermutationSpec, params: Any) -> dict[str, Node]:
+    """Make a node for each group, and a pinned one for each group that never moves."""
+    shapes = {path: np.shape(leaf) for path, leaf in leaf_table(params).items()}
+    lengths = {
         factor.group: factor.size
         for path, axes in spec.leaves
         for axis, length in zip(axes, shapes[path], strict=True)
         for factor in itertools.chain.from_iterable(axis.sized(length))
         if factor.group is not None
     }
+    nodes = {group: Node(length) for group, length in lengths.items()}
+    for group in spec.fixed:
+        pin(nodes[group], "the spec keeps it as an outer group", position_dependent=False)
+    return nodes
+
+
+def _leaf_values(spec: PermutationSpec, params: Any, nodes: Mapping[str, Node]) -> list[Value]:
+    """Make the value of each leaf, its axes composed of the nodes of their groups."""
+    table = spec.table
+    return [
+        Value.of_leaf([_node(axis, n, nodes) for axis, n in zip(table[path], x.shape, strict=True)], x.dtype)
+        for path, x in leaf_table(params).items()
+    ]
+
+
+def _input_values(inputs: tuple[Any, ...]) -> list[Value]:
+    """Make the value of each input, its axes pinned."""
+    return [
+        Value(
+            (pinned(n, f"meets an axis of {name}", position_dependent=False) for n in x.shape),
+            frozenset(),
+        )
+        for name, x in _named(inputs).items()
+    ]
 
 
 def _node(axis: Axis, length: int, nodes: Mapping[str, Node]) -> Node:
-    """An axis of a leaf, made of the nodes of its groups; what the spec keeps is pinned."""
+    """Make the node of an axis of a leaf out of the nodes of its groups; what the spec keeps is pinned."""
 
     def part(factor: SizedFactor) -> Node:
         if factor.group is not None:
             return nodes[factor.group]
-        return pinned(factor.size, "the spec keeps it", mixed=False)
+        return pinned(factor.size, "the spec keeps it", position_dependent=False)
 
     return concatenate([product([part(factor) for factor in segment]) for segment in axis.sized(length)])
 
 
 def _check_groups(spec: PermutationSpec, nodes: Mapping[str, Node]) -> None:
-    """Whether every group is still free, and a group of its own; single positions do not matter."""
+    """Check that every group is still free and a group of its own; groups of one position do not matter."""
     owner: dict[Node, str] = {}
     problems = []
     for group in (group for group in spec.groups if nodes[group].size > 1):
@@ -194,33 +223,19 @@ def _check_groups(spec: PermutationSpec, nodes: Mapping[str, Node]) -> None:
 
 
 def _labelled(node: Node, labels: Mapping[Node, str], cache: dict[Node, Axis]) -> Axis:
+    """Write a node as an axis whose factors have the labels of their groups.
+
+    A part that cannot be written so is one factor without a label: a sum behind factors that move, or one
+    that would fall into too many segments.
+    """
     root = node.root
     if root not in cache:
+
+        def may_repeat(outer: Sequence[Node], repeated: Node, count: int) -> bool:
+            return count <= _MAX_SEGMENTS and not any(factor in labels for factor in outer)
+
+        found = segments(root, is_factor=lambda node: node in labels or not node.parts, may_repeat=may_repeat)
         cache[root] = Axis(
-            tuple(tuple(Factor(*factor) for factor in segment) for segment in _segments(root, labels))
+            tuple(tuple(Factor(factor.size, labels.get(factor)) for factor in segment) for segment in found)
         )
     return cache[root]
-
-
-def _segments(node: Node, labels: Mapping[Node, str]) -> list[list[SizedFactor]]:
-    """The parts of a node with their labels; one part without a label where they cannot be written so."""
-    root = node.root
-    if root in labels or not root.parts:
-        return [[SizedFactor(root.size, labels.get(root))]]
-    parts = [_segments(part, labels) for part in root.parts]
-    if root.form == "sum":
-        return list(itertools.chain.from_iterable(parts))
-    unlabelled = [[SizedFactor(root.size, None)]]
-    result: list[list[SizedFactor]] = [[]]
-    for inner in parts:
-        if len(inner) == 1:
-            result = [segment + inner[0] for segment in result]
-            continue
-        # Concatenated axes inside a product: written once for each position outside.
-        copies = sum(math.prod(factor.size for factor in segment) for segment in result)
-        if any(factor.group for segment in result for factor in segment):
-            return unlabelled
-        if copies * len(inner) > _MAX_SEGMENTS:
-            return unlabelled
-        result = [list(segment) for _ in range(copies) for segment in inner]
-    return result

@@ -1,4 +1,4 @@
-"""The algebra of axes: what is united, factored or split stays so, under every permutation left."""
+"""The algebra of axes: what is united, factored or split stays so under every permutation that is left."""
 
 import itertools
 import math
@@ -165,6 +165,34 @@ def test_segments_pin_a_moving_factor_around_a_sum():
     heads = Node(2)
     segments(product([heads, concatenate([Node(3), Node(5)])]))
     assert heads.reason == "it repeats a concatenated axis, which no spec can express"
+
+
+def test_segments_can_leave_a_product_around_a_sum_as_one_factor():
+    heads, dims, rest = Node(2), concatenate([Node(3), Node(5)]), Node(4)
+    asked = []
+
+    def refuse(outer, repeated, count):
+        asked.append((outer, repeated, count))
+        return False
+
+    whole = product([heads, dims])
+    assert segments(concatenate([whole, rest]), may_repeat=refuse) == [[whole], [rest]]
+    assert asked == [([heads], dims, 4)]
+    assert not heads.is_pinned
+
+
+def test_segments_can_stop_at_chosen_nodes():
+    node = Node(24)
+    outer, inner = factor(node, [4, 6], WHY)
+    split(inner, [2, 4], WHY)
+    assert segments(node, is_factor=lambda x: x is inner.root or not x.parts) == [[outer, inner]]
+
+
+def test_too_many_segments_pin_the_sum():
+    positions, pieces = Node(600), concatenate([Node(3), Node(5)])
+    pin(positions, "positions")
+    assert segments(product([positions, pieces])) == [[positions, pieces]]
+    assert pieces.reason == "it would fall into 1200 segments"
 
 
 def test_pinning_spreads_to_all_that_is_united_and_keeps_the_first_reason():

@@ -1,7 +1,7 @@
 """The whole symmetry group of tiny networks, by brute force over every permutation of every axis.
 
-Where units of a flattened or concatenated axis move, that is one permutation of it among the n!: so factors,
-segments and indexed groups are all counted, whatever they are called.
+A permutation of the units of a flattened or concatenated axis is one of the n! permutations of that axis. So
+the count covers factors, segments and inner groups, whatever they are called.
 """
 
 import itertools
@@ -26,13 +26,13 @@ def two_layers(xp, w, x):
 
 
 def gated(xp, w, x):
-    """A unit is an element of the first half together with one of the second."""
+    """Each unit has one element in the first half and one in the second."""
     h = x @ w("in", 2, 6)
     return (h[:, :3] * xp.tanh(h[:, 3:])) @ w("out", 3, 1)
 
 
 def maxout(xp, w, x):
-    """Pairs move, and the two of each pair by themselves."""
+    """Pairs move as a whole, and the two pieces of each pair by themselves."""
     return (x @ w("in", 2, 6)).reshape(12, 3, 2).max(-1) @ w("out", 3, 1)
 
 
@@ -42,26 +42,26 @@ def concatenated(xp, w, x):
 
 
 def skip(xp, w, x):
-    """What is carried on is read twice, on an axis of its own and as a segment."""
+    """The skipped value is read twice: on an axis of its own and as a segment of another."""
     h = xp.tanh(x @ w("in", 2, 2))
     return xp.concatenate([h, xp.sin(h @ w("mid", 2, 2))], axis=1) @ w("out", 4, 1)
 
 
 def flattened(xp, w, x):
-    """Two places, told apart by a scale of each, times three channels."""
+    """Three channels at two places, which are told apart by their scales."""
     h = xp.tanh(x[:, None, :] @ w("in", 2, 3) * xp.asarray([1.0, 2.0])[None, :, None])
     return h.reshape(12, 6) @ w("out", 6, 1)
 
 
 def heads(xp, w, x):
-    """Two heads of two dimensions in a fused axis, and what each head says."""
+    """Two heads of two dimensions in a fused axis; each head weighs its own values."""
     q, v = ((x @ w(name, 2, 4)).reshape(12, 2, 2) for name in ("q", "v"))
     says = xp.exp(xp.tanh(xp.einsum("bhd,bhd->bh", q, xp.sin(q))))
     return (says[:, :, None] * v).reshape(12, 4) @ w("out", 4, 1)
 
 
 def fused(xp, w, x):
-    """A projection that is taken apart: the first half is weighed by the sum of the other."""
+    """A projection that is taken apart: its first half is weighed by the sum of the second."""
     parts = (x @ w("in", 2, 6)).reshape(12, 2, 3)
     return (xp.tanh(parts[:, 0]) * xp.sin(parts[:, 1]).sum(-1, keepdims=True)) @ w("out", 3, 1)
 
@@ -73,13 +73,13 @@ def residual(xp, w, x):
 
 
 def routed(xp, w, x):
-    """The best of three experts, by name."""
+    """The best of three experts, looked up by its position."""
     which = (x @ w("router", 2, 3)).argmax(1)
     return xp.einsum("bi,bio->bo", x, w("experts", 3, 2, 1)[which])
 
 
 def routed_with_ties(xp, w, x):
-    """A known limit: of equal ones the first is chosen, so the other two could change places."""
+    """A known limit: of equal values the first is chosen, so the other two could change places."""
     which = xp.maximum(x @ w("router", 2, 3), 0).argmax(1)
     return xp.einsum("bi,bio->bo", x, w("experts", 3, 2, 1)[which])
 
@@ -94,7 +94,7 @@ def running(xp, w, x):
 
 
 def rows_and_columns(xp, w, x):
-    """A known limit: all four units could move at will, but two axes are never merged into one."""
+    """A known limit: all four units could move freely, but two axes are never merged into one."""
     h = xp.tanh(xp.einsum("bi,ijk->bjk", x, w("in", 2, 2, 2)))
     return xp.einsum("bjk,jko->bo", h, w("out", 2, 2, 1))
 
@@ -111,7 +111,7 @@ def shapes_of(function):
 
 
 def count_symmetries(function, shapes):
-    """How many ways of permuting every axis of every leaf leave the function as it is."""
+    """Count the ways of permuting every axis of every leaf that leave the function as it is."""
     rng = np.random.default_rng(1)
     tree = {name: rng.normal(size=shape) for name, shape in shapes.items()}
     before = function(np, lambda name, *_: tree[name], X)
@@ -125,7 +125,7 @@ def count_symmetries(function, shapes):
 
 
 def count_in_spec(function, shapes):
-    """How many permutations the inferred spec allows."""
+    """Count the permutations that the inferred spec allows."""
     tree = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
 
     def traced(weights, x):
@@ -155,14 +155,14 @@ EXPECTED = {
 
 @pytest.mark.parametrize("function", EXPECTED, ids=lambda function: function.__name__)
 def test_no_symmetry_is_missing(function):
-    """The numbers by hand agree with brute force and with the spec."""
+    """The numbers worked out by hand agree with brute force and with the spec."""
     shapes = shapes_of(function)
     assert count_in_spec(function, shapes) == EXPECTED[function]
     assert count_symmetries(function, shapes) == EXPECTED[function]
 
 
 def test_known_limits():
-    """What is found, and what brute force over axes sees."""
+    """Compare what is found with what brute force over axes sees."""
     shapes = shapes_of(rows_and_columns)
     assert count_in_spec(rows_and_columns, shapes) == 2 * 2**2  # of 4! that move rows and columns together
     assert count_symmetries(rows_and_columns, shapes) == 2 * 2

@@ -1,7 +1,7 @@
-"""Random networks, nested, shared, reshaped, concatenated and residual: no spec may change what they compute.
+"""Random networks: permuting by the inferred spec must not change what they compute.
 
-A network is a list of steps over a pool of values; the same code runs with NumPy in float64 and is traced
-with JAX.
+A network is a list of random steps over a pool of values: nested, shared, reshaped, concatenated, residual.
+The same code runs with NumPy in float64 and is traced with JAX.
 """
 
 import itertools
@@ -29,7 +29,7 @@ STEPS = [
 
 
 class Network:
-    """A random function of a tree of weights and one input, made by replaying a list of random numbers."""
+    """A random function of a tree of weights and one input; a list of random numbers decides its steps."""
 
     def __init__(self, choices):
         self.choices = choices
@@ -90,7 +90,7 @@ class Network:
         return x.reshape(*x.shape[:-1], *shape)
 
     def take_apart(self, x):
-        """Reshaped, and parts of it taken out; the whole of it may be used later."""
+        """Reshapes a value and takes parts of it out; all of it may be used later."""
         n = x.shape[-1]
         copies = next((d for d in (2, 3, 5) if n % d == 0 and n > d), None)
         if copies is None or x.ndim > 3:
@@ -133,11 +133,11 @@ class Network:
         return x.mean(axis=1 + self._next() % (x.ndim - 1)) if x.ndim > 2 else None
 
     def gram(self, x):
-        """All positions against all."""
+        """The product of every position with every other."""
         return self.xp.einsum("nab,ncb->nac", x, x) / 4 if x.ndim == 3 else None
 
     def attend(self, x):
-        """Softmax attention in which the last but one axis is the head or the position, by chance."""
+        """Attention whose last but one axis is the head or the position, by chance."""
         if x.ndim != 3:
             return None
         q, k, v = (x @ self.weight(x.shape[-1], 3) for _ in range(3))
@@ -163,14 +163,14 @@ class Network:
         return self.xp.broadcast_to(x[:, None], (x.shape[0], 2, *x.shape[1:])) if x.ndim < 4 else None
 
     def route(self, x):
-        """The two best experts of three, by their one-hot codes, weighted or not."""
+        """The two best experts of three, chosen by one-hot codes and weighted by their logits."""
         logits, experts = x @ self.weight(x.shape[-1], 3), self.weight(3, x.shape[-1], 2)
         order = self.xp.argsort(-logits, axis=-1)[..., :2]
         gates = (order[..., None] == self.xp.arange(3).reshape((1,) * x.ndim + (3,))).sum(-2)
         return self.xp.einsum("...c,...e,eck->...k", x, gates * self.xp.tanh(logits), experts)
 
     def pick(self, x):
-        """A weight looked up at the place of the largest value, of which there may be several."""
+        """A weight looked up at the place of the largest value; several values may be the largest."""
         x = (x, self.xp.tanh(x), self.xp.maximum(x, 0), self.xp.round(x))[self._next() % 4]
         axis = 1 + self._next() % (x.ndim - 1)
         return self.weight(x.shape[axis], 3)[x.argmax(axis)]
@@ -190,14 +190,14 @@ def draw_weights(shapes, rng):
 
 
 def permuted(spec, permutation, weights):
-    """The weights permuted in float64, by permuting positions: the library itself is in float32 here."""
+    """Permute float64 weights by permuting their positions; the library would make them float32."""
     positions = {name: np.arange(w.size, dtype=np.int32).reshape(w.shape) for name, w in weights.items()}
     moved = jax.device_get(rebasin.permute(spec, permutation, positions))
     return {name: w.ravel()[moved[name]] for name, w in weights.items()}
 
 
 def check_network(choices):
-    """Raises if permuting by the inferred spec changes the network; returns how many groups there were."""
+    """Raise if permuting by the inferred spec changes the network; return the spec."""
     network = Network(choices)
     x = np.random.default_rng(0).normal(size=(BATCH, CHANNELS))
     network(None, x)
@@ -227,7 +227,7 @@ def test_a_hundred_small_networks_are_sound(choices):
 
 @pytest.mark.slow
 def test_thousands_of_networks_are_sound():
-    """With fixed seeds rather than hypothesis, and a count of what was exercised."""
+    """Seeds are fixed, and what they exercise is counted."""
     groups = indexed = structured = 0
     for seed in range(3000):
         spec = check_network(np.random.default_rng(seed).integers(0, 10**4, size=60).tolist())
@@ -242,7 +242,7 @@ def test_thousands_of_networks_are_sound():
 
 
 class PlainNetwork(Network):
-    """Values [n, c] only, so that every symmetry permutes whole axes of leaves."""
+    """A network of values [n, c] only, so that every symmetry permutes whole axes of leaves."""
 
     steps = ("dense", "dense", "bias", "scale", "add", "multiply", "norm", "tied", "square")
 
@@ -263,7 +263,7 @@ class PlainNetwork(Network):
 
 
 def symmetric_swaps(network, weights, x):
-    """Every transposition that preserves the function: its two positions, and the axes that it acts on."""
+    """Find every transposition that preserves the function: its two positions and the axes it acts on."""
     before = network(weights, x)
     axes = [(name, axis) for name, w in weights.items() for axis in range(w.ndim)]
     found = set()
@@ -285,9 +285,10 @@ def symmetric_swaps(network, weights, x):
 @given(st.lists(st.integers(0, 10**4), min_size=6, max_size=12))
 @settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 def test_no_swap_of_two_units_is_missing(choices):
-    """Brute force over all transpositions of whole axes at random weights: those of the spec, and no others.
+    """Brute force over all transpositions of whole axes finds those of the spec, and no others.
 
-    A swap may act on several groups at once, so the spec's are those of every set of groups of one size.
+    A swap may act on several groups at once, so those of the spec are the swaps of every set of groups of
+    equal size.
     """
     network = PlainNetwork(choices)
     x = np.random.default_rng(0).normal(size=(BATCH, CHANNELS))

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import X, check, tree
+from helpers import X, check, random_tree
 from jax import lax
 
 from rebasin import Axis, PermutationSpec, infer_spec, verify_spec
@@ -22,7 +22,7 @@ def attention(t, x):
     return jnp.einsum("nhts,nshe,heo->nto", jax.nn.softmax(scores), heads(t, x, "v"), t["out"])
 
 
-ATTENTION = tree(q=(3, 2, 4), k=(3, 2, 4), v=(3, 2, 5), out=(2, 5, 6))
+ATTENTION = random_tree(q=(3, 2, 4), k=(3, 2, 4), v=(3, 2, 5), out=(2, 5, 6))
 
 
 def test_attention_has_a_permutation_of_dimensions_for_each_head():
@@ -39,7 +39,7 @@ def test_attention_has_a_permutation_of_dimensions_for_each_head():
 
 
 def test_a_scale_shared_by_all_heads_ties_them():
-    """The first value that carries head dimensions without the head: a norm's scale over head dimensions."""
+    """The scale of a norm over head dimensions carries these without the head, and so ties all heads."""
 
     def function(t, x):
         shared = {name: t[name] * t["scale"][None, None] for name in ("q", "k")}
@@ -47,7 +47,7 @@ def test_a_scale_shared_by_all_heads_ties_them():
 
     check(
         function,
-        ATTENTION | tree(scale=(4,)),
+        ATTENTION | random_tree(scale=(4,)),
         SEQUENCES,
         q=(None, "H", "D"),
         k=(None, "H", "D"),
@@ -64,31 +64,31 @@ def test_multi_query_attention_ties_the_dimensions_of_all_heads():
         scores = jax.nn.softmax(jnp.einsum("nthd,nsd->nhts", q, k))
         return jnp.einsum("nhts,nse,heo->nto", scores, v, t["out"])
 
-    params = tree(q=(3, 2, 4), k=(3, 4), v=(3, 5), out=(2, 5, 6))
+    params = random_tree(q=(3, 2, 4), k=(3, 4), v=(3, 5), out=(2, 5, 6))
     table = {"q": (None, "H", "D"), "k": (None, "D"), "v": (None, "E"), "out": ("H", "E", None)}
     check(function, params, SEQUENCES, **table)
 
 
 def test_positions_that_face_each_other_tie():
-    """``Σ_d x[o, d] x[o', d]``: every value carries o beside d, but o faces o'."""
+    """In ``Σ_d x[o, d] x[o', d]`` every value carries o beside d, but o faces o'."""
 
     def function(t, x):
         h = jnp.tanh(jnp.einsum("nc,cod->nod", x, t["w"]))
         return jnp.einsum("nod,npd->nop", h, h).reshape(5, -1) @ t["v"]
 
-    spec = infer_spec(function, tree(w=(3, 2, 4), v=(4, 2)), X)
-    verify_spec(spec, function, tree(w=(3, 2, 4), v=(4, 2)), X)
+    spec = infer_spec(function, random_tree(w=(3, 2, 4), v=(4, 2)), X)
+    verify_spec(spec, function, random_tree(w=(3, 2, 4), v=(4, 2)), X)
     assert spec.indexed == ()
 
 
 def test_positions_that_add_up_tie():
-    """A running sum over o mixes what stands at different o, though every value carries o beside d."""
+    """A running sum over o adds up what stands at different o, though every value carries o beside d."""
 
     def function(t, x):
         h = jnp.cumsum(jnp.tanh(jnp.einsum("nc,cod->nod", x, t["w"])), axis=1)
         return jnp.einsum("nod,odk->nk", jnp.tanh(h), t["v"])
 
-    params = tree(w=(3, 4, 5), v=(4, 5, 2))
+    params = random_tree(w=(3, 4, 5), v=(4, 5, 2))
     check(function, params, X, w=(None, None, "D"), v=(None, "D", None))
     told_apart = PermutationSpec.from_axes(
         {"w": (None, "o", "D"), "v": ("o", "D", None)}, indexed={"D": ["o"]}, fixed=["o"]
@@ -105,8 +105,8 @@ def test_scanned_layers_have_inner_widths_of_their_own_and_one_stream():
         h, _ = lax.scan(layer, x @ t["embed"], t["layers"])
         return h @ t["out"]
 
-    layers = tree(up=(7, 4, 6), bias=(7, 6), down=(7, 6, 4))
-    params = tree(embed=(3, 4), out=(4, 2)) | {"layers": layers}
+    layers = random_tree(up=(7, 4, 6), bias=(7, 6), down=(7, 6, 4))
+    params = random_tree(embed=(3, 4), out=(4, 2)) | {"layers": layers}
     table = {
         "embed": (None, "R"),
         "layers/up": ("L", "R", "F"),
@@ -123,7 +123,7 @@ def test_an_ensemble_under_vmap_permutes_each_member_by_itself():
     def function(t, x):
         return jax.vmap(lambda w, v: jnp.tanh(x @ w) @ v)(t["w"], t["v"])
 
-    params = tree(w=(4, 3, 6), v=(4, 6, 2))
+    params = random_tree(w=(4, 3, 6), v=(4, 6, 2))
     table = {"w": ("E", None, "F"), "v": ("E", "F", None)}
     check(function, params, X, **table, indexed={"F": ["E"]}, fixed=["E"])
 
@@ -134,7 +134,7 @@ def test_soft_mixture_of_experts_permutes_experts_and_hidden_units_in_each():
         hidden = jax.nn.relu(jnp.einsum("nc,ecf->nef", x, t["up"]))
         return jnp.einsum("ne,nef,efo->no", gates, hidden, t["down"])
 
-    params = tree(router=(3, 4), up=(4, 3, 6), down=(4, 6, 2))
+    params = random_tree(router=(3, 4), up=(4, 3, 6), down=(4, 6, 2))
     table = {"router": (None, "E"), "up": ("E", None, "F"), "down": ("E", "F", None)}
     check(function, params, X, **table, indexed={"F": ["E"]})
 
@@ -148,7 +148,7 @@ def test_channels_of_norm_groups():
         return jnp.tanh(h.reshape(5, 8) * t["scale"][None]) @ t["v"]
 
     axis = Axis.product(("G", 2), ("C", 4))
-    params = tree(w=(3, 8), scale=(8,), v=(8, 2))
+    params = random_tree(w=(3, 8), scale=(8,), v=(8, 2))
     check(function, params, X, w=(None, axis), scale=(axis,), v=(axis, None), indexed={"C": ["G"]})
 
 
@@ -162,6 +162,6 @@ def test_a_constant_between_says_nothing():
 
         return lax.scan(layer, x, t)[0]
 
-    params = tree(up=(7, 3, 6), down=(7, 6, 3))
+    params = random_tree(up=(7, 3, 6), down=(7, 6, 3))
     table = {"up": ("L", None, "F"), "down": ("L", "F", None)}
     check(function, params, X, **table, indexed={"F": ["L"]}, fixed=["L"])

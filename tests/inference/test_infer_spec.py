@@ -6,12 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import X, check, tree
+from helpers import X, check, random_tree
 from jax import lax
+from jax.extend.core import Primitive
 
 import rebasin
 from rebasin import Axis, infer_spec
 from rebasin.errors import InferenceError
+from rebasin.inference.rule import temporary_rules
 
 IMAGES = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 8, 3)), jnp.float32)
 
@@ -24,7 +26,7 @@ def test_two_hidden_layers_and_names_in_order_of_use():
     def function(t, x):
         return dense(t, 2, jnp.tanh(dense(t, 0, jax.nn.relu(dense(t, 1, x)))))
 
-    params = tree(w1=(3, 6), b1=(6,), w0=(6, 7), b0=(7,), w2=(7, 2), b2=(2,))
+    params = random_tree(w1=(3, 6), b1=(6,), w0=(6, 7), b0=(7,), w2=(7, 2), b2=(2,))
     spec = check(
         function, params, X, w1=(None, "A"), b1=("A",), w0=("A", "B"), b0=("B",), w2=("B", None), b2=(None,)
     )
@@ -42,7 +44,7 @@ def test_residual_stream_is_one_group():
     shapes = {"up0": (6, 9), "down0": (9, 6), "up1": (6, 9), "down1": (9, 6)}
     check(
         function,
-        tree(w_in=(3, 6), w_out=(6, 2), **shapes),
+        random_tree(w_in=(3, 6), w_out=(6, 2), **shapes),
         X,
         w_in=(None, "R"),
         w_out=("R", None),
@@ -65,7 +67,7 @@ def test_flatten_after_convolution(extent):
         return h.reshape(h.shape[0], -1) @ t["w"]
 
     axis = "C" if extent == 1 else Axis.product(extent**2, ("C", 6))
-    params = tree(k=(3, 3, 3, 6), w=(6 * extent**2, 2))
+    params = random_tree(k=(3, 3, 3, 6), w=(6 * extent**2, 2))
     check(function, params, IMAGES, k=(None, None, None, "C"), w=(axis, None))
 
 
@@ -75,7 +77,9 @@ def test_flatten_with_channels_first():
         return jnp.tanh(h).reshape(h.shape[0], -1) @ t["w"]
 
     axis = Axis.product(("C", 5), 36)
-    check(function, tree(k=(5, 3, 3, 3), w=(180, 2)), IMAGES, k=("C", None, None, None), w=(axis, None))
+    check(
+        function, random_tree(k=(5, 3, 3, 3), w=(180, 2)), IMAGES, k=("C", None, None, None), w=(axis, None)
+    )
 
 
 def test_layer_norm_with_scale_and_bias():
@@ -85,7 +89,7 @@ def test_layer_norm_with_scale_and_bias():
         h = (h - mean) * lax.rsqrt(((h - mean) ** 2).mean(-1, keepdims=True) + 1e-6)
         return (h * t["scale"][None] + t["bias"][None]) @ t["v"]
 
-    params = tree(w=(3, 6), scale=(6,), bias=(6,), v=(6, 2))
+    params = random_tree(w=(3, 6), scale=(6,), bias=(6,), v=(6, 2))
     check(function, params, X, w=(None, "P"), scale=("P",), bias=("P",), v=("P", None))
 
 
@@ -94,7 +98,9 @@ def test_concatenation_gives_segments():
         return jnp.concatenate([jnp.tanh(x @ t["a"]), x, jnp.sin(x @ t["b"])], axis=1) @ t["v"]
 
     axis = Axis.concatenate(Axis.product(("A", 4)), Axis.product(3), Axis.product(("B", 5)))
-    check(function, tree(a=(3, 4), b=(3, 5), v=(12, 2)), X, a=(None, "A"), b=(None, "B"), v=(axis, None))
+    check(
+        function, random_tree(a=(3, 4), b=(3, 5), v=(12, 2)), X, a=(None, "A"), b=(None, "B"), v=(axis, None)
+    )
 
 
 def test_slices_of_a_fused_kernel():
@@ -103,7 +109,7 @@ def test_slices_of_a_fused_kernel():
         return (jax.nn.sigmoid(gate) * value) @ t["v"]
 
     axis = Axis.concatenate(Axis.product(("P", 6)), Axis.product(("P", 6)))
-    check(function, tree(w=(3, 12), v=(6, 2)), X, w=(None, axis), v=("P", None))
+    check(function, random_tree(w=(3, 12), v=(6, 2)), X, w=(None, axis), v=("P", None))
 
 
 def test_grouped_and_depthwise_convolution():
@@ -116,14 +122,14 @@ def test_grouped_and_depthwise_convolution():
     def depthwise(t, x):
         return conv(jax.nn.relu(conv(conv(x, t["a"]), t["d"], 6)), t["b"]).mean((1, 2))
 
-    params = tree(a=(1, 1, 3, 6), d=(3, 3, 1, 6), b=(1, 1, 6, 2))
+    params = random_tree(a=(1, 1, 3, 6), d=(3, 3, 1, 6), b=(1, 1, 6, 2))
     free = (None, None)
     check(depthwise, params, IMAGES, a=(*free, None, "C"), d=(*free, None, "C"), b=(*free, "C", None))
 
     def grouped(t, x):
         return conv(jax.nn.relu(conv(conv(x, t["a"]), t["g"], 2)), t["b"]).mean((1, 2))
 
-    params = tree(a=(1, 1, 3, 6), g=(3, 3, 3, 8), b=(1, 1, 8, 2))
+    params = random_tree(a=(1, 1, 3, 6), g=(3, 3, 3, 8), b=(1, 1, 8, 2))
     check(
         grouped,
         params,
@@ -154,7 +160,7 @@ def test_nested_programs_are_seen_through():
         h, _ = lax.scan(lambda h, u: (jnp.tanh(h @ u), None), h, t["stack"])
         return h @ t["v"]
 
-    params = tree(w=(3, 6), b=(6,), stack=(4, 6, 6), v=(6, 2))
+    params = random_tree(w=(3, 6), b=(6,), stack=(4, 6, 6), v=(6, 2))
     check(function, params, X, w=(None, "P"), b=("P",), stack=(None, "P", "P"), v=("P", None))
 
 
@@ -165,7 +171,9 @@ def test_vmap_and_einsum():
 
     # The sum over k may be taken in any order, and in another one for each h and o.
     table = {"w": (None, "P"), "v": ("P", "K", "out")}
-    check(function, tree(w=(3, 6), v=(6, 4, 2)), X, **table, indexed={"K": ["out", "P"]}, fixed=["out"])
+    check(
+        function, random_tree(w=(3, 6), v=(6, 4, 2)), X, **table, indexed={"K": ["out", "P"]}, fixed=["out"]
+    )
 
 
 def test_what_does_not_cover_is_pinned_and_says_why():
@@ -174,7 +182,7 @@ def test_what_does_not_cover_is_pinned_and_says_why():
         h = jnp.tanh(h)[:, ::-1] @ t["c"]
         return lax.top_k(jnp.maximum(h, 0), 5)[0] @ t["d"]
 
-    params = tree(a=(3, 6), b=(6, 7), c=(7, 5), d=(5, 2))
+    params = random_tree(a=(3, 6), b=(6, 7), c=(7, 5), d=(5, 2))
     spec = check(function, params, X, a=(None, None), b=(None, None), c=(None, None), d=(None, None))
     reasons = {(pin.path, pin.axis): pin.reason for pin in spec.pins}
     line = function.__code__.co_firstlineno
@@ -195,7 +203,7 @@ def test_a_constant_pins_only_where_it_varies():
     def function(t, x, factor):
         return (jnp.tanh(x @ t["w"]) * factor) @ t["v"]
 
-    params = tree(w=(3, 6), v=(6, 2))
+    params = random_tree(w=(3, 6), v=(6, 2))
     check(functools.partial(function, factor=mask), params, X, w=(None, "P"), v=("P", None))
     spec = infer_spec(functools.partial(function, factor=positions[None]), params, X)
     assert spec.groups == ()
@@ -206,7 +214,7 @@ def test_leaves_that_are_unused_scalar_integer_or_outputs():
     def function(t, x):
         return (x @ t["w"]) @ t["v"] * t["scale"] + t["count"], t["returned"]
 
-    params = tree(w=(3, 6), v=(6, 2), scale=(), unused=(4,), returned=(3,)) | {"count": jnp.asarray(2)}
+    params = random_tree(w=(3, 6), v=(6, 2), scale=(), unused=(4,), returned=(3,)) | {"count": jnp.asarray(2)}
     spec = check(
         function,
         params,
@@ -225,35 +233,31 @@ def test_gram_matrix_of_a_weight_used_twice():
     def function(t, x):
         return jnp.tanh(x @ t["w"]) @ t["w"].T
 
-    check(function, tree(w=(3, 6)), X, w=(None, "P"))
+    check(function, random_tree(w=(3, 6)), X, w=(None, "P"))
 
 
 def test_argmax_pins_and_sort_does_not():
     def function(t, x):
         return jnp.argmax(x @ t["w"], axis=1), jnp.sort(x @ t["v"], axis=1).sum(1)
 
-    check(function, tree(w=(3, 6), v=(3, 6)), X, w=(None, None), v=(None, "P"))
+    check(function, random_tree(w=(3, 6), v=(3, 6)), X, w=(None, None), v=(None, "P"))
 
 
 def test_shapes_are_enough():
-    params = tree(w=(3, 6), v=(6, 2))
+    params = random_tree(w=(3, 6), v=(6, 2))
     shapes = jax.eval_shape(lambda: (params, X))
     assert infer_spec(lambda t, x: jnp.tanh(x @ t["w"]) @ t["v"], *shapes).groups == ("w",)
 
 
 def test_a_rule_of_ones_own():
     """A new primitive without a rule pins; with one it does not."""
-    from jax.extend.core import Primitive
-
-    from rebasin.inference import rule as registry
-
     swirl = Primitive("swirl")
     swirl.def_abstract_eval(lambda x: x)
 
     def function(t, x):
         return swirl.bind(x @ t["w"]) @ t["v"]
 
-    params = tree(w=(3, 6), v=(6, 2))
+    params = random_tree(w=(3, 6), v=(6, 2))
     spec = infer_spec(function, params, X)
     assert spec.groups == ()
     line = function.__code__.co_firstlineno + 1
@@ -267,16 +271,15 @@ def test_a_rule_of_ones_own():
         "  v axis 1",
         "the primitive swirl has no rule, which pins 2 axes of 2 leaves; register_rule adds one",
     ]
-    try:
+    with temporary_rules():
         rebasin.register_rule("swirl")(lambda equation, x: [x])
         assert infer_spec(function, params, X).groups == ("w",)
-    finally:
-        registry._RULES.pop("swirl")
+    assert infer_spec(function, params, X).groups == ()
 
 
 def test_a_function_that_cannot_be_traced():
     with pytest.raises(InferenceError, match=r"the function cannot be traced: .*dot_general"):
-        infer_spec(lambda t, x: x @ t["w"], tree(w=(4, 6)), X)
+        infer_spec(lambda t, x: x @ t["w"], random_tree(w=(4, 6)), X)
 
 
 def test_a_second_group_is_not_named_like_another_leaf():
@@ -284,5 +287,5 @@ def test_a_second_group_is_not_named_like_another_leaf():
         h = jnp.tanh(jnp.einsum("bi,ijk->bjk", x, t["w"]))
         return jnp.einsum("bjk,jl,km->blm", h, t["w#2"], t["v"])
 
-    spec = infer_spec(function, tree(w=(3, 6, 5), v=(5, 2), **{"w#2": (6, 2)}), X)
+    spec = infer_spec(function, random_tree(w=(3, 6, 5), v=(5, 2), **{"w#2": (6, 2)}), X)
     assert spec.groups == ("w", "w#3")

@@ -32,7 +32,7 @@ def vgg16_table():
 
 
 def resnet20_table():
-    """``resnet20_permutation_spec`` of git-re-basin: groups for the stages and for the blocks' insides."""
+    """``resnet20_permutation_spec`` of git-re-basin: a group for each stage and one inside each block."""
     table = {"conv1/kernel": (None, None, None, "P_bg0"), "norm1/scale": ("P_bg0",), "norm1/bias": ("P_bg0",)}
     for stage in range(3):
         for block in range(3):
@@ -88,7 +88,7 @@ def axes_of(name):
 def setup(name, *, width=None):
     """Model, variables and images, at a width that keeps the test short.
 
-    The variables are constant: `verify_spec` draws them anew, and initialising them compiles for seconds.
+    The variables are constant, since `verify_spec` draws them anew; initialising them compiles for seconds.
     """
     model = build_model(name, width=width or TABLES[name.removesuffix("_batchnorm")][2], num_classes=10)
     images = jax.random.normal(jax.random.key(1), (2, 32, 32, 3))

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import X, check, tree
+from helpers import X, check, random_tree
 from jax import lax
 
 from rebasin import Axis, PermutationSpec, infer_spec, verify_spec
@@ -24,7 +24,7 @@ def test_embedding_and_its_transpose_as_output():
     def function(t, tokens):
         return jnp.tanh(jnp.take(t["e"], tokens, axis=0)) @ t["e"].T
 
-    spec = check(function, tree(e=(5, 6)), TOKENS, e=(None, "P"))
+    spec = check(function, random_tree(e=(5, 6)), TOKENS, e=(None, "P"))
     assert reasons(spec)["e", 0] == "positions are looked up by index"
 
 
@@ -33,14 +33,14 @@ def test_rows_picked_by_constant_and_by_computed_indices():
         h = jnp.tanh(x @ t["w"])
         return h[jnp.array([3, 1])] @ t["v"] + h[x.sum().astype(int) % 5] @ t["v"][None]
 
-    check(function, tree(w=(3, 6), v=(6, 2)), X, w=(None, "P"), v=("P", None))
+    check(function, random_tree(w=(3, 6), v=(6, 2)), X, w=(None, "P"), v=("P", None))
 
 
 def test_units_picked_by_index_stay():
     def function(t, x):
         return jnp.tanh(x @ t["w"])[:, jnp.array([2, 0, 3])] @ t["v"]
 
-    check(function, tree(w=(3, 6), v=(3, 2)), X, w=(None, None), v=(None, None))
+    check(function, random_tree(w=(3, 6), v=(3, 2)), X, w=(None, None), v=(None, None))
 
 
 def test_take_along_axis_moves_with_what_it_is_batched_over():
@@ -51,7 +51,7 @@ def test_take_along_axis_moves_with_what_it_is_batched_over():
 
     check(
         function,
-        tree(w=(3, 6, 5), which=(6, 1), v=(6, 2)),
+        random_tree(w=(3, 6, 5), which=(6, 1), v=(6, 2)),
         X,
         TOKENS,
         w=(None, "H", None),
@@ -66,7 +66,7 @@ def test_table_for_each_head_looked_up_under_vmap():
         return jnp.einsum("hbtd,hdo->bto", jnp.tanh(heads), t["v"])
 
     table = {"e": ("H", None, "D"), "v": ("H", "D", None)}
-    check(function, tree(e=(3, 5, 4), v=(3, 4, 2)), TOKENS, **table, indexed={"D": ["H"]})
+    check(function, random_tree(e=(3, 5, 4), v=(3, 4, 2)), TOKENS, **table, indexed={"D": ["H"]})
 
 
 @pytest.mark.parametrize("method", ["add", "multiply", "min", "max"])
@@ -76,7 +76,7 @@ def test_scatter_keeps_the_rows_and_moves_the_units(method):
         h = getattr(h.at[jnp.array([3, 1, 3])], method)(t["u"])
         return h @ t["v"]
 
-    check(function, tree(w=(3, 6), u=(3, 6), v=(6, 2)), X, w=(None, "P"), u=(None, "P"), v=("P", None))
+    check(function, random_tree(w=(3, 6), u=(3, 6), v=(6, 2)), X, w=(None, "P"), u=(None, "P"), v=("P", None))
 
 
 def test_overwriting_in_part_pins_what_is_written_in_part():
@@ -84,7 +84,7 @@ def test_overwriting_in_part_pins_what_is_written_in_part():
         h = jnp.tanh(x @ t["w"])
         return h.at[:, :2].set(t["u"]) @ t["v"] + h.at[0].set(0.0) @ t["v"]
 
-    params = tree(w=(3, 6), u=(5, 2), v=(6, 2))
+    params = random_tree(w=(3, 6), u=(5, 2), v=(6, 2))
     spec = check(function, params, X, w=(None, None), u=(None, None), v=(None, None))
     assert reasons(spec)["v", 0] == "positions are written by index"
 
@@ -95,10 +95,10 @@ def test_updates_move_with_their_indices_where_their_order_does_not_count():
         return x.at[places].add(t["updates"])
 
     table = {"places": ("P",), "updates": ("P", None)}
-    check(function, tree(places=(6,), updates=(6, 3)), X, **table)
+    check(function, random_tree(places=(6,), updates=(6, 3)), X, **table)
     overwriting = infer_spec(
         lambda t, x: x.at[jnp.round(t["places"]).astype(int) % 5].set(t["updates"]),
-        tree(places=(6,), updates=(6, 3)),
+        random_tree(places=(6,), updates=(6, 3)),
         X,
     )
     assert reasons(overwriting)["places", 0] == "later updates overwrite earlier ones"
@@ -111,7 +111,9 @@ def test_sorted_values_are_symmetric_but_argsort_is_not():
     def function(t, x):
         return jnp.sort(x @ t["w"], axis=1) @ t["v"], jnp.argsort(x @ t["u"], axis=1)
 
-    check(function, tree(w=(3, 6), v=(6, 2), u=(3, 6)), X, w=(None, "P"), v=(None, None), u=(None, None))
+    check(
+        function, random_tree(w=(3, 6), v=(6, 2), u=(3, 6)), X, w=(None, "P"), v=(None, None), u=(None, None)
+    )
 
 
 def test_sort_of_several_operands():
@@ -121,7 +123,7 @@ def test_sort_of_several_operands():
         both = lax.sort((x @ t["a"], x @ t["b"]), dimension=1, num_keys=2)
         return keys + values, rounded + carried, both
 
-    params = tree(w=(3, 6), u=(3, 6), a=(3, 7), b=(3, 7), c=(3, 5), d=(3, 5))
+    params = random_tree(w=(3, 6), u=(3, 6), a=(3, 7), b=(3, 7), c=(3, 5), d=(3, 5))
     free = {"w": (None, "W"), "u": (None, "W"), "a": (None, "P"), "b": (None, "P")}
     spec = check(function, params, X, **free, c=(None, None), d=(None, None))
     assert reasons(spec)["c", 1] == "equal keys are sorted by position"
@@ -136,7 +138,7 @@ def test_positions_of_the_best_are_followed_to_what_they_look_up():
         mask = jnp.zeros((5, 4)).at[jnp.arange(5)[:, None], which].set(best)  # written
         return jnp.einsum("bke,ed->bkd", code, t["coded"]), found, own, mask @ t["masked"]
 
-    params = tree(router=(3, 4), table=(4, 2), own=(3, 4), coded=(4, 2), masked=(4, 2))
+    params = random_tree(router=(3, 4), table=(4, 2), own=(3, 4), coded=(4, 2), masked=(4, 2))
     experts = {"table": ("E", None), "coded": ("E", None), "masked": ("E", None)}
     check(function, params, X, router=(None, "E"), own=(None, "E"), **experts)
 
@@ -146,7 +148,9 @@ def test_experts_that_may_tie_stay(logits):
     def function(t, x):
         return t["table"][jnp.argmax(logits(x @ t["router"]), axis=1)]
 
-    spec = check(function, tree(router=(3, 4), table=(4, 2)), X, router=(None, None), table=(None, None))
+    spec = check(
+        function, random_tree(router=(3, 4), table=(4, 2)), X, router=(None, None), table=(None, None)
+    )
     assert reasons(spec)["router", 1] == "of equal values the first along it is chosen"
 
 
@@ -155,7 +159,7 @@ def test_a_repeated_value_ties_with_itself():
         same = jnp.broadcast_to((x @ t["w"])[:, :1], (5, 4))
         return t["table"][jnp.argmax(same, axis=1)]
 
-    spec = infer_spec(function, tree(w=(3, 6), table=(4, 2)), X)
+    spec = infer_spec(function, random_tree(w=(3, 6), table=(4, 2)), X)
     assert spec.table["table"] == (Axis.whole(None),) * 2
 
 
@@ -164,7 +168,7 @@ def test_positions_that_are_computed_with_stay():
         which = jnp.argmax(x @ t["router"], axis=1)
         return t["table"][3 - which], t["other"][which]
 
-    params = tree(router=(3, 4), table=(4, 2), other=(4, 2))
+    params = random_tree(router=(3, 4), table=(4, 2), other=(4, 2))
     pins = dict.fromkeys(params, (None, None))
     spec = check(function, params, X, **pins)
     assert reasons(spec)["other", 0] == "positions along it are computed with"
@@ -176,7 +180,7 @@ def test_positions_that_are_an_output_or_carried_by_a_loop_stay():
         carried = lax.fori_loop(0, 2, lambda _, w: w[::-1], jnp.argmax(x @ t["again"], axis=1))
         return which, t["table"][carried]
 
-    params = tree(router=(3, 4), again=(3, 4), table=(4, 2))
+    params = random_tree(router=(3, 4), again=(3, 4), table=(4, 2))
     check(function, params, X, **dict.fromkeys(params, (None, None)))
 
 
@@ -185,7 +189,7 @@ def test_top_k_moves_along_other_axes():
         values, places = lax.top_k(jnp.einsum("bi,ihk->bhk", x, t["w"]), 2)
         return jnp.einsum("bhk,bhk,hko->bo", values, places.astype(jnp.float32), t["v"])
 
-    spec = check(function, tree(w=(3, 6, 4), v=(6, 2, 2)), X, w=(None, "H", None), v=("H", None, None))
+    spec = check(function, random_tree(w=(3, 6, 4), v=(6, 2, 2)), X, w=(None, "H", None), v=("H", None, None))
     assert reasons(spec)["w", 2] == "positions along it are computed with"
 
 
@@ -197,7 +201,7 @@ def test_dropout_pins_and_suggests_the_deterministic_mode():
         h = jnp.tanh(x @ t["w"])
         return (h * jax.random.bernoulli(jax.random.key(0), 0.5, h.shape)) @ t["v"]
 
-    spec = check(function, tree(w=(3, 6), v=(6, 2)), X, w=(None, None), v=(None, None))
+    spec = check(function, random_tree(w=(3, 6), v=(6, 2)), X, w=(None, None), v=(None, None))
     assert reasons(spec)["v", 0] == "random numbers differ by position; use the model's deterministic mode"
 
 
@@ -208,7 +212,7 @@ def test_keys_among_the_inputs_and_noise_that_units_share(key):
         noise = jax.random.normal(first, (5, 1)) + jax.random.gamma(second, 2.0, (5, 1))
         return (jnp.tanh(x @ t["w"]) * noise) @ t["v"]
 
-    spec = infer_spec(function, tree(w=(3, 6), v=(6, 2)), X, key)
+    spec = infer_spec(function, random_tree(w=(3, 6), v=(6, 2)), X, key)
     assert spec.equivalent(PermutationSpec.from_axes({"w": (None, "P"), "v": ("P", None)}))
 
 
@@ -220,14 +224,14 @@ def test_interleaved_halves():
         h = x @ t["w"]
         return (jnp.tanh(h[:, ::2]) * h[:, 1::2]) @ t["v"]
 
-    check(function, tree(w=(3, 12), v=(6, 2)), X, w=(None, Axis.product(("P", 6), 2)), v=("P", None))
+    check(function, random_tree(w=(3, 12), v=(6, 2)), X, w=(None, Axis.product(("P", 6), 2)), v=("P", None))
 
 
 def test_strides_that_do_not_cover_the_axis_pin_it():
     def function(t, x):
         return (x @ t["w"])[:, 1:6:2] @ t["v"]
 
-    check(function, tree(w=(3, 7), v=(3, 2)), X, w=(None, None), v=(None, None))
+    check(function, random_tree(w=(3, 7), v=(3, 2)), X, w=(None, None), v=(None, None))
 
 
 def test_stack_and_unstack():
@@ -236,7 +240,7 @@ def test_stack_and_unstack():
         gate, value = jnp.unstack(h * 2, axis=1)
         return (gate * value) @ t["v"] + h.mean(1) @ t["v"]
 
-    check(function, tree(a=(3, 6), b=(3, 6), v=(6, 2)), X, a=(None, "P"), b=(None, "P"), v=("P", None))
+    check(function, random_tree(a=(3, 6), b=(3, 6), v=(6, 2)), X, a=(None, "P"), b=(None, "P"), v=("P", None))
 
 
 def test_tile_repeats_the_axis():
@@ -244,7 +248,7 @@ def test_tile_repeats_the_axis():
         return jnp.tanh(jnp.tile(x @ t["w"], (1, 2)) + t["b"][None]) @ t["v"]
 
     axis = Axis.product(("R", 2), ("P", 6))  # the copies of one unit differ by their biases alone
-    params = tree(w=(3, 6), b=(12,), v=(12, 2))
+    params = random_tree(w=(3, 6), b=(12,), v=(12, 2))
     check(function, params, X, w=(None, "P"), b=(axis,), v=(axis, None), indexed={"R": ["P"]})
 
 
@@ -253,7 +257,7 @@ def test_roll_of_a_long_axis_pins_it_without_deep_recursion():
         h = x @ t["w"]
         return (h + jnp.roll(h, 1, axis=1)) @ t["v"]
 
-    spec = infer_spec(function, tree(w=(3, 3000), v=(3000, 2)), X)
+    spec = infer_spec(function, random_tree(w=(3, 3000), v=(3000, 2)), X)
     assert spec.groups == ()
 
 
@@ -264,7 +268,7 @@ def test_bits_read_as_another_type():
         bytes_ = lax.bitcast_convert_type(h, jnp.uint8).astype(jnp.float32)
         return same @ t["v"] + jnp.einsum("bhk,ho->bo", bytes_, t["v"])
 
-    params = tree(w=(3, 6), v=(6, 2))
+    params = random_tree(w=(3, 6), v=(6, 2))
     spec = infer_spec(function, params, X)
     assert spec.equivalent(PermutationSpec.from_axes({"w": (None, "P"), "v": ("P", None)}))
 
@@ -285,7 +289,7 @@ def test_positions_pass_a_pointwise_convolution_that_does_not_stride(stride, row
         made = jnp.einsum("bi,ipc->bpc", x, t["w"])[:, :, None]
         return jnp.einsum("bpqc,pco->bo", conv(made, t["k"], (stride, 1)), t["v"])
 
-    params = tree(w=(3, 4, 6), k=(1, 1, 6, 5), v=(4 // stride, 5, 2))
+    params = random_tree(w=(3, 4, 6), k=(1, 1, 6, 5), v=(4 // stride, 5, 2))
     spec = infer_spec(function, params, X)
     verify_spec(spec, function, params, X)
     axes = dict(spec.leaves)
@@ -303,7 +307,7 @@ def test_patches_keep_channels_as_a_factor():
 
     check(
         function,
-        tree(k=(1, 1, 3, 6), v=(24, 2)),
+        random_tree(k=(1, 1, 3, 6), v=(24, 2)),
         IMAGES,
         k=(None, None, None, "C"),
         v=(Axis.product(("C", 6), 4), None),
@@ -321,7 +325,7 @@ def test_gradient_of_a_pooled_function_keeps_channels():
 
         return jax.grad(inner)(x)
 
-    check(function, tree(k=(1, 1, 3, 6), v=(6,)), IMAGES, k=(None, None, None, "C"), v=("C",))
+    check(function, random_tree(k=(1, 1, 3, 6), v=(6,)), IMAGES, k=(None, None, None, "C"), v=("C",))
 
 
 def test_windows_of_ones_own_reduction():
@@ -330,7 +334,7 @@ def test_windows_of_ones_own_reduction():
         h = lax.reduce_window(h, 1.0, lambda a, b: a * b, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
         return h.sum((1, 2)) @ t["v"]
 
-    params = tree(k=(1, 1, 3, 6), v=(6, 2))
+    params = random_tree(k=(1, 1, 3, 6), v=(6, 2))
     check(function, params, IMAGES, k=(None, None, None, "C"), v=("C", None))
 
 
@@ -341,7 +345,7 @@ def test_rows_routed_to_experts_in_runs():
         h = jnp.tanh(lax.ragged_dot(x, t["up"], jnp.array([2, 0, 3])))
         return lax.ragged_dot(h, t["down"], jnp.array([2, 0, 3]))
 
-    spec = infer_spec(function, tree(up=(3, 3, 6), down=(3, 6, 2)), X)
+    spec = infer_spec(function, random_tree(up=(3, 3, 6), down=(3, 6, 2)), X)
     wanted = {"up": (None, None, "P"), "down": (None, "P", None)}
     assert spec.equivalent(PermutationSpec.from_axes(wanted))
 
@@ -355,12 +359,13 @@ def test_composite_and_debug_print_do_not_pin():
         jax.debug.print("{}", h)
         return lax.stop_gradient(h) @ t["v"]
 
-    spec = infer_spec(function, tree(w=(3, 6), v=(6, 2)), X)
+    spec = infer_spec(function, random_tree(w=(3, 6), v=(6, 2)), X)
     assert spec.equivalent(PermutationSpec.from_axes({"w": (None, "P"), "v": ("P", None)}))
 
 
-# --- mixing: positions that meet cannot be an index --------------------------------------------------------
+# --- position-dependent axes, which cannot be outer groups -----------------------------------------------
 
+# Operations after which the positions along axis 1 have met.
 MIXERS = {
     "gather": lambda h: h[:, jnp.array([1, 2, 0])],
     "take_along_axis": lambda h: jnp.take_along_axis(
@@ -403,15 +408,15 @@ def test_dimensions_of_heads_that_meet_are_permuted_alike(name):
         h = jnp.tanh(jnp.einsum("bi,ihd->bhd", x, t["w"]))
         return jnp.einsum("bhd,hdo->bo", jnp.tanh(h + MIXERS[name](h)), t["v"])
 
-    params = tree(w=(3, 3, 4), v=(3, 4, 2))
+    params = random_tree(w=(3, 3, 4), v=(3, 4, 2))
     spec = infer_spec(function, params, X)
     dimensions = dict(spec.leaves)["w"][2].groups
     assert not spec.outer_groups.keys() & set(dimensions)
     verify_spec(spec, function, params, X)
 
 
-def test_steps_that_meet_through_the_carry_cannot_index():
-    """What a step hands on and the next one returns is of another layer, though no equation reads it."""
+def test_steps_that_meet_through_the_carry_are_no_outer_group():
+    """A step returns what the step before it computed; no equation reads that value in between."""
 
     def function(t, x):
         def step(before, w):
@@ -420,4 +425,4 @@ def test_steps_that_meet_through_the_carry_cannot_index():
         _, hidden = lax.scan(step, jnp.zeros((5, 4), x.dtype), t["w"])
         return jnp.einsum("lbd,ldo->bo", hidden, t["v"])
 
-    check(function, tree(w=(3, 3, 4), v=(3, 4, 2)), X, w=(None, None, "D"), v=(None, "D", None))
+    check(function, random_tree(w=(3, 3, 4), v=(3, 4, 2)), X, w=(None, None, "D"), v=(None, "D", None))

@@ -1,3 +1,5 @@
+"""Numeric verification: a sound spec passes, every broken one is caught and named."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np

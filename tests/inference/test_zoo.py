@@ -46,7 +46,7 @@ def test_table_of_architectures():
 
 
 def without(spec, group, path):
-    """The spec with a group left out of one leaf; `None` if another group of the leaf is indexed by it."""
+    """The spec with a group left out of one leaf; `None` if it is the outer group of another one there."""
 
     def pinned(axis):
         factors = [[f._replace(group=None) if f.group == group else f for f in s] for s in axis.segments]

@@ -1,4 +1,4 @@
-"""How far a layer's output is only scaled and shifted."""
+"""Affine epilogues: how far the output of a layer is only scaled and shifted."""
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ FORMS = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_tail_ends(form):
+def test_where_the_affine_epilogue_ends(form):
     function, expected = FORMS[form]
 
     def network(tree, x):
@@ -51,6 +51,6 @@ def test_norms_of_models(name, length):
     affine = {"sub", "mul", "add"}
     for layer in find_layers(program)[:-1]:  # the last one's are the logits
         equations = program.closed.jaxpr.eqns[layer.address[0] + 1 : layer.end[0] + 1]
-        tail = [eqn for eqn in equations if eqn.outvars[0].aval.shape[:3] != (1, 1, 1)]
-        assert len(tail) == length
-        assert {eqn.primitive.name for eqn in tail} == (affine if length else set())
+        epilogue = [eqn for eqn in equations if eqn.outvars[0].aval.shape[:3] != (1, 1, 1)]
+        assert len(epilogue) == length
+        assert {eqn.primitive.name for eqn in epilogue} == (affine if length else set())

@@ -7,27 +7,27 @@ from rebasin.inference.rule import Equation, register_rule
 from rebasin.inference.values import Dims, Value
 
 
-@register_rule("dot_general")
+@register_rule("dot_general", effect="contracts")
 def dot_general(equation: Equation, x: Value, y: Value, *_: Dims) -> Sequence[Dims]:
-    """``out[b, i, j] = Σₖ x[b, i, k] y[b, k, j]``: k is permuted alike on both sides, and so is b."""
+    """Tie the axes of ``out[b, i, j] = Σₖ x[b, i, k] y[b, k, j]``: k and b are permuted alike in x and y."""
     (contract_x, contract_y), (batch_x, batch_y) = equation.params["dimension_numbers"]
     for i, j in (*zip(contract_x, contract_y, strict=True), *zip(batch_x, batch_y, strict=True)):
         unite(x[i], y[j], equation.because("operands with incompatible factors"))
     free_x = [i for i in range(len(x)) if i not in (*contract_x, *batch_x)]
     free_y = [j for j in range(len(y)) if j not in (*contract_y, *batch_y)]
     dims = [*(x[i] for i in (*batch_x, *free_x)), *(y[j] for j in free_y)]
-    distinct = [*(x[i] for i in free_x if x.is_distinct(i)), *(y[j] for j in free_y if y.is_distinct(j))]
-    return [Value(dims, distinct=distinct)]
+    tie_free = [*(x[i] for i in free_x if x.is_tie_free(i)), *(y[j] for j in free_y if y.is_tie_free(j))]
+    return [Value(dims, tie_free=tie_free)]
 
 
-@register_rule("conv_general_dilated")
+@register_rule("conv_general_dilated", effect="contracts")
 def convolution(equation: Equation, x: Value, kernel: Value) -> Sequence[Dims]:
-    """``out[n, s, o] = Σ x[n, s + t, c] kernel[t, c, o]``: channels contract, positions are neighbours.
+    """Tie the axes of ``out[n, s, o] = Σ x[n, s + t, c] kernel[t, c, o]``; positions s and t are pinned.
 
-    A window of one position that neither strides nor pads leaves the positions of its axis to themselves.
-    With G feature groups, the channels of x are G × c, those of the output G × o', and group g of the one
-    goes to group g of the other: ``kernel[t, c, (g, o')]``. The examples of a batch may be permuted unless
-    they form groups.
+    Along an axis with a window of one position that neither strides nor pads, positions are not neighbours
+    of each other and stay free. With G feature groups, the channels of x are G × c and those of the output
+    G × o', and feature group g of x goes to feature group g of the output: ``kernel[t, c, (g, o')]``. The
+    examples n stay free unless there are batch groups, which pin them together with all channels.
     """
     numbers = equation.params["dimension_numbers"]
     groups = equation.params["feature_group_count"]
@@ -58,22 +58,23 @@ def convolution(equation: Equation, x: Value, kernel: Value) -> Sequence[Dims]:
     for axis, node, pointwise in zip(out_space, x_space, untouched, strict=True):
         out[axis] = node if pointwise else pinned(shape[axis], why)
     k_axis = numbers.rhs_spec[0]
-    return [Value(out, distinct=[out[out_channels]] if groups == 1 and kernel.is_distinct(k_axis) else ())]
+    return [Value(out, tie_free=[out[out_channels]] if groups == 1 and kernel.is_tie_free(k_axis) else ())]
 
 
 def _is_pointwise(equation: Equation, i: int, window: int) -> bool:
-    """Whether output position s of space axis i is that of the input: ``out[s] = x[s] kernel[0]``."""
+    """Tell whether positions along space axis i stay apart: ``out[s] = x[s] kernel[0]``."""
     params = equation.params
     padding, stride, dilation = params["padding"][i], params["window_strides"][i], params["lhs_dilation"][i]
     return window == 1 and tuple(padding) == (0, 0) and stride == 1 and dilation == 1
 
 
-@register_rule("ragged_dot_general")
+@register_rule("ragged_dot_general", effect="contracts")
 def ragged_dot_general(equation: Equation, x: Dims, y: Dims, sizes: Dims, *_: Dims) -> Sequence[Dims]:
-    """``out[i, j] = Σₖ x[i, k] y[g(i), k, j]``: rows of x in runs of `sizes`, one run for each matrix of y.
+    """Tie the axes of ``out[i, j] = Σₖ x[i, k] y[g(i), k, j]``: runs of rows, one run for each matrix of y.
 
-    Runs are counted, so rows and matrices are pinned; k and j are as in any product. Other ragged forms (the
-    derivatives of this one) are pinned whole.
+    `sizes` holds the lengths of the runs. Rows are counted out to the matrices in order, so rows and matrices
+    are pinned; k and j are as in any product. Other ragged forms (the derivatives of this one) are pinned
+    whole.
     """
     numbers = equation.params["ragged_dot_dimension_numbers"]
     (contract_x, contract_y), (batch_x, batch_y) = numbers.dot_dimension_numbers

@@ -1,10 +1,16 @@
-"""Primitives that hold other programs."""
+"""Primitives that hold other programs, and those of printing and platforms."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from rebasin.inference.axes import pinned, unite
-from rebasin.inference.rule import Equation, keeps_folds, reads_notes, register_rule
+from rebasin.inference.programs import program_of_call
+from rebasin.inference.rule import (
+    Equation,
+    keeps_deferred_reshapes,
+    reads_abstract_values,
+    register_rule,
+)
 from rebasin.inference.values import Dims, Value
 
 _CHANGES = "the loop changes the factors of a value"
@@ -12,84 +18,87 @@ _CHANGES = "the loop changes the factors of a value"
 
 @register_rule("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint")
 @register_rule("call", "composite", "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
-@reads_notes
-@keeps_folds
+@reads_abstract_values
+@keeps_deferred_reshapes
 def call(equation: Equation, *inputs: Value) -> Sequence[Dims]:
-    """The inner program runs once on the same operands; rules for its derivatives do not matter."""
-    names = ("jaxpr", "call_jaxpr", "fun_jaxpr")
-    inner = next(equation.params[name] for name in names if name in equation.params)
-    return equation.run(inner, inputs)
+    """Run the inner program once, on the same operands; rules for its derivatives do not matter."""
+    return equation.run(program_of_call(equation.params), inputs)
 
 
 @register_rule("cond")
-@reads_notes
+@reads_abstract_values
 def cond(equation: Equation, index: Value, *operands: Value) -> Sequence[Dims]:
-    """Whichever branch runs, the operands are the same, so all branches' outputs must be permuted alike.
+    """Run every branch on the same operands, and unite their outputs, since any of them may be taken.
 
-    `jax.lax.platform_dependent` is this with an index that names the platform: a spec holds on all of them.
+    `jax.lax.platform_dependent` is a cond whose index names the platform, so a spec holds on every platform.
     """
     index.pin_named(equation.because("positions along it choose a branch"))
     first, *others = [equation.run(branch, operands) for branch in equation.params["branches"]]
     for outputs in others:
         _unite_all(first, outputs, equation.because("branches with incompatible factors"))
-        _forget(outputs, equation)
-    return _forget(first, equation) if others else first
+        _axes_alone(outputs, equation)
+    return _axes_alone(first, equation) if others else first
 
 
 @register_rule("debug_callback", "debug_print")
 def debug(equation: Equation, *_: Dims) -> Sequence[Dims]:
-    """What is printed is for the reader and no result of the function."""
+    """Tie nothing: what is printed is no result of the function."""
     return [() for _ in equation.shapes]
 
 
 @register_rule("platform_index")
 def platform_index(equation: Equation) -> Sequence[Dims]:
-    """A scalar that names the platform."""
+    """Return a scalar, which names the platform."""
     return [()]
 
 
 @register_rule("while")
-@reads_notes
+@reads_abstract_values
 def while_loop(equation: Equation, *inputs: Value) -> Sequence[Dims]:
-    """What the body returns is what it gets next, so a carry is permuted alike before and after."""
+    """Unite the carry with what the body returns, which is the carry of the next step."""
     params = equation.params
     cond_consts, body_consts = params["cond_nconsts"], params["body_nconsts"]
-    carry = _forget(inputs[cond_consts + body_consts :], equation)
+    carry = _axes_alone(inputs[cond_consts + body_consts :], equation)
     equation.run(params["cond_jaxpr"], [*inputs[:cond_consts], *carry])
     results = equation.run(params["body_jaxpr"], [*inputs[cond_consts : cond_consts + body_consts], *carry])
-    _unite_all(carry, _forget(results, equation), equation.because(_CHANGES))
+    _unite_all(carry, _axes_alone(results, equation), equation.because(_CHANGES))
     return carry
 
 
 @register_rule("scan")
-@reads_notes
+@reads_abstract_values
 def scan(equation: Equation, *inputs: Value) -> Sequence[Dims]:
-    """As in a while loop; the axis scanned over is a sequence, and pinned.
+    """Unite the carry as in a while loop, and pin the axis scanned over, which is a sequence.
 
-    A step sees only its own slice, so that what comes from slices alone may be permuted differently at each
+    A step sees only its own slice, so what is computed from slices alone may be permuted differently at each
     step. What comes back as carry may not: the carry is one value at all steps.
     """
     params: dict[str, Any] = equation.params
     consts, carries = params["num_consts"], params["num_carry"]
-    carry, sequences = _forget(inputs[consts : consts + carries], equation), inputs[consts + carries :]
-    steps = pinned(params["length"], equation.because("the axis is scanned over in order"), mixed=False)
+    carry, sequences = _axes_alone(inputs[consts : consts + carries], equation), inputs[consts + carries :]
+    why = equation.because("the axis is scanned over in order")
+    steps = pinned(params["length"], why, position_dependent=False)
     for dims in sequences:
         unite(dims[0], steps, "")
     slices = [
-        Value(x[1:], (x.context or frozenset()) | {steps}, note=x.note, distinct=x.distinct)
+        Value(x[1:], (x.context or frozenset()) | {steps}, abstract=x.abstract, tie_free=x.tie_free)
         for x in sequences
     ]
     results = equation.run(params["jaxpr"], [*inputs[:consts], *carry, *slices])
-    _unite_all(carry, _forget(results[:carries], equation), equation.because(_CHANGES))
+    _unite_all(carry, _axes_alone(results[:carries], equation), equation.because(_CHANGES))
     stacked = [
-        Value((steps, *x), (x.context or frozenset()) - {steps}, note=x.note, distinct=x.distinct)
+        Value((steps, *x), (x.context or frozenset()) - {steps}, abstract=x.abstract, tie_free=x.tie_free)
         for x in results[carries:]
     ]
     return [*carry, *stacked]
 
 
-def _forget(values: Sequence[Value], equation: Equation) -> list[Value]:
-    """Values of which only the axes are known: constant at the first step of a loop, say, but not later."""
+def _axes_alone(values: Sequence[Value], equation: Equation) -> list[Value]:
+    """Drop all that is known of some values beside their axes.
+
+    It need not hold for the value at every step or in every branch: a carry may be constant at the first step
+    of a loop and vary later.
+    """
     for value in values:
         value.pin_named(equation.because("positions along it are carried through the program"))
     return [Value(value, value.context) for value in values]

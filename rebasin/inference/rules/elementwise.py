@@ -5,17 +5,21 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 
 from rebasin.inference.axes import Node, pin, pinned, unite
-from rebasin.inference.rule import Equation, reads_notes, register_rule
-from rebasin.inference.values import NEVER, Dims, Never, Note, Number, Positions, Value
+from rebasin.inference.rule import Equation, reads_abstract_values, register_rule
+from rebasin.inference.values import NEVER, AbstractValue, Dims, Never, Number, Positions, Value
 
 # fmt: off
+# Functions of one operand that hand its entries on, at most as another type.
+_HANDED_ON = [
+    "convert_element_type", "copy", "copy_p", "name", "reduce_precision", "sharding_constraint",
+    "stop_gradient",
+]
+
 _UNARY = [
     "abs", "acos", "acosh", "asin", "asinh", "atan", "atanh", "bessel_i0e", "bessel_i1e", "cbrt",
-    "ceil", "clz", "conj", "convert_element_type", "copy", "copy_p", "cos", "cosh", "digamma", "erf",
-    "erf_inv", "erfc", "exp", "exp2", "expm1", "floor", "imag", "integer_pow", "is_finite", "lgamma",
-    "log", "log1p", "logistic", "name", "neg", "not", "population_count", "real", "reduce_precision",
-    "round", "rsqrt", "sharding_constraint", "sign", "sin", "sinh", "sqrt", "square", "stop_gradient",
-    "tan", "tanh",
+    "ceil", "clz", "conj", "cos", "cosh", "digamma", "erf", "erf_inv", "erfc", "exp", "exp2", "expm1",
+    "floor", "imag", "integer_pow", "is_finite", "lgamma", "log", "log1p", "logistic", "neg", "not",
+    "population_count", "real", "round", "rsqrt", "sign", "sin", "sinh", "sqrt", "square", "tan", "tanh",
 ]
 
 _MANY = [
@@ -25,8 +29,8 @@ _MANY = [
     "shift_right_arithmetic", "shift_right_logical", "sub", "xor", "zeta",
 ]
 
-# Operations under which different numbers stay different, unless weights conspire: no rounding, clipping or
-# comparing. (A sum of positions with their own negatives, x − x, is not thought of.)
+# Operations under which different numbers stay different, unless weights happen to be equal: no rounding,
+# clipping or comparing. (A sum whose terms cancel everywhere, such as x − x, is not recognised.)
 _ANALYTIC = frozenset([
     "acos", "acosh", "add", "add_any", "asin", "asinh", "atan", "atanh", "cbrt", "copy", "cos", "cosh", "div",
     "erf", "erfc", "exp", "exp2", "expm1", "integer_pow", "log", "log1p", "logistic", "mul", "name", "neg",
@@ -35,65 +39,67 @@ _ANALYTIC = frozenset([
 # fmt: on
 
 
+@register_rule(*_HANDED_ON, effect="moves")
 @register_rule(*_UNARY, *_MANY)
-@reads_notes
+@reads_abstract_values
 def elementwise(equation: Equation, *inputs: Value) -> Sequence[Dims]:
-    """``out[i] = f(x[i], y[i], …)``: all operands are permuted alike.
+    """Unite the axes of all operands of ``out[i] = f(x[i], y[i], …)``.
 
     Scalar operands (literals, the bounds of clamp, the predicate of select) go with every position, and so
     does an axis of size 1 that is repeated.
     """
     (shape,) = equation.shapes
     assert all(len(x) in (0, len(shape)) for x in inputs), f"{equation.where}: not elementwise"
-    note = _note(equation, inputs)
-    dims, distinct = [], []
+    abstract = _abstract_value(equation, inputs)
+    dims, tie_free = [], []
     for axis, size in enumerate(shape):
         tied = [x for x in inputs if len(x) == len(shape) and x[axis].size == size]
         for x in tied[1:]:
             unite(tied[0][axis], x[axis], equation.because("operands with incompatible factors"))
         dims.append(tied[0][axis] if tied else Node(size))
-        varying = [x.is_distinct(axis) for x in tied if x[axis] not in x.constant]
+        varying = [x.is_tie_free(axis) for x in tied if x[axis] not in x.constant]
         if varying and all(varying):
-            distinct.append(dims[-1])
-    return [Value(dims, note=note, distinct=distinct if _is_analytic(equation) else ())]
+            tie_free.append(dims[-1])
+    return [Value(dims, abstract=abstract, tie_free=tie_free if _is_analytic(equation) else ())]
 
 
 def _is_analytic(equation: Equation) -> bool:
-    """Whether different numbers stay different; a conversion to few digits makes ties likely."""
+    """Tell whether different numbers stay different; a conversion to few digits makes ties likely."""
     if equation.primitive == "convert_element_type":
         kind = equation.params["new_dtype"]
         return jnp.issubdtype(kind, jnp.floating) and jnp.finfo(kind).bits >= 32
     return equation.primitive in _ANALYTIC
 
 
-def _note(equation: Equation, inputs: Sequence[Value]) -> Note:
-    """What is known of the result; an axis is pinned if its positions are used in any other way than here."""
-    match equation.primitive, [x.note for x in inputs]:
-        case "copy" | "name" | "stop_gradient" | "sharding_constraint", [note]:
-            return note
-        case "convert_element_type", [Positions(axis) as note] if _can_count(equation, axis.size):
-            return note
+def _abstract_value(equation: Equation, inputs: Sequence[Value]) -> AbstractValue:
+    """Return what is known of the result; positions used in a way that is not listed here pin their axis."""
+    match equation.primitive, [x.abstract for x in inputs]:
+        case "copy" | "name" | "stop_gradient" | "sharding_constraint", [known]:
+            return known
+        case "convert_element_type", [Positions(axis) as known] if _can_count(equation, axis.size):
+            return known
         case "eq" | "ne", [Positions(x, beyond=False), Positions(y, beyond=False)] if x.size == y.size:
             unite(x, y, equation.because("positions of axes with incompatible factors"))  # one-hot
             return None
-        # x[i] reads i as x[select(i < 0, i + n, i)], although i is never negative here.
+        # JAX reads x[i] as x[select(i < 0, i + n, i)], although a position is never negative. The next three
+        # cases see through that.
         case "lt", [Positions(_, beyond=False), Number(value)] if value <= 0:
             return NEVER
         case "add", [Positions(axis), Number()]:
             return Positions(axis, beyond=True)
-        case "select_n", [Never(), note, _]:
-            return note
-        case "clamp", [Number(low), Positions(axis, beyond=False) as note, Number(high)] if (
+        case "select_n", [Never(), known, _]:
+            return known
+        case "clamp", [Number(low), Positions(axis, beyond=False) as known, Number(high)] if (
             low <= 0 and high >= axis.size - 1
         ):
-            return note
+            return known
     for x in inputs:
         x.pin_named(equation.because("positions along it are computed with"))
     return None
 
 
 def _can_count(equation: Equation, size: int) -> bool:
-    """Whether a dtype holds every position of an axis."""
+    """Tell whether the dtype of a conversion can hold every position of an axis of `size`."""
     kind = equation.params["new_dtype"]
     if jnp.issubdtype(kind, jnp.integer):
         return size - 1 <= jnp.iinfo(kind).max
@@ -102,7 +108,7 @@ def _can_count(equation: Equation, size: int) -> bool:
 
 @register_rule("bitcast_convert_type")
 def bitcast(equation: Equation, x: Dims) -> Sequence[Dims]:
-    """Bits are read as another type; a narrower or wider one adds or drops a last axis of parts, in order."""
+    """Pass the axes on; a type of another width adds or drops a last axis of parts, which is pinned."""
     (shape,) = equation.shapes
     why = equation.because("the parts of a number")
     for node in x[len(shape) :]:
@@ -110,8 +116,8 @@ def bitcast(equation: Equation, x: Dims) -> Sequence[Dims]:
     return [(*x[: len(shape)], *(pinned(size, why) for size in shape[len(x) :]))]
 
 
-@register_rule("optimization_barrier", "device_put")
-@reads_notes
+@register_rule("optimization_barrier", "device_put", effect="moves")
+@reads_abstract_values
 def identities(equation: Equation, *inputs: Value) -> Sequence[Dims]:
-    """Every output is the input at its place."""
+    """Return the inputs: every output is the input at its place."""
     return inputs

@@ -1,24 +1,24 @@
-"""Primitives that read or write the positions that an array of indices names."""
+"""Primitives that read or write positions given by an array of indices."""
 
 from collections.abc import Sequence
 
 from rebasin.inference.axes import Node, pin, pinned, unite
-from rebasin.inference.rule import Equation, reads_notes, register_rule
-from rebasin.inference.values import Components, Dims, Note, Positions, Value
+from rebasin.inference.rule import Equation, reads_abstract_values, register_rule
+from rebasin.inference.values import AbstractValue, Components, Dims, Positions, Value
 
 
-@register_rule("gather")
-@reads_notes
+@register_rule("gather", effect="moves")
+@reads_abstract_values
 def gather(equation: Equation, x: Value, indices: Value) -> Sequence[Dims]:
-    """``out[b, w] = x[indices[b] + w]``: an index names positions, so an axis that is looked up is pinned.
+    """Pin the axes that ``out[b, w] = x[indices[b] + w]`` looks up, unless the indices name their positions.
 
-    Not so where the index is known to be a position along an axis: then what is found is the same however the
-    two axes are permuted, as long as they are permuted alike.
+    Where an index is known to be a position along some axis, that axis is united with the one looked up: what
+    is found is the same however the two are permuted, as long as they are permuted alike.
 
-    The window w spans ``slice_sizes``. An axis whose window is the whole of it passes through, as its only
-    index is 0 (any other puts the whole window out of bounds, whatever the order of its positions). The axes
-    b are those of the indices, without the last, which holds the components of one index. A batching axis is
-    shared by x, indices and output: an embedding per head, `take_along_axis`.
+    The window w spans ``slice_sizes``. An axis whose window is the whole axis passes through, as its only
+    index is 0 (any other index puts the whole window out of bounds, whatever the order of the positions). The
+    axes b are those of the indices without the last, which holds the components of one index. A batching axis
+    is shared by x, indices and output: an embedding per head, `take_along_axis`.
     """
     numbers = equation.params["dimension_numbers"]
     (shape,) = equation.shapes
@@ -47,37 +47,42 @@ def gather(equation: Equation, x: Value, indices: Value) -> Sequence[Dims]:
 def _tie_named(
     equation: Equation, x: Dims, indices: Value, components: Sequence[int], single: set[int]
 ) -> set[int]:
-    """Ties the axes of x to those whose positions the indices name; returns the axes of x that it tied.
+    """Unite axes of x with the axes whose positions the indices name.
 
     Args:
       equation: the gather or scatter.
-      x: what is read or written.
-      indices: the last axis holds the components of an index.
+      x: the array that is read or written.
+      indices: the indices; their last axis holds the components of an index.
       components: the axis of x that each component indexes.
-      single: axes of x of which one position is read or written for each index.
+      single: axes of x along which one position is read or written for each index.
+
+    Returns:
+      The axes of x that were united.
     """
-    notes: tuple[Note, ...] = (indices.note,) * len(components)
-    if isinstance(indices.note, Components):
-        notes = indices.note.parts
+    parts: tuple[AbstractValue, ...] = (indices.abstract,) * len(components)
+    if isinstance(indices.abstract, Components):
+        parts = indices.abstract.parts
     tied = set()
-    for axis, note in zip(components, notes, strict=True):
-        match note:
+    for axis, known in zip(components, parts, strict=True):
+        match known:
             case Positions(named, beyond=False) if axis in single and named.size == x[axis].size:
                 unite(x[axis], named, equation.because("positions of axes with incompatible factors"))
                 tied.add(axis)
             case Positions(named):
-                pin(named, equation.because("positions along it look up another axis"), mixed=False)
+                why = equation.because("positions along it look up another axis")
+                pin(named, why, position_dependent=False)
     return tied
 
 
-@register_rule("scatter", "scatter-add", "scatter-sub", "scatter-mul", "scatter-min", "scatter-max")
-@reads_notes
+@register_rule("scatter", effect="moves")
+@register_rule("scatter-add", "scatter-sub", "scatter-mul", "scatter-min", "scatter-max", effect="pools")
+@reads_abstract_values
 def scatter(equation: Equation, x: Value, indices: Value, updates: Value, *_: Dims) -> Sequence[Dims]:
-    """``out = x``, then ``out[indices[b] + w] ∘= updates[b, w]`` for every b: the counterpart of gather.
+    """Tie the axes of ``out = x``, then ``out[indices[b] + w] ∘= updates[b, w]`` for every b.
 
-    A window axis that is written whole moves with its updates; an axis written in part is pinned. Updates
-    move with the indices that place them, in any order where ∘ commutes; overwriting keeps the last one, so
-    there the order counts unless all indices differ.
+    This is the counterpart of `gather`. A window axis that is written whole moves with its updates; an axis
+    that is written in part is pinned. Updates move with the indices that place them, in any order if ∘
+    commutes. Overwriting keeps the last update, so the order counts there unless all indices differ.
     """
     numbers = equation.params["dimension_numbers"]
     incompatible = equation.because("operands with incompatible factors")
@@ -107,6 +112,7 @@ def scatter(equation: Equation, x: Value, indices: Value, updates: Value, *_: Di
 
 
 def _tie_window(node: Node, update: Node, why: str, incompatible: str) -> None:
+    """Unite an axis with that of its updates if it is written whole; pin both otherwise."""
     if node.size == update.size:
         unite(node, update, incompatible)
     else:

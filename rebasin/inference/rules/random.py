@@ -1,4 +1,4 @@
-"""Random numbers: each position gets its own, so whatever they meet stays put."""
+"""Random numbers: each position gets its own, so whatever is combined with them stays put."""
 
 from collections.abc import Sequence
 
@@ -11,15 +11,15 @@ _DIFFER = "random numbers differ by position; use the model's deterministic mode
 
 @register_rule("random_bits", "random_split")
 def draw(equation: Equation, keys: Dims) -> Sequence[Dims]:
-    """``out[k, i] = f(keys[k], i)``: keys may move, and their draws with them; the positions i may not."""
+    """Pin the positions i of ``out[k, i] = f(keys[k], i)``; keys may move, and their draws with them."""
     (shape,) = equation.shapes
     why = equation.because(_DIFFER)
-    return [(*keys, *(pinned(size, why, mixed=False) for size in shape[len(keys) :]))]
+    return [(*keys, *(pinned(size, why, position_dependent=False) for size in shape[len(keys) :]))]
 
 
 @register_rule("random_seed", "random_clone", "random_fold_in")
 def keywise(equation: Equation, *inputs: Dims) -> Sequence[Dims]:
-    """``out[k] = f(x[k], …)``: one key from each seed, or from each key and number."""
+    """Unite the axes of ``out[k] = f(x[k], …)``, a key made of each seed, or of each key and number."""
     for other in inputs[1:]:
         for x, y in zip(inputs[0], other, strict=True):
             unite(x, y, equation.because("operands with incompatible factors"))
@@ -28,7 +28,7 @@ def keywise(equation: Equation, *inputs: Dims) -> Sequence[Dims]:
 
 @register_rule("random_wrap")
 def wrap(equation: Equation, words: Dims) -> Sequence[Dims]:
-    """``out[k]`` is the key whose words are ``words[k, :]``."""
+    """Pin the words of each key: ``out[k]`` is the key whose words are ``words[k, :]``."""
     (shape,) = equation.shapes
     for node in words[len(shape) :]:
         pin(node, equation.because("the words of a random key"))
@@ -37,7 +37,7 @@ def wrap(equation: Equation, words: Dims) -> Sequence[Dims]:
 
 @register_rule("random_unwrap")
 def unwrap(equation: Equation, keys: Dims) -> Sequence[Dims]:
-    """``out[k, :]`` are the words of key k."""
+    """Pin the words of each key: ``out[k, :]`` are the words of key k."""
     (shape,) = equation.shapes
     why = equation.because("the words of a random key")
     return [(*keys, *(pinned(size, why) for size in shape[len(keys) :]))]
@@ -45,7 +45,7 @@ def unwrap(equation: Equation, keys: Dims) -> Sequence[Dims]:
 
 @register_rule("threefry2x32", "philox2x32", "philox4x32", "rng_bit_generator", "rng_uniform", "random_gamma")
 def generate(equation: Equation, *inputs: Dims) -> Sequence[Dims]:
-    """Numbers that depend on the key's words and on the position: nothing here may move."""
+    """Pin all axes: the numbers depend on the key's words and on the position."""
     why = equation.because(_DIFFER)
     for dims in inputs:
         for node in dims:

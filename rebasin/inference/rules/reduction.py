@@ -3,48 +3,50 @@
 from collections.abc import Sequence
 
 from rebasin.inference.axes import Node, pin, pinned, unite
-from rebasin.inference.rule import Equation, reads_notes, register_rule
+from rebasin.inference.rule import Equation, reads_abstract_values, register_rule
 from rebasin.inference.values import Dims, Positions, Value
 
 
 @register_rule(
-    "reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or", "reduce_xor"
+    *("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or", "reduce_xor"),
+    effect="reduces",
 )
 def reduce(equation: Equation, x: Value) -> Sequence[Dims]:
-    """The reduction does not depend on the order of positions, so the reduced axes stay free."""
+    """Drop the reduced axes, which stay free: the reduction does not depend on the order of positions."""
     kept = [i for i in range(len(x)) if i not in equation.params["axes"]]
-    return [Value((x[i] for i in kept), distinct=(x[i] for i in kept if x.is_distinct(i)))]
+    return [Value((x[i] for i in kept), tie_free=(x[i] for i in kept if x.is_tie_free(i)))]
 
 
-# Of equal numbers the first is chosen, whatever the others' fate.
+# Of equal numbers the first is chosen, so another order of the positions would choose another one.
 _TIES = "of equal values the first along it is chosen"
 
 
-@register_rule("argmax", "argmin")
+@register_rule("argmax", "argmin", effect="pools")
 def arg_reduce(equation: Equation, x: Value) -> Sequence[Dims]:
-    """The answer is a position along the axis, which is pinned only where values could be equal."""
+    """Return positions along the reduced axis, which is pinned only if its values could be equal."""
     (axis,) = equation.params["axes"]
-    if not x.is_distinct(axis):
-        pin(x[axis], equation.because(_TIES), mixed=False)
+    if not x.is_tie_free(axis):
+        pin(x[axis], equation.because(_TIES), position_dependent=False)
     dims = [node for i, node in enumerate(x) if i != axis]
-    return [Value(dims, note=Positions(x[axis]))]
+    return [Value(dims, abstract=Positions(x[axis]))]
 
 
-@register_rule("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp")
+@register_rule("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp", effect="pools")
 def cumulative(equation: Equation, x: Dims) -> Sequence[Dims]:
-    """Each position depends on those before it."""
+    """Pin the axis, along which each position depends on those before it."""
     pin(x[equation.params["axis"]], equation.because("positions depend on those before them"))
     return [x]
 
 
-@register_rule("sort")
-@reads_notes
+@register_rule("sort", effect="pools")
+@reads_abstract_values
 def sort(equation: Equation, *inputs: Value) -> Sequence[Dims]:
-    """``out[i]`` is the i-th smallest, whatever the order of the operand: symmetric, as a reduction is.
+    """Leave the sorted axis of the operands free and pin it in the outputs.
 
-    So the sorted axis stays free and the sorted output is pinned. Several operands move together, along the
-    other axes too. Where some of them are no keys (`argsort` carries positions), equal keys keep the order of
-    the operands, which is pinned unless the first keys all differ.
+    ``out[i]`` is the i-th smallest number whatever the order of the operand, so sorting is symmetric, as a
+    reduction is. Several operands move together, along the other axes too. If some of them are not keys
+    (`argsort` carries positions along), equal keys keep the order of the operands, and the sorted axis is
+    pinned unless the first keys are tie-free.
     """
     axis = equation.params["dimension"]
     keys, rest = inputs[: equation.params["num_keys"]], inputs[equation.params["num_keys"] :]
@@ -53,35 +55,39 @@ def sort(equation: Equation, *inputs: Value) -> Sequence[Dims]:
     for dims in inputs[1:]:
         for x, y in zip(inputs[0], dims, strict=True):
             unite(x, y, equation.because("operands with incompatible factors"))
-    if rest and not keys[0].is_distinct(axis):
-        pin(inputs[0][axis], equation.because("equal keys are sorted by position"), mixed=False)
+    if rest and not keys[0].is_tie_free(axis):
+        why = equation.because("equal keys are sorted by position")
+        pin(inputs[0][axis], why, position_dependent=False)
     ranks = pinned(inputs[0][axis].size, equation.because("the axis is sorted"))
     sorted_dims = [(*x[:axis], ranks, *x[axis + 1 :]) for x in inputs]
-    notes = [*(None for _ in keys), *(x.note for x in rest)]
-    return [Value(dims, note=note) for dims, note in zip(sorted_dims, notes, strict=True)]
+    known = [*(None for _ in keys), *(x.abstract for x in rest)]
+    return [Value(dims, abstract=abstract) for dims, abstract in zip(sorted_dims, known, strict=True)]
 
 
-@register_rule("top_k", "approx_top_k")
+@register_rule("top_k", "approx_top_k", effect="pools")
 def top_k(equation: Equation, x: Value) -> Sequence[Dims]:
-    """The largest values, in order, and their positions along the axis; pinned where there may be ties.
+    """Return the largest values, in order, and their positions along the axis, pinned if there may be ties.
 
-    Values alone would be symmetric, as in `sort`.
+    The values alone would be symmetric, as in `sort`.
     """
     axis = equation.params.get("axis", equation.params.get("reduction_dimension", -1)) % len(x)
-    if not x.is_distinct(axis):
-        pin(x[axis], equation.because(_TIES), mixed=False)
+    if not x.is_tie_free(axis):
+        pin(x[axis], equation.because(_TIES), position_dependent=False)
     ranks = pinned(equation.shapes[0][axis], equation.because("the largest come first"))
     dims = (*x[:axis], ranks, *x[axis + 1 :])
-    return [dims, Value(dims, note=Positions(x[axis]))]
+    return [dims, Value(dims, abstract=Positions(x[axis]))]
 
 
-@register_rule("reduce_window_sum", "reduce_window_max", "reduce_window_min", "reduce_window")
-@register_rule("select_and_gather_add", "select_and_scatter_add")
+@register_rule(
+    *("reduce_window_sum", "reduce_window_max", "reduce_window_min", "reduce_window"),
+    *("select_and_gather_add", "select_and_scatter_add"),
+    effect="pools",
+)
 def windows(equation: Equation, *inputs: Dims) -> Sequence[Dims]:
-    """Each output position depends on a window of the operands: neighbours, which are pinned.
+    """Pin the axes along which an output position depends on a window of neighbours in the operands.
 
-    An axis with windows of one position passes through, and operands move together along it. The others are
-    the initial values, scalars.
+    An axis with windows of one position passes through, and operands move together along it. Scalar operands
+    are initial values.
     """
     operands = [x for x in inputs if x]
     first = operands[0] if operands else ()
@@ -100,6 +106,7 @@ def windows(equation: Equation, *inputs: Dims) -> Sequence[Dims]:
 
 
 def _passes_windows(equation: Equation, i: int) -> bool:
+    """Tell whether position s along axis i of the output depends on position s of the operands alone."""
     params = equation.params
     return (
         params["window_dimensions"][i] == 1

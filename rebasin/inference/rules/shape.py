@@ -4,16 +4,21 @@ import math
 from collections.abc import Iterator, Sequence
 
 from rebasin.inference.axes import Node, concatenate, factor, pin, pinned, product, split, unite
-from rebasin.inference.rule import Equation, keeps_folds, reads_notes, register_rule
-from rebasin.inference.values import Components, Dims, Fold, Positions, Value
+from rebasin.inference.rule import (
+    Equation,
+    keeps_deferred_reshapes,
+    reads_abstract_values,
+    register_rule,
+)
+from rebasin.inference.values import Components, DeferredReshape, Dims, Positions, Value
 
 
-@register_rule("broadcast_in_dim")
-@reads_notes
+@register_rule("broadcast_in_dim", effect="moves")
+@reads_abstract_values
 def broadcast_in_dim(equation: Equation, x: Value, *_: Dims) -> Sequence[Dims]:
-    """Operand axis k becomes output axis d[k]; along every other axis any permutation fits a constant.
+    """Make operand axis k output axis d[k]; the other axes are free, since the output is constant along them.
 
-    An axis of size 1 that is repeated is constant along the output too.
+    The output is also constant along an axis of size 1 that is repeated.
     """
     (shape,) = equation.shapes
     fresh = [Node(size) for size in shape]
@@ -24,38 +29,38 @@ def broadcast_in_dim(equation: Equation, x: Value, *_: Dims) -> Sequence[Dims]:
     return [x.moved(dims, constant=set(fresh) & set(dims))]
 
 
-@register_rule("transpose")
-@reads_notes
-@keeps_folds
+@register_rule("transpose", effect="moves")
+@reads_abstract_values
+@keeps_deferred_reshapes
 def transpose(equation: Equation, x: Value) -> Sequence[Dims]:
-    """Output axis i is input axis ``permutation[i]``."""
+    """Make input axis ``permutation[i]`` output axis i."""
     return [x.moved(x[i] for i in equation.params["permutation"])]
 
 
-@register_rule("squeeze")
-@reads_notes
-@keeps_folds
+@register_rule("squeeze", effect="moves")
+@reads_abstract_values
+@keeps_deferred_reshapes
 def squeeze(equation: Equation, x: Value) -> Sequence[Dims]:
-    """Axes of size 1 are dropped."""
+    """Drop axes of size 1."""
     return [x.moved(node for i, node in enumerate(x) if i not in equation.params["dimensions"])]
 
 
-@register_rule("expand_dims")
-@reads_notes
-@keeps_folds
+@register_rule("expand_dims", effect="moves")
+@reads_abstract_values
+@keeps_deferred_reshapes
 def expand_dims(equation: Equation, x: Value) -> Sequence[Dims]:
-    """Axes of size 1 are inserted."""
+    """Insert axes of size 1."""
     rest = iter(x)
     (shape,) = equation.shapes
     return [x.moved(Node(1) if i in equation.params["dimensions"] else next(rest) for i in range(len(shape)))]
 
 
-@register_rule("reshape")
-@reads_notes
+@register_rule("reshape", effect="moves")
+@reads_abstract_values
 def reshape(equation: Equation, x: Value, *_: Dims) -> Sequence[Dims]:
-    """Positions keep their row-major order: axes are read as products of common factors and rejoined.
+    """Read axes as products of common factors and join these, as positions keep their row-major order.
 
-    Factors are put off (`Fold`), for the case that they turn out to be segments.
+    Reading an axis as a product is deferred (`DeferredReshape`), as its parts may turn out to be segments.
     """
     (shape,) = equation.shapes
     if equation.params.get("dimensions") is not None or math.prod(shape) == 0:
@@ -65,20 +70,21 @@ def reshape(equation: Equation, x: Value, *_: Dims) -> Sequence[Dims]:
             pin(node, why)
         return [tuple(pinned(size, why) for size in shape)]
     dims: list[Node] = [Node(1)] * len(shape)
-    folds = []
+    deferred = []
     for ins, outs in _matching_runs([node.size for node in x], shape):
         whole = product([x[i] for i in ins])
         if len(outs) == 1:
             dims[outs[0]] = whole
             continue
-        folds.append(Fold(whole, [shape[o] for o in outs], equation.because("no common factors")))
-        for o, part in zip(outs, folds[-1].parts, strict=True):
+        why = equation.because("no common factors")
+        deferred.append(DeferredReshape(whole, [shape[o] for o in outs], why))
+        for o, part in zip(outs, deferred[-1].parts, strict=True):
             dims[o] = part
-    return [Value(dims, note=x.note, distinct=x.distinct, folds=folds)]
+    return [Value(dims, abstract=x.abstract, tie_free=x.tie_free, deferred=deferred)]
 
 
 def _matching_runs(before: Sequence[int], after: Sequence[int]) -> Iterator[tuple[list[int], list[int]]]:
-    """Shortest runs of axes of equal product; axes of size 1 are left out."""
+    """Iterate over the shortest runs of axes before and after with equal products, without axes of size 1."""
     left = [i for i, size in enumerate(before) if size != 1]
     right = [o for o, size in enumerate(after) if size != 1]
     while left:
@@ -94,10 +100,10 @@ def _matching_runs(before: Sequence[int], after: Sequence[int]) -> Iterator[tupl
         yield ins, outs
 
 
-@register_rule("concatenate")
-@reads_notes
+@register_rule("concatenate", effect="moves")
+@reads_abstract_values
 def concatenate_rule(equation: Equation, *inputs: Value) -> Sequence[Dims]:
-    """Along ``dimension`` the operands are segments; along every other axis they are permuted alike."""
+    """Join the operands as segments along ``dimension``, and unite them along every other axis."""
     axis = equation.params["dimension"]
     dims = list(inputs[0])
     for other in inputs[1:]:
@@ -106,120 +112,130 @@ def concatenate_rule(equation: Equation, *inputs: Value) -> Sequence[Dims]:
                 unite(x, y, equation.because("operands with incompatible factors"))
     dims[axis] = concatenate([x[axis] for x in inputs])
     if axis == len(dims) - 1 and all(x[axis].size == 1 for x in inputs):
-        return [Value(dims, note=Components(tuple(x.note for x in inputs)))]
+        return [Value(dims, abstract=Components(tuple(x.abstract for x in inputs)))]
     for x in inputs:
         x.pin_named(equation.because("positions are joined to other numbers"))
     return [tuple(dims)]
 
 
-@register_rule("stack")
+@register_rule("stack", effect="moves")
 def stack(equation: Equation, *inputs: Dims) -> Sequence[Dims]:
-    """``out[…, j, …] = x_j[…]``: operands are permuted alike, and keep their order along the new axis."""
+    """Unite the operands of ``out[…, j, …] = x_j[…]``; pin the new axis, along which their order counts."""
     axis = equation.params["axis"]
     for other in inputs[1:]:
         for x, y in zip(inputs[0], other, strict=True):
             unite(x, y, equation.because("operands with incompatible factors"))
-    order = pinned(len(inputs), equation.because("operands are stacked in order"), mixed=False)
+    why = equation.because("operands are stacked in order")
+    order = pinned(len(inputs), why, position_dependent=False)
     return [(*inputs[0][:axis], order, *inputs[0][axis:])]
 
 
-@register_rule("unstack")
-@keeps_folds
+@register_rule("unstack", effect="moves")
+@keeps_deferred_reshapes
 def unstack(equation: Equation, x: Value) -> Sequence[Dims]:
-    """``out_j[…] = x[…, j, …]``: every position of the axis is an output of its own."""
+    """Pin the axis of ``out_j[…] = x[…, j, …]``, every position of which becomes an output of its own.
+
+    The first axis of a deferred reshape is cut into segments instead.
+    """
     axis = equation.params["axis"]
-    cut = _cut_fold(x, axis, [1] * x[axis].size)
+    cut = _cut_deferred(x, axis, [1] * x[axis].size)
     if cut is not None:
         return [part.moved(node for i, node in enumerate(part) if i != axis) for part in cut]
-    pin(x[axis], equation.because("each position becomes a value of its own"), mixed=False)
+    pin(x[axis], equation.because("each position becomes a value of its own"), position_dependent=False)
     return [(*x[:axis], *x[axis + 1 :]) for _ in equation.shapes]
 
 
-@register_rule("tile")
+@register_rule("tile", effect="moves")
 def tile(equation: Equation, x: Dims) -> Sequence[Dims]:
-    """``out[r · n + i] = x[i]``: an axis is read as (copies, positions), and copies are all the same."""
+    """Make the product (copies, positions) of the axis in ``out[r · n + i] = x[i]``; copies are all equal."""
     return [tuple(product([Node(r), node]) for r, node in zip(equation.params["reps"], x, strict=True))]
 
 
-@register_rule("split")
-@keeps_folds
+@register_rule("split", effect="moves")
+@keeps_deferred_reshapes
 def split_rule(equation: Equation, x: Value) -> Sequence[Dims]:
-    """The outputs are consecutive segments along one axis."""
+    """Cut one axis into consecutive segments, one for each output."""
     axis = equation.params["axis"]
-    cut = _cut_fold(x, axis, equation.params["sizes"])
+    cut = _cut_deferred(x, axis, equation.params["sizes"])
     if cut is not None:
         return cut
-    parts = split(x[axis], equation.params["sizes"], equation.because("segments that cut factors"))
+    parts = split(x[axis], equation.params["sizes"], equation.because("its segments cut through factors"))
     return [(*x[:axis], part, *x[axis + 1 :]) for part in parts]
 
 
-def _cut_fold(x: Value, axis: int, sizes: Sequence[int]) -> list[Value] | None:
-    """The segments of an axis that is the first of a fold, still folded.
+def _cut_deferred(x: Value, axis: int, sizes: Sequence[int]) -> list[Value] | None:
+    """Cut the first axis of a deferred reshape into segments whose reshape is deferred still.
 
-    Where it is not, `None`, and the folds are open.
+    Args:
+      x: the value to cut.
+      axis: the axis to cut.
+      sizes: sizes of the segments.
+
+    Returns:
+      A value for each segment. `None` if the axis is not the first of a deferred reshape; then all reshapes
+      of the value have been resolved.
     """
-    first = [fold for fold in x.folds if not fold.is_open and fold.parts[0] is x[axis]]
+    first = [d for d in x.deferred if not d.is_resolved and d.parts[0] is x[axis]]
     if not first:
-        for fold in x.folds:
-            fold.open()
+        x.resolve_reshapes()
         return None
-    others = [fold for fold in x.folds if fold is not first[0]]
+    others = [d for d in x.deferred if d is not first[0]]
     values = []
     for piece in first[0].cut(sizes):
         new = dict(zip(first[0].parts, piece.parts, strict=True))
-        values.append(Value((new.get(node, node) for node in x), note=x.note, folds=[*others, piece]))
+        dims = (new.get(node, node) for node in x)
+        values.append(Value(dims, abstract=x.abstract, deferred=[*others, piece]))
     return values
 
 
-@register_rule("slice")
-@reads_notes
-@keeps_folds
+@register_rule("slice", effect="moves")
+@reads_abstract_values
+@keeps_deferred_reshapes
 def slice_rule(equation: Equation, x: Value) -> Sequence[Dims]:
-    """A contiguous range is a segment of its axis; of a range with gaps see `_every_nth`."""
-    if isinstance(x.note, Components):
+    """Cut a contiguous range out of its axis as a segment; `_every_nth` handles a range with gaps."""
+    if isinstance(x.abstract, Components):
         x.pin_named(equation.because("a part of an index"))
-        x = Value(x, folds=x.folds)
+        x = Value(x, deferred=x.deferred)
     starts, limits = equation.params["start_indices"], equation.params["limit_indices"]
     strides = equation.params["strides"] or (1,) * len(x)
     (shape,) = equation.shapes
     shortened = [i for i, node in enumerate(x) if shape[i] != node.size]
     if len(shortened) == 1 and strides[shortened[0]] == 1:
         (i,) = shortened
-        cut = _cut_fold(x, i, [starts[i], limits[i] - starts[i], x[i].size - limits[i]])
+        cut = _cut_deferred(x, i, [starts[i], limits[i] - starts[i], x[i].size - limits[i]])
         if cut is not None:
             return cut[1:2]
-    for fold in x.folds:
-        fold.open()
+    x.resolve_reshapes()
     dims = []
     for i, node in enumerate(x):
         if shape[i] == node.size:
             dims.append(node)
         elif strides[i] == 1:
             sizes = [starts[i], limits[i] - starts[i], node.size - limits[i]]
-            dims.append(split(node, sizes, equation.because("a range that cuts factors"))[1])
+            dims.append(split(node, sizes, equation.because("the range cuts through factors"))[1])
         else:
             dims.append(_every_nth(equation, node, shape[i], strides[i]))
     return [x.moved(dims)]
 
 
 def _every_nth(equation: Equation, node: Node, count: int, stride: int) -> Node:
-    """``out[i] = x[stride · i + start]``: if whole strides cover x, it is read as ``[count, stride]``.
+    """Read the axis of ``out[i] = x[stride · i + start]`` as ``[count, stride]`` if whole strides cover it.
 
-    The place within a stride stays put, and strides move as one: the halves of an interleaved pair. Starts
-    below the stride all give the same `count` then. Otherwise the axis is pinned.
+    Then the place within a stride stays put and strides move as one, as interleaved pairs do; every start
+    below the stride gives the same `count`. If whole strides do not cover the axis, it is pinned.
     """
     why = equation.because(f"one position in {stride}")
     if count * stride != node.size:
-        pin(node, why, mixed=False)
-        return pinned(count, why, mixed=False)
+        pin(node, why, position_dependent=False)
+        return pinned(count, why, position_dependent=False)
     strides, place = factor(node, [count, stride], why)
-    pin(place, why, mixed=False)
+    pin(place, why, position_dependent=False)
     return strides
 
 
-@register_rule("pad")
+@register_rule("pad", effect="moves")
 def pad(equation: Equation, x: Dims, value: Dims) -> Sequence[Dims]:
-    """Padding adds segments of one value, which fit any permutation; inner or negative padding pins."""
+    """Add segments of padding, which fit any permutation; padding between positions, or negative, pins."""
     dims = []
     (shape,) = equation.shapes
     for node, size, (low, high, interior) in zip(x, shape, equation.params["padding_config"], strict=True):
@@ -232,9 +248,9 @@ def pad(equation: Equation, x: Dims, value: Dims) -> Sequence[Dims]:
     return [tuple(dims)]
 
 
-@register_rule("rev")
+@register_rule("rev", effect="moves")
 def rev(equation: Equation, x: Dims) -> Sequence[Dims]:
-    """Reversed axes are pinned: the output's permutation would be another one."""
+    """Pin the reversed axes, since the output would need another permutation than the operand."""
     for axis in equation.params["dimensions"]:
         pin(x[axis], equation.because("the axis is reversed"))
     return [x]
@@ -242,16 +258,17 @@ def rev(equation: Equation, x: Dims) -> Sequence[Dims]:
 
 @register_rule("iota")
 def iota(equation: Equation, *_: Dims) -> Sequence[Dims]:
-    """``out[i] = i``: names the positions of its own axis, whatever their order; constant along others."""
+    """Make a count along one axis: its entries name the positions of that axis, whatever their order."""
     (shape,) = equation.shapes
     nodes = [Node(size) for size in shape]
-    # A count says nothing about a permutation that it may follow.
-    return [Value(nodes, constant=nodes, note=Positions(nodes[equation.params["dimension"]]))]
+    # Axes are called constant where a value says nothing about their permutation. That holds for the axis of
+    # the count too: it has to follow whatever permutation the axis gets.
+    return [Value(nodes, constant=nodes, abstract=Positions(nodes[equation.params["dimension"]]))]
 
 
-@register_rule("dynamic_slice", "dynamic_update_slice")
+@register_rule("dynamic_slice", "dynamic_update_slice", effect="moves")
 def dynamic_slice(equation: Equation, x: Dims, *rest: Dims) -> Sequence[Dims]:
-    """An axis taken or written whole passes through; a range that starts where the data say pins its axis."""
+    """Pass on an axis that is taken or written whole; pin one whose range starts at a computed position."""
     (shape,) = equation.shapes
     update = rest[0] if equation.primitive == "dynamic_update_slice" else tuple(Node(size) for size in shape)
     dims = []
@@ -260,7 +277,7 @@ def dynamic_slice(equation: Equation, x: Dims, *rest: Dims) -> Sequence[Dims]:
             unite(node, part, equation.because("operands with incompatible factors"))
             dims.append(node)
         else:
-            why = equation.because("a range that starts where the data say")
+            why = equation.because("a range whose start depends on the data")
             pin(node, why)
             pin(part, why)
             dims.append(pinned(size, why))

@@ -1,0 +1,88 @@
+"""The programs that an equation of a jaxpr holds: found by the equation's parameters, whatever its rule.
+
+Four readers of jaxprs use these functions, and remain apart because each needs something else of a program:
+
+- `interpreter.interpret` runs on axes in place of values, equation by equation, and leaves it to the rule of
+  an equation which of its programs run, and on what;
+- `rebasin.tracing.evaluate` runs on arrays, and has to rebuild loops and branches as such;
+- the walk in `rebasin.tracing.sites` follows where values come from. It needs the final groups of all axes,
+  which are known only when the whole program has been interpreted, and walks a loop's body until nothing
+  changes;
+- `iter_equations` only enumerates equations, for questions such as "does it hold a product?".
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+
+__all__ = ["called_program", "inner_programs", "iter_equations", "open_program", "program_of_call"]
+
+# Primitives whose programs are loops or branches. A scan without sequences would pass for a call otherwise.
+_LOOPS = frozenset({"scan", "while"})
+_CONTROL = _LOOPS | {"cond"}
+
+# The parameter that holds the program of a call, in whatever version of JAX.
+_CALLED = ("jaxpr", "call_jaxpr", "fun_jaxpr")
+
+
+def open_program(program: Any) -> tuple[Any, tuple[Any, ...]]:
+    """Split a closed jaxpr, or a jaxpr without constants, into the jaxpr and the values of its constants."""
+    return (program.jaxpr, tuple(program.consts)) if hasattr(program, "jaxpr") else (program, ())
+
+
+def inner_programs(params: Mapping[str, Any]) -> list[Any]:
+    """Return every program among the parameters of an equation: bodies, branches, reducers."""
+    return [x for x in jax.tree.leaves(list(params.values()), is_leaf=_is_program) if _is_program(x)]
+
+
+def program_of_call(params: Mapping[str, Any]) -> Any | None:
+    """Return the program among the parameters of a call; `None` if none has a name that calls use."""
+    return next((params[name] for name in _CALLED if name in params), None)
+
+
+def called_program(eqn: Any) -> Any | None:
+    """Return the program of an equation that runs it once on its own operands and returns its results.
+
+    Such equations are ``jit``, ``remat``, composites, and functions with derivatives of their own. They are
+    recognised by a program with the operands and results of the equation, since rules can be replaced.
+
+    Args:
+      eqn: the equation.
+
+    Returns:
+      The program; `None` for any other equation, loops and branches included.
+    """
+    if eqn.primitive.name in _CONTROL:
+        return None
+    program = program_of_call(eqn.params)
+    if not _is_program(program):
+        return None
+    jaxpr, _ = open_program(program)
+    fits = _shapes(jaxpr.invars) == _shapes(eqn.invars) and _shapes(jaxpr.outvars) == _shapes(eqn.outvars)
+    return program if fits else None
+
+
+def iter_equations(program: Any, *, loops: bool = True) -> Iterator[Any]:
+    """Iterate over the equations of a program and of all programs inside it.
+
+    Args:
+      program: a closed jaxpr, or a jaxpr.
+      loops: whether to enter scans and while loops.
+
+    Yields:
+      The equations, those that hold programs included.
+    """
+    for eqn in open_program(program)[0].eqns:
+        yield eqn
+        if loops or eqn.primitive.name not in _LOOPS:
+            for inner in inner_programs(eqn.params):
+                yield from iter_equations(inner, loops=loops)
+
+
+def _is_program(x: Any) -> bool:
+    return hasattr(x, "eqns")
+
+
+def _shapes(atoms: Any) -> list[Any]:
+    return [getattr(atom.aval, "shape", None) for atom in atoms]
