@@ -20,7 +20,7 @@ def case():
 
 
 def test_a_planted_permutation_is_undone_in_one_call(case):
-    aligned = rebasin.align(case.apply, case.params_a, case.planted, case.data.inputs[:1])
+    aligned = rebasin.align(case.apply_fn, case.params_a, case.planted, case.data.inputs[:1])
     chex.assert_trees_all_equal(aligned.params, jax.tree.map(jnp.asarray, case.params_a))
     assert aligned.spec == case.spec
     assert aligned.permutation is aligned.match.permutation
@@ -31,14 +31,14 @@ def test_a_planted_permutation_is_undone_in_one_call(case):
 
 def test_it_is_the_four_steps_one_after_the_other(case):
     x = case.data.inputs[:2]
-    aligned = rebasin.align(case.apply, case.params_a, case.params_b, x, method=WeightMatching(restarts=3))
-    spec = rebasin.infer_spec(case.apply, case.params_a, x)
+    aligned = rebasin.align(case.apply_fn, case.params_a, case.params_b, x, method=WeightMatching(restarts=3))
+    spec = rebasin.infer_spec(case.apply_fn, case.params_a, x)
     assert aligned.spec == spec
     assert aligned.match == rebasin.weight_matching(spec, case.params_a, case.params_b, key=KEY, restarts=3)
 
 
 def test_a_known_spec_is_used_as_it_is(case):
-    networks = case.apply, case.params_a, case.params_b
+    networks = case.apply_fn, case.params_a, case.params_b
     aligned = rebasin.align(*networks, spec=case.spec, verify=False, key=jax.random.key(3))
     assert aligned.spec is case.spec
     assert aligned.match == rebasin.weight_matching(case.spec, *networks[1:], key=jax.random.key(3))
@@ -47,9 +47,9 @@ def test_a_known_spec_is_used_as_it_is(case):
 @pytest.mark.parametrize("method", ["activations", "covariance"])
 def test_a_method_that_needs_data_takes_the_inputs(case, method):
     inputs = case.data.inputs
-    aligned = rebasin.align(case.apply, case.params_a, case.params_b, inputs, method=method)
+    aligned = rebasin.align(case.apply_fn, case.params_a, case.params_b, inputs, method=method)
     by_hand = rebasin.match(
-        case.spec, case.params_a, case.params_b, method, key=KEY, apply_fn=case.apply, data=inputs
+        case.spec, case.params_a, case.params_b, method, key=KEY, apply_fn=case.apply_fn, data=inputs
     )
     assert aligned.match == by_hand
 
@@ -113,7 +113,7 @@ def test_what_cannot_work_is_refused_before_anything_is_traced(case):
 def test_a_wrong_spec_and_wrong_inputs_are_errors(case):
     table = {path: [None] * np.ndim(leaf) for path, leaf in rebasin.trees.leaf_table(case.params_a).items()}
     wrong = rebasin.PermutationSpec.from_axes(table | {"params/Dense_0/bias": ("P",)})
-    networks = case.apply, case.params_a, case.params_b
+    networks = case.apply_fn, case.params_a, case.params_b
     with pytest.raises(VerificationError, match="the spec changes the function"):
         rebasin.align(*networks, case.data.inputs[:1], spec=wrong)
     with pytest.raises(InferenceError, match="cannot be traced"):

@@ -21,6 +21,7 @@ from rebasin.errors import (
 )
 from rebasin.matching.activations import ActivationMatching, Measurement, sum_products
 from rebasin.models import MLP, VGG16, ResNet20, ViT
+from rebasin.permutation import check_permutation
 from rebasin.tracing.program import Static
 
 SPEC = PermutationSpec.from_axes({"w": (None, "P0"), "b": ("P0",), "v": ("P0", None)})
@@ -140,7 +141,7 @@ def test_zoo(name, sites):
     tree, inputs = arrays(specimen.tree), arrays(specimen.inputs, seed=1)
     spec, moved = planted(function, tree, *inputs, state_outputs=specimen.state_outputs)
     match = activation_matching(spec, tree, moved, function, inputs, sites=sites)
-    rebasin.check_permutation(spec, tree, match.permutation)
+    check_permutation(spec, tree, match.permutation)
     itself = activation_matching(spec, tree, tree, function, inputs, sites=sites)
     np.testing.assert_allclose(match.objective[-1], itself.objective[0], rtol=1e-4)
     assert match.objective[1] >= match.objective[0]

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.optimize import linear_sum_assignment
 
-from rebasin import maximise_assignment
 from rebasin.errors import NonFiniteError, RebasinError
+from rebasin.matching.assignment import maximise_assignment
 
 
 @given(st.integers(1, 5).flatmap(lambda n: arrays(np.float64, (n, n), elements=st.floats(-1e3, 1e3))))

@@ -15,6 +15,7 @@ from rebasin.errors import ConfigError, DataError, InferenceError, NonFiniteErro
 from rebasin.matching.covariance import CovarianceMatching, apply_metric, find_metric, sum_weighted
 from rebasin.models import ResNet20, ViT
 from rebasin.models.convolution import conv_general_dilated
+from rebasin.permutation import check_permutation
 
 RNG = np.random.default_rng(0)
 
@@ -196,7 +197,7 @@ def test_models(model, shape):
     a, b = (arrays(jax.eval_shape(model.init, KEY, x), seed) for seed in (0, 1))
     spec = rebasin.infer_spec(model.apply, a, x)
     match = covariance_matching(spec, a, b, model.apply, x, key=KEY_)
-    rebasin.check_permutation(spec, a, match.permutation)
+    check_permutation(spec, a, match.permutation)
     assert (np.diff(match.objective) >= 0).all()
     kernels = {p for p, leaf in rebasin.trees.leaf_table(a).items() if p.endswith("kernel")}
     assert set(match.stats["weighted"]) == kernels
