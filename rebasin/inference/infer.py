@@ -66,7 +66,7 @@ def infer_spec(
     """
     try:
         closed, output_shapes = jax.make_jaxpr(apply_fn, return_shape=True)(params, *inputs)
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # whatever the function raises: Flax has errors of its own
         raise InferenceError(f"the function cannot be traced: {error}") from error
     avals = [var.aval for var in closed.jaxpr.invars]
     values = [Value.of_leaf([Node(size) for size in aval.shape], aval.dtype) for aval in avals]

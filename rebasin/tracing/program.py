@@ -146,7 +146,7 @@ def _make_jaxpr(
     try:
         with jax.default_matmul_precision(precision) if precision else contextlib.nullcontext():
             return jax.make_jaxpr(apply_fn, return_shape=True)(params, *inputs)
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # whatever the function raises: Flax has errors of its own
         described = ", ".join(f"{name} {x.dtype}{list(x.shape)}" for name, x in _named(inputs).items())
         raise InferenceError(f"the function cannot be traced with {described}: {error}") from error
 
