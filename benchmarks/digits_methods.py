@@ -14,8 +14,8 @@ import jax
 import numpy as np
 
 import rebasin
-from experiments.presets import PRESETS
-from experiments.statistics import student_interval
+from experiments.harness.presets import PRESETS
+from experiments.harness.statistics import student_interval
 from rebasin.models import build_model
 from rebasin.training.data import Split, load_dataset
 from rebasin.training.loop import build_metrics, train

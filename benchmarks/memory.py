@@ -29,7 +29,7 @@ import rebasin
 from benchmarks.fresh_process import run_fresh
 from benchmarks.methods import METHODS, OURS, PEER
 from benchmarks.problems import gaussian_problems
-from experiments.console import Reporter
+from experiments.harness.console import Reporter
 from rebasin.models import build_model
 
 __all__ = ["PASSES", "pass_growth", "peak_growth", "resident_growth"]

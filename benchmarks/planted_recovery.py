@@ -15,7 +15,7 @@ import numpy as np
 
 from benchmarks.methods import METHODS
 from benchmarks.planting import PLANTED, Architecture, is_recovered, plant
-from experiments.console import Reporter
+from experiments.harness.console import Reporter
 from rebasin.errors import SpecError
 
 __all__ = ["Outcome", "recover"]

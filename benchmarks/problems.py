@@ -11,10 +11,10 @@ import numpy as np
 
 import rebasin
 from benchmarks.planting import Architecture, draw_network
-from experiments.console import Reporter
-from experiments.pairs import run_directory, train_networks
-from experiments.presets import choose_preset
-from experiments.results import Results
+from experiments.harness.console import Reporter
+from experiments.harness.pairs import run_directory, train_networks
+from experiments.harness.presets import choose_preset
+from experiments.harness.results import Results
 from rebasin.models import MLP, VGG16, ResNet20, build_model
 from rebasin.training.data import load_dataset
 from rebasin.training.loop import build_metrics

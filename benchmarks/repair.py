@@ -23,10 +23,10 @@ from absl import app, flags, logging
 from rich.console import Console
 
 from benchmarks.repair_bench import METHODS, UNALIGNED, Bench, report
-from experiments.console import Reporter
-from experiments.pairs import run_directory, shared_runs
-from experiments.presets import choose_preset
-from experiments.results import describe_environment, plain
+from experiments.harness.console import Reporter
+from experiments.harness.pairs import run_directory, shared_runs
+from experiments.harness.presets import choose_preset
+from experiments.harness.results import describe_environment, plain
 from rebasin.errors import RebasinError
 from rebasin.training.data import load_dataset
 from rebasin.training.loop import train

@@ -10,7 +10,7 @@ from jax.tree_util import Partial
 
 import rebasin
 from benchmarks.timing import mean_and_deviation
-from experiments.console import Reporter
+from experiments.harness.console import Reporter
 from rebasin.models import build_model
 from rebasin.training.data import Dataset, Split, normalise
 from rebasin.training.loop import classification_metrics

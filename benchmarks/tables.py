@@ -12,7 +12,7 @@ from rich.console import Console
 from benchmarks.comparison import UNALIGNED, Outcome, tally
 from benchmarks.methods import METHODS, OURS, PEER
 from benchmarks.timing import mean_and_deviation
-from experiments.console import Reporter
+from experiments.harness.console import Reporter
 
 __all__ = ["WIDTH", "report", "save"]
 

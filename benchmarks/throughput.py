@@ -25,8 +25,8 @@ from absl import app, flags, logging
 
 from benchmarks.contest import CASES, measure_case, median_ratio, parse_case
 from benchmarks.torch_networks import import_torch
-from experiments.console import Reporter
-from experiments.results import describe_environment
+from experiments.harness.console import Reporter
+from experiments.harness.results import describe_environment
 from rebasin.errors import RebasinError
 
 _CASES = flags.DEFINE_list("cases", list(CASES), "Networks as model:width.")

@@ -15,7 +15,7 @@ A finished run of the same options is only drawn anew.
 
 from absl import app, flags
 
-from experiments import method_option, options
+from experiments.harness import method_option, options
 from experiments.method_comparison import EXPERIMENT, METHODS, Config
 
 for _module in (options, method_option):

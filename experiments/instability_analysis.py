@@ -10,13 +10,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from experiments import experiment
-from experiments.experiment import Experiment, Measure, Setup
-from experiments.instability_figure import draw_instability
+from experiments.harness import experiment
+from experiments.harness.experiment import Experiment, Measure, Setup
+from experiments.harness.matchers import Matcher, build_matchers, check_methods
+from experiments.harness.pairs import Pair
+from experiments.harness.paths import METRICS, Meter, Segments, barriers, endpoints
 from experiments.instability_report import judge, report, summarise_curves, tidy_rows
-from experiments.matchers import Matcher, build_matchers, check_methods
-from experiments.pairs import Pair
-from experiments.segments import METRICS, Meter, Segments, barriers, endpoints
+from experiments.sgd_instability_figures import draw_instability
 from rebasin.permutation import Permutation
 from rebasin.training.trajectory import Trajectory
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from experiments.console import Reporter, cell
-from experiments.results import Claim, Results, claim, describe_mean
-from experiments.segments import METRICS
-from experiments.statistics import interval_at, mean_onset, summarise
+from experiments.harness.console import Reporter, cell
+from experiments.harness.paths import METRICS
+from experiments.harness.results import Claim, Results, claim, describe_mean
+from experiments.harness.statistics import interval_at, mean_onset, summarise
 
 __all__ = ["judge", "report", "summarise_curves", "tidy_rows"]
 

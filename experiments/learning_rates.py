@@ -13,7 +13,7 @@ anew.
 
 from absl import app, flags
 
-from experiments import options, strict_option
+from experiments.harness import options, strict_option
 from experiments.rate_comparison import EXPERIMENT, PAPER_RATES, Config
 from rebasin.errors import ConfigError
 

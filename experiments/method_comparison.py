@@ -11,15 +11,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import rebasin
-from experiments import experiment
-from experiments.bench import BASELINE, MEASURES, VARIANTS, Bench
-from experiments.console import Reporter, cell
-from experiments.experiment import Experiment, Measure, Setup
-from experiments.matchers import check_methods
-from experiments.method_figure import draw_methods
-from experiments.pairs import Pair
-from experiments.results import Results, describe_mean
-from experiments.statistics import summarise
+from experiments.compare_methods_figures import draw_methods
+from experiments.harness import experiment
+from experiments.harness.comparison import BASELINE, MEASURES, VARIANTS, Bench
+from experiments.harness.console import Reporter, cell
+from experiments.harness.experiment import Experiment, Measure, Setup
+from experiments.harness.matchers import check_methods
+from experiments.harness.pairs import Pair
+from experiments.harness.results import Results, describe_mean
+from experiments.harness.statistics import summarise
 from rebasin.training.trajectory import Trajectory
 
 __all__ = ["EXPERIMENT", "METHODS", "Config"]

@@ -6,10 +6,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import rebasin
-from experiments.console import Reporter
-from experiments.matchers import Matcher
-from experiments.results import Results
-from experiments.segments import METRICS, Meter, Segments, barriers, endpoints, means
+from experiments.harness.console import Reporter
+from experiments.harness.matchers import Matcher
+from experiments.harness.paths import METRICS, Meter, Segments, barriers, endpoints, means
+from experiments.harness.results import Results
 from rebasin.spec import PermutationSpec
 from rebasin.training.trajectory import Trajectory
 

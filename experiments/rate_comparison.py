@@ -10,14 +10,14 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from experiments import experiment
-from experiments.bench import BASELINE, Bench
-from experiments.console import Reporter, cell
-from experiments.experiment import Experiment, Measure, Setup
-from experiments.pairs import Pair
-from experiments.rate_figure import draw_rates
-from experiments.results import Claim, Results, claim, describe_mean
-from experiments.statistics import student_interval
+from experiments.harness import experiment
+from experiments.harness.comparison import BASELINE, Bench
+from experiments.harness.console import Reporter, cell
+from experiments.harness.experiment import Experiment, Measure, Setup
+from experiments.harness.pairs import Pair
+from experiments.harness.results import Claim, Results, claim, describe_mean
+from experiments.harness.statistics import student_interval
+from experiments.learning_rates_figures import draw_rates
 from rebasin.training.trajectory import Trajectory
 
 __all__ = ["EXPERIMENT", "METHODS", "PAPER_RATES", "Config"]

@@ -17,9 +17,9 @@ and hardware. A finished run of the same options is only drawn anew.
 
 from absl import app, flags
 
-from experiments import method_option, options, strict_option
+from experiments.harness import method_option, options, strict_option
+from experiments.harness.matchers import PAPER_METHODS
 from experiments.instability_analysis import EXPERIMENT, Config
-from experiments.matchers import PAPER_METHODS
 
 for _module in (options, method_option, strict_option):
     flags.adopt_module_key_flags(_module)  # so that --help lists them

@@ -18,8 +18,8 @@ the same options is only drawn anew.
 
 from absl import app, flags
 
-from experiments import method_option, options, strict_option
-from experiments.matchers import PAPER_METHODS
+from experiments.harness import method_option, options, strict_option
+from experiments.harness.matchers import PAPER_METHODS
 from experiments.trajectory_alignment import EXPERIMENT, Config
 
 for _module in (options, method_option, strict_option):

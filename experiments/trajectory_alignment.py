@@ -9,15 +9,19 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from experiments import experiment
-from experiments.experiment import Experiment, Measure, Setup
-from experiments.matchers import build_matchers, check_methods
+from experiments.harness import experiment
+from experiments.harness.experiment import Experiment, Measure, Setup
+from experiments.harness.matchers import build_matchers, check_methods
+from experiments.harness.pairs import Pair
+from experiments.harness.paths import Meter
+from experiments.harness.presets import Thresholds
 from experiments.pair_analysis import PairAnalysis
-from experiments.pairs import Pair
-from experiments.presets import Thresholds
-from experiments.segments import Meter
+from experiments.training_trajectories_figures import (
+    draw_fixed_permutations,
+    draw_permutations,
+    draw_trajectories,
+)
 from experiments.trajectory_claims import judge
-from experiments.trajectory_figures import draw_fixed_permutations, draw_permutations, draw_trajectories
 from experiments.trajectory_report import report, summarise_curves, tidy_rows
 from rebasin.training.trajectory import Trajectory
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.results import Claim, claim
+from experiments.harness.results import Claim, claim
 
 __all__ = ["early_epochs", "judge"]
 

@@ -3,10 +3,10 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from experiments.console import Reporter, cell
-from experiments.results import Results, describe_mean
-from experiments.segments import METRICS
-from experiments.statistics import interval_at, summarise
+from experiments.harness.console import Reporter, cell
+from experiments.harness.paths import METRICS
+from experiments.harness.results import Results, describe_mean
+from experiments.harness.statistics import interval_at, summarise
 
 __all__ = ["report", "summarise_curves", "tidy_rows"]
 

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.repair_bench import METHODS, UNALIGNED, VARIANTS, Bench, report
-from experiments.console import Reporter
+from experiments.harness.console import Reporter
 from rebasin import models
 from rebasin.models import BatchNorm
 from rebasin.training.data import load_dataset

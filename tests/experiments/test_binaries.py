@@ -7,9 +7,9 @@ from absl import flags
 from absl.testing import flagsaver
 
 from experiments import compare_methods, learning_rates, sgd_instability, training_trajectories
-from experiments.experiment import Experiment
-from experiments.networks import KEEP
-from experiments.results import Claim, Results
+from experiments.harness.experiment import Experiment
+from experiments.harness.networks import KEEP
+from experiments.harness.results import Claim, Results
 
 BINARIES = (training_trajectories, sgd_instability, compare_methods, learning_rates)
 
@@ -64,7 +64,7 @@ def seen(monkeypatch):
         calls.append((experiment, config, dataset, options))
         return Results(experiment.name, {}, claims=[Claim("x", "", "", 0.0, 0.0, 0.0, holds=False)])
 
-    monkeypatch.setattr("experiments.options.load_dataset", lambda *names, **where: (names, where))
+    monkeypatch.setattr("experiments.harness.options.load_dataset", lambda *names, **where: (names, where))
     monkeypatch.setattr(Experiment, "run", run)
     return calls
 

@@ -15,11 +15,11 @@ from rich.console import Console
 
 import rebasin
 from experiments import method_comparison, rate_comparison
-from experiments.bench import Bench
-from experiments.console import Reporter
-from experiments.experiment import Setup
-from experiments.pairs import run_directory
-from experiments.results import Results
+from experiments.harness.comparison import Bench
+from experiments.harness.console import Reporter
+from experiments.harness.experiment import Setup
+from experiments.harness.pairs import run_directory
+from experiments.harness.results import Results
 from rebasin.errors import ConfigError
 from rebasin.models import BatchNorm, build_model
 from rebasin.training.data import load_dataset, normalise

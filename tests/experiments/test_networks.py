@@ -4,10 +4,10 @@ import io
 
 from rich.console import Console
 
-from experiments.console import Reporter
-from experiments.networks import Networks
-from experiments.pairs import Pair
-from experiments.results import Results
+from experiments.harness.console import Reporter
+from experiments.harness.networks import Networks
+from experiments.harness.pairs import Pair
+from experiments.harness.results import Results
 from rebasin.training.data import load_dataset
 from rebasin.training.recipes import build_recipe
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from experiments.presets import PRESETS, choose_preset
+from experiments.harness.presets import PRESETS, choose_preset
 from rebasin.errors import ConfigError
 
 

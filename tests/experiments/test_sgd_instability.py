@@ -11,13 +11,13 @@ import pytest
 from rich.console import Console
 
 import rebasin
-from experiments.console import Reporter
+from experiments.harness.console import Reporter
+from experiments.harness.networks import child_seed
+from experiments.harness.pairs import run_directory
+from experiments.harness.paths import METRICS, Meter
+from experiments.harness.results import Results
 from experiments.instability_analysis import EXPERIMENT, Config
 from experiments.instability_report import judge
-from experiments.networks import child_seed
-from experiments.pairs import run_directory
-from experiments.results import Results
-from experiments.segments import METRICS, Meter
 from rebasin.errors import ConfigError
 from rebasin.models import build_model
 from rebasin.training.data import load_dataset
@@ -153,7 +153,7 @@ def test_a_run_killed_between_two_epochs_ends_with_the_same_numbers(finished, tm
             raise KeyboardInterrupt
         return train(*arguments, **options)
 
-    monkeypatch.setattr("experiments.networks.train", killed)
+    monkeypatch.setattr("experiments.harness.networks.train", killed)
     arguments = {"output_dir": tmp_path / "out", "runs_dir": tmp_path / "runs", "keep": keep}
     with pytest.raises(KeyboardInterrupt):
         EXPERIMENT.run(small_config(), DIGITS, **arguments, reporter=reporter())

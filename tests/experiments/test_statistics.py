@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments.statistics import mean_onset, onset, student_interval, summarise
+from experiments.harness.statistics import mean_onset, onset, student_interval, summarise
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=8), st.floats(0, 1))

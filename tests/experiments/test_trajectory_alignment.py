@@ -13,11 +13,11 @@ import pytest
 from rich.console import Console
 
 import rebasin
-from experiments.console import Reporter
-from experiments.pairs import run_directory
-from experiments.presets import Thresholds
-from experiments.results import Results
-from experiments.segments import METRICS
+from experiments.harness.console import Reporter
+from experiments.harness.pairs import run_directory
+from experiments.harness.paths import METRICS
+from experiments.harness.presets import Thresholds
+from experiments.harness.results import Results
 from experiments.trajectory_alignment import EXPERIMENT, Config
 from rebasin.errors import ConfigError
 from rebasin.models import build_model

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from experiments.results import claim
+from experiments.harness.results import claim
 from experiments.trajectory_claims import early_epochs, judge
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.figures import (
+from experiments.harness.figures import (
     METRIC_LABELS,
     RC,
     Style,
@@ -19,7 +19,7 @@ from experiments.figures import (
     entitle,
     share_legend,
 )
-from experiments.results import Results
+from experiments.harness.results import Results
 
 __all__ = ["draw_instability"]
 

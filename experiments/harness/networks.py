@@ -9,10 +9,10 @@ from typing import Any
 
 import jax
 
-from experiments.console import Reporter
-from experiments.pairs import Pair, run_directory, train_networks, warn_if_guessing
-from experiments.results import Results
-from experiments.segments import network_shapes
+from experiments.harness.console import Reporter
+from experiments.harness.pairs import Pair, run_directory, train_networks, warn_if_guessing
+from experiments.harness.paths import network_shapes
+from experiments.harness.results import Results
 from rebasin.errors import ConfigError, TrajectoryError
 from rebasin.models import build_model
 from rebasin.training.data import Dataset

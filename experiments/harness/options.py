@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 from absl import app, flags, logging
 
-from experiments.experiment import C, Experiment
-from experiments.networks import KEEP
-from experiments.pairs import shared_runs
-from experiments.presets import PRESETS, Preset, choose_preset
+from experiments.harness.experiment import C, Experiment
+from experiments.harness.networks import KEEP
+from experiments.harness.pairs import shared_runs
+from experiments.harness.presets import PRESETS, Preset, choose_preset
 from rebasin.errors import ConfigError, RebasinError
 from rebasin.training.data import load_dataset
 
@@ -85,7 +85,7 @@ class Choice(NamedTuple):
 
     Attributes:
       preset: what fills in the rest.
-      fields: those of `experiments.experiment.Config`, by name.
+      fields: those of `experiments.harness.experiment.Config`, by name.
       num_eval: examples on which segments are measured, `None` for all.
     """
 

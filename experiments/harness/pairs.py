@@ -10,8 +10,8 @@ import time
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
-from experiments.console import Reporter
-from experiments.results import Results
+from experiments.harness.console import Reporter
+from experiments.harness.results import Results
 from rebasin.errors import TrajectoryError
 from rebasin.training.data import Dataset
 from rebasin.training.loop import train

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 import rebasin
-from experiments.statistics import student_interval
+from experiments.harness.statistics import student_interval
 from rebasin.errors import ConfigError, problem_list
 
 __all__ = [

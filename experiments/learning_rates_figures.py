@@ -5,8 +5,8 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from experiments.figures import GROUND, RC, Style, Target, draw_band, entitle, share_legend
-from experiments.results import Results
+from experiments.harness.figures import GROUND, RC, Style, Target, draw_band, entitle, share_legend
+from experiments.harness.results import Results
 
 __all__ = ["draw_rates"]
 

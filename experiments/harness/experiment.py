@@ -5,12 +5,12 @@ import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Generic, TypeAlias, TypeVar
 
-from experiments.console import Reporter
-from experiments.figures import Target
-from experiments.networks import Networks
-from experiments.pairs import Pair
-from experiments.results import Claim, Results, open_results, plain, write_csv
-from experiments.segments import infer_model_spec
+from experiments.harness.console import Reporter
+from experiments.harness.figures import Target
+from experiments.harness.networks import Networks
+from experiments.harness.pairs import Pair
+from experiments.harness.paths import infer_model_spec
+from experiments.harness.results import Claim, Results, open_results, plain, write_csv
 from rebasin.errors import ConfigError, problem_list
 from rebasin.models import build_model
 from rebasin.spec import PermutationSpec
@@ -120,7 +120,7 @@ class Experiment(Generic[C]):
       rows: the tidy rows.
       figures: what draws each figure, by name of file.
       report: prints the tables.
-      keep: what stays on disk of networks where nothing else is said, see `experiments.networks.KEEP`.
+      keep: what stays on disk of networks where nothing else is said, see `networks.KEEP`.
     """
 
     name: str

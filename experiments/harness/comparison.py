@@ -9,8 +9,8 @@ import jax
 import numpy as np
 
 import rebasin
-from experiments.experiment import Setup
-from experiments.matchers import build_matchers
+from experiments.harness.experiment import Setup
+from experiments.harness.matchers import build_matchers
 from rebasin.training.data import Split, normalise
 from rebasin.training.loop import build_metrics, classification_metrics
 from rebasin.training.trajectory import Trajectory

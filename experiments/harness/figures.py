@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.results import Results, count_pairs
+from experiments.harness.results import Results, count_pairs
 
 __all__ = [
     "GROUND",

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 import rebasin
-from experiments.experiment import Setup
+from experiments.harness.experiment import Setup
 from rebasin.training.data import normalise
 from rebasin.training.loop import build_metrics
 

@@ -7,8 +7,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.figures import RC, Target, entitle, share_legend
-from experiments.results import Results
+from experiments.harness.figures import RC, Target, entitle, share_legend
+from experiments.harness.results import Results
 
 __all__ = ["draw_methods"]
 

@@ -7,7 +7,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.figures import (
+from experiments.harness.figures import (
     GROUND,
     METRIC_LABELS,
     RC,
@@ -18,7 +18,7 @@ from experiments.figures import (
     entitle,
     share_legend,
 )
-from experiments.results import Results
+from experiments.harness.results import Results
 
 __all__ = ["draw_fixed_permutations", "draw_permutations", "draw_trajectories"]
 

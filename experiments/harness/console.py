@@ -18,7 +18,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from experiments.results import Results
+from experiments.harness.results import Results
 
 __all__ = ["Reporter", "cell"]
 
@@ -108,7 +108,7 @@ def cell(interval: Mapping[str, float | None], *, percent: bool) -> str:
     """Mean and standard deviation, in at most eight characters so that a table fits 80 columns.
 
     Args:
-      interval: with the fields ``mean`` and ``deviation`` of `experiments.statistics.Interval`.
+      interval: with the fields ``mean`` and ``deviation`` of `experiments.harness.statistics.Interval`.
       percent: a fraction, told in % with one digit; else two digits.
 
     Examples:
