@@ -12,9 +12,9 @@ import numpy as np
 import rebasin
 from benchmarks.planting import Architecture, draw_network
 from experiments.harness.console import Reporter
-from experiments.harness.pairs import run_directory, train_networks
+from experiments.harness.networks import run_directory, train_networks
 from experiments.harness.presets import choose_preset
-from experiments.harness.results import Results
+from experiments.harness.results import Seconds
 from rebasin.models import MLP, VGG16, ResNet20, build_model
 from rebasin.training.data import load_dataset
 from rebasin.training.loop import build_metrics
@@ -111,9 +111,9 @@ def train_digits(runs_dir: pathlib.Path, seeds: Sequence[int], reporter: Reporte
         for seed, path in directories.items()
         if not (path / "run.json").exists() or not Trajectory(path).complete
     )
-    results = Results("benchmark", {})  # counts seconds, which are of no interest here
+    # The seconds that training takes are of no interest here.
     train_networks(
-        recipe, load_dataset("digits"), missing, runs_dir=runs_dir, reporter=reporter, results=results
+        recipe, load_dataset("digits"), missing, runs_dir=runs_dir, reporter=reporter, seconds=Seconds()
     )
 
 

@@ -24,9 +24,10 @@ from rich.console import Console
 
 from benchmarks.repair_bench import METHODS, UNALIGNED, Bench, report
 from experiments.harness.console import Reporter
-from experiments.harness.pairs import run_directory, shared_runs
+from experiments.harness.networks import run_directory, shared_runs
 from experiments.harness.presets import choose_preset
-from experiments.harness.results import describe_environment, plain
+from experiments.harness.results import describe_environment
+from experiments.harness.serialisation import to_json
 from rebasin.errors import RebasinError
 from rebasin.training.data import load_dataset
 from rebasin.training.loop import train
@@ -57,13 +58,13 @@ def _stored(directory: pathlib.Path, about: Mapping[str, Any]) -> list[dict[str,
     """The pairs of an earlier run with the same flags and recipe."""
     path = directory / "repair.json"
     content = json.loads(path.read_text()) if path.exists() else {}
-    same = all(content.get(key) == plain(about[key]) for key in ("config", "recipe"))
+    same = all(content.get(key) == to_json(about[key]) for key in ("config", "recipe"))
     return content["pairs"] if same else []
 
 
 def _save(directory: pathlib.Path, about: Mapping[str, Any], pairs: Sequence[Mapping[str, Any]]) -> None:
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "repair.json").write_text(json.dumps(plain({**about, "pairs": pairs}), indent=1) + "\n")
+    (directory / "repair.json").write_text(json.dumps(to_json({**about, "pairs": pairs}), indent=1) + "\n")
     with (directory / "repair.txt").open("w") as file:
         report(pairs, Reporter(Console(file=file, width=_WIDTH)))
 

@@ -17,7 +17,7 @@ from absl import app, flags, logging
 from benchmarks.orders import compare_orders
 from benchmarks.problems import MODELS, find_trained
 from experiments.harness.console import Reporter
-from experiments.harness.pairs import shared_runs
+from experiments.harness.networks import shared_runs
 
 HEADER = ("networks", "pairs", "swapped, %", "without restart, %", "reordered, %", "identity")
 _RUNS_DIR = flags.DEFINE_string(

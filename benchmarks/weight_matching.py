@@ -27,7 +27,7 @@ from benchmarks.comparison import Outcome, compare, count_runs
 from benchmarks.problems import MODELS, Problem, find_trained, gaussian_problems, train_digits
 from benchmarks.tables import WIDTH, report, save
 from experiments.harness.console import Reporter
-from experiments.harness.pairs import shared_runs
+from experiments.harness.networks import shared_runs
 from experiments.harness.results import describe_environment
 from rebasin.errors import RebasinError
 

@@ -1,12 +1,13 @@
-"""The figures of ``training_trajectories``, drawn from ``results.json`` alone."""
+"""Figures, tables and tidy rows of ``training_trajectories``, made from ``results.json`` alone."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
+from experiments.harness.console import Reporter, cell
 from experiments.harness.figures import (
     GROUND,
     METRIC_LABELS,
@@ -18,9 +19,14 @@ from experiments.harness.figures import (
     entitle,
     share_legend,
 )
-from experiments.harness.results import Results
+from experiments.harness.record import METRICS, AlignedEpoch, EpochRecord, Metrics, TrajectoryRecord
+from experiments.harness.results import Results, describe_mean
+from experiments.harness.statistics import Interval
 
-__all__ = ["draw_fixed_permutations", "draw_permutations", "draw_trajectories"]
+__all__ = ["draw_fixed_permutations", "draw_permutations", "draw_trajectories", "report", "tidy_rows"]
+
+# What a finished run holds; its config is a `TrajectoryConfig`.
+_Finished = Results[Any, TrajectoryRecord[float], TrajectoryRecord[Interval]]
 
 _STYLES = {
     "end": Style(r"$P_{\mathrm{end}}$, from the last epoch", "#0072B2"),
@@ -29,24 +35,23 @@ _STYLES = {
 }
 _DASHES = ("solid", (0, (4, 1.5)), (0, (5, 1, 1, 1)), (0, (1, 1)), (0, (3, 1, 1, 1, 1, 1)))
 
-# Layers up to which each has its band and its name.
+# With more layers than this a panel has no bands, and names only some of its lines.
 _FEW = 6
 
 
-def draw_trajectories(results: Results, target: Target) -> None:
-    """Barriers over training, as figures 1 left, 4, 8 (columns 1 and 3), 9 and 15 (left and right).
+def draw_trajectories(results: _Finished, target: Target) -> None:
+    """Draw barriers over training, as figures 1 left, 4, 8 (columns 1 and 3), 9 and 15 (left and right).
 
     One row for each matching method. Left: error barrier of A_t and B_t at each epoch; middle: loss barrier;
     right: error barrier at the last epoch under permutations from each epoch. Lines are means on test data,
     bands one standard deviation over replicates, dots the mean on train data.
     """
-    summary = results.summary
-    epochs = summary["epochs"]
+    epochs = results.config.epochs
     with mpl.rc_context(RC):
         figure, panels = _canvas(
             results, columns=3, note="lines: test data (bands: ± standard deviation), dots: train data"
         )
-        for row, (method, own) in zip(panels, summary["methods"].items(), strict=True):
+        for row, method in zip(panels, results.config.methods, strict=True):
             for axes, metric, names in (
                 (row[0], "error", ("none", "same_epoch", "end")),
                 (row[1], "loss", ("none", "same_epoch", "end")),
@@ -54,11 +59,13 @@ def draw_trajectories(results: Results, target: Target) -> None:
             ):
                 scale, label = METRIC_LABELS[f"test_{metric}"]
                 for name in names:
-                    series = {"none": summary["unaligned"], **own["barriers"]}[name]
-                    level = axes is row[2] and name == "none"
+                    series = _barriers(results.require_summary(), method, name)
+                    if axes is row[2] and name == "none":
+                        # All permutations are compared with the networks of the last epoch.
+                        series = [series[-1]] * len(series)
                     style = _STYLES.get(name, GROUND)
-                    draw_band(axes, epochs, _level(series[f"test_{metric}"], level), style, scale)
-                    train = scale * np.array(_level(series[f"train_{metric}"], level)["mean"])
+                    draw_band(axes, epochs, _of(series, f"test_{metric}"), style, scale)
+                    train = [scale * interval.mean for interval in _of(series, f"train_{metric}")]
                     axes.plot(epochs, train, color=style.colour, linestyle="none", marker=".", markersize=3)
                 dress_epochs(axes, epochs)
                 axes.set(ylabel=label, xlabel="epoch $t$ of the networks")
@@ -70,23 +77,24 @@ def draw_trajectories(results: Results, target: Target) -> None:
         figure.savefig(target, metadata={"Software": None})
 
 
-def draw_fixed_permutations(results: Results, target: Target) -> None:
-    """Barriers over training under permutations from chosen epochs: figures 7, 8 (column 2), 10, 15 (middle).
+def draw_fixed_permutations(results: _Finished, target: Target) -> None:
+    """Draw barriers under permutations from chosen epochs: figures 7, 8 (column 2), 10, 15 (middle).
 
     One row for each matching method; columns as figure 10: test error, train error, test loss, train loss.
     """
-    summary = results.summary
-    epochs, matched = summary["epochs"], summary["match_epochs"]
+    epochs, matched = results.config.epochs, results.config.match_epochs
+    summary = results.require_summary()
     with mpl.rc_context(RC):
         figure, panels = _canvas(
             results, columns=4, note=r"$A_t$ and $P_s[B_t]$, bands: ± standard deviation"
         )
-        for row, (method, own) in zip(panels, summary["methods"].items(), strict=True):
+        for row, method in zip(panels, results.config.methods, strict=True):
             for axes, metric in zip(row, METRIC_LABELS, strict=True):
                 scale, label = METRIC_LABELS[metric]
-                draw_band(axes, epochs, summary["unaligned"][metric], GROUND, scale)
-                for style, series in zip(_shades(matched), own["fixed"][metric], strict=True):
-                    draw_band(axes, epochs, series, style, scale)
+                draw_band(axes, epochs, _of(_barriers(summary, method, "none"), metric), GROUND, scale)
+                for style, s in zip(_shades(matched), matched, strict=True):
+                    under = [epoch.methods[method].under[s] for epoch in summary.epochs]
+                    draw_band(axes, epochs, _of(under, metric), style, scale)
                 dress_epochs(axes, epochs)
                 axes.set(ylabel=label, xlabel="epoch $t$ of the networks")
             row[0].set_title(f"matching of {method}", loc="left")
@@ -94,70 +102,181 @@ def draw_fixed_permutations(results: Results, target: Target) -> None:
         figure.savefig(target, metadata={"Software": None})
 
 
-def draw_permutations(results: Results, target: Target) -> None:
-    """Distances and fixed points over training: appendix H.1 and figure 21.
+def draw_permutations(results: _Finished, target: Target) -> None:
+    """Draw distances and fixed points over training: appendix H.1 and figure 21.
 
-    One row for each matching method. Left: distance of A_t to P[B_t]; middle: share of units that P_t and
+    One row for each matching method. Left: distance of A_t to P[B_t]; middle: fraction of units that P_t and
     P_end place alike, dotted that of the identity; right: the same for each group, in order of depth.
     """
-    summary = results.summary
-    epochs = summary["epochs"]
     with mpl.rc_context(RC):
         figure, panels = _canvas(results, columns=3, note="bands: ± standard deviation")
-        for row, (method, own) in zip(panels, summary["methods"].items(), strict=True):
-            draw_band(row[0], epochs, summary["distance"], GROUND)
-            for name in ("end", "same_epoch"):
-                draw_band(row[0], epochs, own["distance"][name], _STYLES[name])
-            row[0].set(ylabel=r"$\|A_t - P[B_t]\|_2$", xlabel="epoch $t$ of the networks")
-            row[0].set_title(f"matching of {method}", loc="left")
-            dress_epochs(row[0], epochs, bottom=None)
-            row[0].legend(fontsize=7)
-            points = own["fixed_points"]
-            draw_band(row[1], epochs, points["total"], Style("$P_t$", "#000000"), 100)
-            base = 100 * points["identity"]["total"]["mean"]
-            row[1].axhline(base, color=GROUND.colour, linestyle=GROUND.dashes, label="identity")
-            row[1].legend(fontsize=7)
-            groups = list(points["groups"])
-            for style, group in zip(_shades(_layer_names(groups), "{}"), groups, strict=True):
-                series = points["groups"][group]
-                # The bands of many layers would cover each other.
-                spread = series if len(groups) <= _FEW else {**series, "deviation": [None] * len(epochs)}
-                draw_band(row[2], epochs, spread, style, 100)
-            row[2].legend(fontsize=7)
-            for axes, title in ((row[1], "all units"), (row[2], "by layer")):
-                axes.set(ylabel=r"placed as by $P_{\mathrm{end}}$ (%)", xlabel="epoch $t$ of the permutation")
-                axes.set_title(title, loc="left")
-                dress_epochs(axes, epochs)
-                axes.set_ylim(0, 103)
+        for row, method in zip(panels, results.config.methods, strict=True):
+            _draw_distances(row[0], results, method)
+            _draw_fixed_points(row[1:], results, method)
         figure.savefig(target, metadata={"Software": None})
 
 
-def _canvas(results: Results, *, columns: int, note: str) -> tuple[Figure, Any]:
-    """A figure with one row for each method, and a line that says what was measured."""
-    rows = len(results.summary["methods"])
+def _draw_distances(axes: Any, results: _Finished, method: str) -> None:
+    """Draw the distance of A_t to B_t, P_end[B_t] and P_t[B_t] over training."""
+    parts, epochs = results.require_summary().epochs, results.config.epochs
+    draw_band(axes, epochs, [epoch.distance for epoch in parts], GROUND)
+    own = [epoch.methods[method] for epoch in parts]
+    draw_band(axes, epochs, [epoch.distance_end for epoch in own], _STYLES["end"])
+    draw_band(axes, epochs, [epoch.distance_same_epoch for epoch in own], _STYLES["same_epoch"])
+    axes.set(ylabel=r"$\|A_t - P[B_t]\|_2$", xlabel="epoch $t$ of the networks")
+    axes.set_title(f"matching of {method}", loc="left")
+    dress_epochs(axes, epochs, bottom=None)
+    axes.legend(fontsize=7)
+
+
+def _draw_fixed_points(panels: Sequence[Any], results: _Finished, method: str) -> None:
+    """Draw the agreement of P_t with P_end, of all units in the first panel and by layer in the second."""
+    epochs = results.config.epochs
+    own = [epoch.methods[method] for epoch in results.require_summary().epochs]
+    draw_band(panels[0], epochs, [epoch.fixed_points.total for epoch in own], Style("$P_t$", "#000000"), 100)
+    if own[-1].identity is not None:
+        base = 100 * own[-1].identity.total.mean
+        panels[0].axhline(base, color=GROUND.colour, linestyle=GROUND.dashes, label="identity")
+    groups = list(own[-1].fixed_points.groups)
+    for style, group in zip(_shades(_layer_names(groups), "{}"), groups, strict=True):
+        series = [epoch.fixed_points.groups[group] for epoch in own]
+        if len(groups) > _FEW:
+            # The bands of many layers would cover each other.
+            series = [interval._replace(deviation=np.nan) for interval in series]
+        draw_band(panels[1], epochs, series, style, 100)
+    for axes, title in zip(panels, ("all units", "by layer"), strict=True):
+        axes.legend(fontsize=7)
+        axes.set(ylabel=r"placed as by $P_{\mathrm{end}}$ (%)", xlabel="epoch $t$ of the permutation")
+        axes.set_title(title, loc="left")
+        dress_epochs(axes, epochs)
+        axes.set_ylim(0, 103)
+
+
+def tidy_rows(results: _Finished) -> Iterator[dict[str, Any]]:
+    """Yield one row for each replicate, method, permutation, epoch and metric.
+
+    ``match_epoch`` is the epoch of the permutation, empty where there is none, and ``epoch`` the epoch of the
+    networks that it was applied to.
+    """
+    for replicate, record in enumerate(results.records):
+        epochs = {epoch.epoch: epoch for epoch in record.epochs}
+
+        def row(
+            method: str,
+            source: int | str,
+            at: int,
+            metric: str,
+            barriers: Metrics[float],
+            replicate: int = replicate,
+            epochs: dict[int, EpochRecord[float]] = epochs,
+        ) -> dict[str, Any]:
+            ends = epochs[at].endpoints
+            return {
+                "replicate": replicate,
+                "method": method,
+                "match_epoch": source,
+                "epoch": at,
+                "metric": metric,
+                "barrier": f"{getattr(barriers, metric):.6g}",
+                "endpoint_a": f"{getattr(ends.a, metric):.6g}",
+                "endpoint_b": f"{getattr(ends.b, metric):.6g}",
+            }
+
+        for metric in METRICS:
+            for t, epoch in epochs.items():
+                yield row("none", "", t, metric, epoch.unaligned)
+            for method in results.config.methods:
+                for s, t, barriers in _permutations(record, method):
+                    yield row(method, s, t, metric, barriers)
+
+
+def _permutations(record: TrajectoryRecord[float], method: str) -> Iterator[tuple[int, int, Metrics[float]]]:
+    """Yield ``(s, t, barriers under P_s at t)`` once for each s and t that were measured."""
+    own = {epoch.epoch: epoch.methods[method] for epoch in record.epochs}
+    last = record.epochs[-1].epoch
+    seen = set()
+    for s in own[last].under:
+        for t, epoch in own.items():
+            seen.add((s, t))
+            yield s, t, epoch.under[s]
+    for t, epoch in own.items():
+        for at, barriers in ((t, epoch.same_epoch), (last, epoch.at_end)):
+            if (t, at) not in seen:
+                seen.add((t, at))
+                yield t, at, barriers
+
+
+def report(results: _Finished, reporter: Reporter) -> None:
+    """Print a table for each method."""
+    reporter.say(f"\n{describe_mean(results.config.replicates)}, test data; errors in %")
+    for method in results.config.methods:
+        _print_table(results.require_summary(), method, reporter)
+    reporter.say("\nnone: as trained; P_end: permutation from the last epoch; P_t: from that epoch;")
+    reporter.say("P_t@end: P_t applied at the last epoch; L2: distance of A_t to P_t[B_t] in % of")
+    reporter.say("that to P_end[B_t]; same: units that P_t and P_end place alike, in %")
+
+
+def _print_table(summary: TrajectoryRecord[Interval], method: str, reporter: Reporter) -> None:
+    barriers = {name: _barriers(summary, method, name) for name in ("none", *_STYLES)}
+    rows = []
+    for i, epoch in enumerate(summary.epochs):
+        own, ends = epoch.methods[method], (epoch.endpoints.a, epoch.endpoints.b)
+        rows.append(
+            [
+                str(epoch.epoch),
+                "/".join(f"{100 * metrics.test_error.mean:.1f}" for metrics in ends),
+                *(cell(barriers[n][i].test_loss, percent=False) for n in ("end", "same_epoch")),
+                *(
+                    cell(barriers[n][i].test_error, percent=True)
+                    for n in ("none", "end", "same_epoch", "at_end")
+                ),
+                f"{100 * own.distance_same_epoch.mean / own.distance_end.mean:.0f}",
+                f"{100 * own.fixed_points.total.mean:.0f}",
+            ]
+        )
+    reporter.say(f"\nmatching of {method}: test error of A and B, then loss and error barriers")
+    losses, errors = ["P_end", "P_t"], ["none", "P_end", "P_t", "P_t@end"]
+    header = ["\nt", "error\nA/B", *(f"loss\n{n}" for n in losses), *(f"error\n{n}" for n in errors)]
+    reporter.table([*header, "\nL2", "\nsame"], rows)
+
+
+def _barriers(summary: TrajectoryRecord[Interval], method: str, name: str) -> list[Metrics[Interval]]:
+    """Return barriers over training: ``none`` without a permutation, else a name of `_STYLES`."""
+    last = summary.epochs[-1].epoch
+    picks: dict[str, Callable[[AlignedEpoch[Interval]], Metrics[Interval]]] = {
+        "end": lambda epoch: epoch.under[last],
+        "same_epoch": lambda epoch: epoch.same_epoch,
+        "at_end": lambda epoch: epoch.at_end,
+    }
+    if name == "none":
+        return [epoch.unaligned for epoch in summary.epochs]
+    return [picks[name](epoch.methods[method]) for epoch in summary.epochs]
+
+
+def _of(series: Sequence[Metrics[Interval]], metric: str) -> list[Interval]:
+    """Return one metric of a series."""
+    return [getattr(metrics, metric) for metrics in series]
+
+
+def _canvas(results: _Finished, *, columns: int, note: str) -> tuple[Figure, Any]:
+    """Make a figure with one row for each method, and a heading that says what was measured."""
+    rows = len(results.config.methods)
     figure = Figure(figsize=(3.2 * columns if columns < 4 else 11.2, 0.9 + 2.2 * rows), layout="constrained")
-    # Methods are compared down a column.
+    # Methods are compared down a column, which therefore shares its axis.
     panels = figure.subplots(rows, columns, squeeze=False, sharey="col")
     entitle(figure, results, "networks", f"; {note}")
     return figure, panels
 
 
 def _layer_names(groups: list[str]) -> list[str]:
-    """Short names of groups; of many, five evenly spaced: a leading underscore hides a line in a legend."""
+    """Return short names of groups; of many, all but five get an underscore, which hides them in a legend."""
     short = [group.removeprefix("params/").removesuffix("/kernel") for group in groups]
     named = set(np.linspace(0, len(groups) - 1, 5).round().astype(int).tolist())
     return [name if len(groups) <= _FEW or i in named else f"_{name}" for i, name in enumerate(short)]
 
 
-def _level(series: dict[str, Any], constant: bool) -> dict[str, Any]:
-    """The series, or its last value at every epoch, as a level to compare with."""
-    if not constant:
-        return series
-    return {name: [values[-1]] * len(values) for name, values in series.items()}
-
-
-def _shades(items: list[Any], label: str = "$P_{{{}}}$") -> Iterator[Style]:
-    """One style for each of a sequence, from light to dark, the last in black."""
+def _shades(items: Sequence[Any], label: str = "$P_{{{}}}$") -> Iterator[Style]:
+    """Yield one style for each item, from light to dark and the last in black."""
     colours = mpl.colormaps["viridis_r"](np.linspace(0.12, 0.95, max(len(items) - 1, 1)))
     for i, item in enumerate(items):
         last = i == len(items) - 1

@@ -1,80 +1,72 @@
-"""Loss and error on segments between networks, on train and test data at once."""
+"""Loss and error on paths between networks, on training and test data at once."""
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import rebasin
-from rebasin.permutation import Permutation
+from experiments.harness.record import METRICS, Endpoints, Metrics, PathCurves
+from rebasin.permutation import Permutation, compiled_permute
 from rebasin.spec import PermutationSpec
-from rebasin.training.data import Dataset, Split
-from rebasin.training.loop import build_metrics
-from rebasin.trees import is_weight, leaf_table
+from rebasin.training.data import Dataset
+from rebasin.trees import distance
 
 __all__ = [
-    "METRICS",
-    "Meter",
-    "Segments",
+    "PathMeter",
+    "Paths",
     "barriers",
     "endpoints",
     "infer_model_spec",
-    "means",
     "network_shapes",
+    "path_curves",
 ]
-
-METRICS = ("train_loss", "train_error", "test_loss", "test_error")
 
 
 def network_shapes(model: Any, dataset: Dataset) -> tuple[Any, jax.ShapeDtypeStruct]:
-    """The variables of a model as shapes, and an image of a dataset as one."""
+    """Return the shapes of a model's variables and of one image of a dataset."""
     image = jax.ShapeDtypeStruct((1, *dataset.train.images.shape[1:]), np.float32)
     return jax.eval_shape(model.init, jax.random.key(0), image), image
 
 
 def infer_model_spec(model: Any, dataset: Dataset) -> PermutationSpec:
-    """The symmetries of a model on the images of a dataset."""
+    """Infer the symmetries of a model on the images of a dataset."""
     return rebasin.infer_spec(model.apply, *network_shapes(model, dataset))
 
 
-class Meter:
-    """Measures segments between networks of one model.
+class PathMeter:
+    """Measures paths between networks of one model.
 
-    Train and test examples are evaluated together, in one compiled sweep, and told apart afterwards.
+    Training and test examples are evaluated together, in one compiled sweep, and told apart afterwards.
 
     Args:
-      model: a Flax module.
-      dataset: the data.
-      num_alphas: points on each segment.
-      num_eval: examples of each split, `None` for all.
+      metrics_fn: ``(params, batch) -> {"loss": [n], "error": [n]}``.
+      dataset: the data to measure on.
+      num_alphas: number of points on each path.
+      num_eval: number of examples of each split, `None` for all.
     """
 
-    def __init__(self, model: Any, dataset: Dataset, *, num_alphas: int, num_eval: int | None) -> None:
+    def __init__(self, metrics_fn: Any, dataset: Dataset, *, num_alphas: int, num_eval: int | None) -> None:
         train, test = (min(num_eval or len(s.labels), len(s.labels)) for s in (dataset.train, dataset.test))
         chosen = dataset.take(num_train=train, num_test=test)
-        both = (np.concatenate(parts) for parts in zip(chosen.train, chosen.test, strict=True))
-        self._data = jax.device_put(Split(*both))
+        both = jax.tree.map(lambda *parts: np.concatenate(parts), chosen.train, chosen.test)
+        self._data = jax.device_put(both)
         self._num_train = train
-        self._sweep = rebasin.build_sweep(
-            build_metrics(model, dataset.mean, dataset.std), num_alphas=num_alphas
-        )
+        self._sweep = rebasin.build_sweep(metrics_fn, num_alphas=num_alphas)
 
     def __call__(
         self, params_a: Any, params_b: Any, ends: rebasin.BarrierCurve | None = None
     ) -> rebasin.BarrierCurve:
-        """The segment between two networks, with the metrics `METRICS`.
+        """Measure the path between two networks in all `METRICS`.
 
         Args:
           params_a: network A.
           params_b: network B.
-          ends: a curve from here between networks that compute the same functions as A and B, whose values
+          ends: a curve of this meter between networks that compute the same functions as A and B. Its values
             at both ends are used again.
 
         Returns:
-          A curve of per-example values; those of train and test data differ in number.
+          A curve of per-example values; those of training and test data differ in number.
         """
         n = self._num_train
         if ends is not None:
@@ -93,65 +85,57 @@ class Meter:
         )
 
 
-class Segments:
-    """The segments between two networks under permutations of the second, each measured once.
+class Paths:
+    """The paths between network A and network B under permutations of B, each measured once.
 
-    All share the ends of the segment without a permutation, as P[B] computes the same function as B.
+    P[B] computes the same function as B, so that all paths share the ends of the path between A and B.
 
     Args:
-      meter: measures a segment.
-      spec: the symmetries.
+      meter: measures a path.
+      spec: the symmetries of the networks.
       params_a: network A.
       params_b: network B.
 
     Attributes:
-      spec: as given.
-      unaligned: the segment without a permutation.
+      unaligned: the path between A and B.
     """
 
-    def __init__(self, meter: Meter, spec: PermutationSpec, params_a: Any, params_b: Any) -> None:
-        self.spec, self._meter, self._permute = spec, meter, _build_permute(spec)
-        self._a, self._b = jax.device_put((params_a, params_b))
-        self.unaligned = meter(self._a, self._b)
+    def __init__(self, meter: PathMeter, spec: PermutationSpec, params_a: Any, params_b: Any) -> None:
+        self._meter, self._spec = meter, spec
+        self._params_a, self._params_b = jax.device_put((params_a, params_b))
+        self.unaligned = meter(self._params_a, self._params_b)
         self._curves: dict[bytes, rebasin.BarrierCurve] = {}
 
     def curve(self, permutation: Permutation) -> rebasin.BarrierCurve:
-        """The segment from A to P[B]."""
-        # Late in training the permutations of many epochs are the same.
+        """Return the path between A and P[B]."""
+        # Late in training the permutations of many epochs are equal.
         key = b"".join(np.asarray(row, np.int32).tobytes() for row in permutation.values())
         if key not in self._curves:
-            moved = self._permute(permutation, self._b)
-            self._curves[key] = self._meter(self._a, moved, self.unaligned)
+            self._curves[key] = self._meter(self._params_a, self._moved(permutation), self.unaligned)
         return self._curves[key]
 
     def distance(self, permutation: Permutation | None = None) -> float:
-        """The Euclidean distance of A and P[B], or A and B, over all weights."""
-        moved = self._b if permutation is None else self._permute(permutation, self._b)
-        return float(_distance(self._a, moved))
+        """Return the Euclidean distance of A and P[B], or of A and B, over all weights."""
+        return distance(self._params_a, self._moved(permutation))
+
+    def _moved(self, permutation: Permutation | None) -> Any:
+        if permutation is None:
+            return self._params_b
+        return compiled_permute(self._spec, permutation, self._params_b)
 
 
-@functools.lru_cache(maxsize=8)
-def _build_permute(spec: PermutationSpec) -> Callable[[Permutation, Any], Any]:
-    return jax.jit(functools.partial(rebasin.permute, spec))
+def barriers(curve: rebasin.BarrierCurve) -> Metrics[float]:
+    """Return the barrier of Eq. 1 in each metric."""
+    return Metrics(**{metric: curve.barrier(metric).value for metric in METRICS})
 
 
-@jax.jit
-def _distance(params_a: Any, params_b: Any) -> jax.Array:
-    b = leaf_table(params_b)
-    squares = [jnp.sum((a - b[path]) ** 2) for path, a in leaf_table(params_a).items() if is_weight(path, a)]
-    return jnp.sqrt(sum(squares))
+def endpoints(curve: rebasin.BarrierCurve) -> Endpoints[float]:
+    """Return each metric of network A and of network B."""
+    means = curve.means
+    a, b = ({metric: float(means[metric][i]) for metric in METRICS} for i in (-1, 0))
+    return Endpoints(Metrics(**a), Metrics(**b))
 
 
-def barriers(curve: rebasin.BarrierCurve) -> dict[str, float]:
-    """The barrier of Eq. 1 in each metric."""
-    return {metric: curve.barrier(metric).value for metric in METRICS}
-
-
-def endpoints(curve: rebasin.BarrierCurve) -> dict[str, dict[str, float]]:
-    """Each metric of network A and of network B."""
-    return {m: {"a": float(values[-1]), "b": float(values[0])} for m, values in curve.means.items()}
-
-
-def means(curve: rebasin.BarrierCurve) -> dict[str, list[float]]:
-    """Each metric along the segment, from B to A."""
-    return {metric: values.tolist() for metric, values in curve.means.items()}
+def path_curves(curve: rebasin.BarrierCurve) -> PathCurves[float]:
+    """Return each metric along the path, from B to A."""
+    return PathCurves(**{metric: tuple(curve.means[metric].tolist()) for metric in METRICS})

@@ -1,17 +1,24 @@
 """Mean and spread over replicates."""
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from scipy import stats
 
-__all__ = ["Interval", "Onset", "interval_at", "mean_onset", "onset", "student_interval", "summarise"]
+__all__ = ["Interval", "Onset", "mean_onset", "onset", "student_interval"]
 
 
 class Interval(NamedTuple):
-    """A mean over independent replicates, with its confidence interval and their standard deviation."""
+    """A mean over independent replicates, with its 95 % interval and their standard deviation.
+
+    Attributes:
+      mean: mean over replicates.
+      low: lower end of the interval of the mean; NaN for one replicate.
+      high: upper end of the interval of the mean; NaN for one replicate.
+      deviation: standard deviation of the replicates; NaN for one replicate.
+    """
 
     mean: float
     low: float
@@ -20,15 +27,15 @@ class Interval(NamedTuple):
 
 
 def student_interval(values: Sequence[float] | np.ndarray, *, confidence: float = 0.95) -> Interval:
-    """Student's t interval for the mean of independent replicates.
+    """Return Student's t interval for the mean of independent replicates.
 
     Args:
       values: one number for each replicate, at least one.
       confidence: coverage of the interval.
 
     Returns:
-      mean ± t·s/√n, with n−1 degrees of freedom; one replicate alone says nothing about spread, so its
-      interval and deviation are NaN.
+      The interval mean ± t·s/√n, with n−1 degrees of freedom. One replicate alone says nothing about spread,
+      so its interval and deviation are NaN.
 
     Examples:
       >>> [round(x, 3) for x in student_interval([1.0, 2.0, 3.0])]
@@ -43,45 +50,19 @@ def student_interval(values: Sequence[float] | np.ndarray, *, confidence: float 
     return Interval(mean, mean - half, mean + half, deviation)
 
 
-def summarise(records: Sequence[Any]) -> Any:
-    """Mean, 95 % interval and standard deviation of every number in records of one structure.
-
-    Args:
-      records: one nested mapping or list of numbers for each replicate, all alike.
-
-    Returns:
-      The same structure, in which each number, or list of numbers, is a dict of the fields of `Interval`.
-
-    Examples:
-      >>> summarise([{"loss": [1.0, 5.0]}, {"loss": [3.0, 5.0]}])["loss"]["mean"]
-      [2.0, 5.0]
-    """
-    first = records[0]
-    if isinstance(first, Mapping):
-        return {key: summarise([record[key] for record in records]) for key in first}
-    if isinstance(first, list | tuple) and any(isinstance(item, list | tuple | Mapping) for item in first):
-        return [summarise(items) for items in zip(*records, strict=True)]
-    if isinstance(first, list | tuple):
-        intervals = [student_interval(column) for column in zip(*records, strict=True)]
-        return {name: [getattr(interval, name) for interval in intervals] for name in Interval._fields}
-    return student_interval(records)._asdict()
-
-
-def interval_at(series: Mapping[str, Sequence[float]], i: int) -> dict[str, float]:
-    """One interval of a list of numbers that `summarise` summed up."""
-    return {name: values[i] for name, values in series.items()}
-
-
 class Onset(NamedTuple):
-    """When a series falls below a threshold for good, over replicates.
+    """The epoch at which a series falls below a threshold for good, over replicates.
+
+    An onset is infinite where the series never falls. JSON has no infinity, so that it is NaN once it was
+    read back from a file.
 
     Attributes:
-      mean_curve: the onset of the mean over replicates; infinite where it never falls.
-      median: the median of the replicates' onsets.
-      low: the earliest of them. [low, high] covers the median of the population with a probability of
-        1 − 2^(1−n): 94 % for five replicates, 75 % for three.
-      high: the latest of them, infinite if some replicate never falls.
-      replicates: the onset of each.
+      mean_curve: onset of the mean over replicates.
+      median: median of the replicates' onsets.
+      low: earliest onset of a replicate. [low, high] covers the median of the population with a probability
+        of 1 − 2^(1−n): 94 % for five replicates, 75 % for three.
+      high: latest onset of a replicate.
+      replicates: onset of each replicate.
     """
 
     mean_curve: float
@@ -92,15 +73,15 @@ class Onset(NamedTuple):
 
 
 def onset(epochs: Sequence[int], values: Sequence[float], threshold: float) -> float:
-    """The epoch from which on a series stays at or below a threshold.
+    """Return the epoch from which on a series stays at or below a threshold.
 
-    Between the last epoch above and the next one, which is below, the series is taken to be linear in
-    log(1 + epoch), on which experiments space their epochs.
+    Between the last epoch above the threshold and the next one the series is taken to be linear in
+    log(1 + epoch), the scale on which experiments space their epochs.
 
     Args:
       epochs: ascending epochs.
-      values: the series, one number for each.
-      threshold: the level.
+      values: value of the series at each epoch.
+      threshold: the level that the series should not exceed.
 
     Returns:
       The first epoch if no value is above the threshold, infinity if the last one is.
@@ -121,16 +102,16 @@ def onset(epochs: Sequence[int], values: Sequence[float], threshold: float) -> f
 
 
 def mean_onset(epochs: Sequence[int], series: Sequence[Sequence[float]], threshold: float) -> Onset:
-    """The onset of the mean over replicates, with the spread of the replicates' own.
+    """Return the onset of the mean over replicates, with the range of the replicates' own onsets.
 
     Args:
       epochs: ascending epochs.
-      series: one for each replicate.
-      threshold: the level.
+      series: one series of values for each replicate.
+      threshold: the level that a series should not exceed.
     """
     replicates = [onset(epochs, values, threshold) for values in series]
     mean = np.mean(np.asarray(series, np.float64), axis=0).tolist()
     ordered = sorted(replicates)
-    # The upper of the two in the middle: infinities have no mean.
+    # Of two in the middle the upper one, since infinities have no mean.
     median = ordered[len(ordered) // 2]
     return Onset(onset(epochs, mean, threshold), median, ordered[0], ordered[-1], replicates)
