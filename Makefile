@@ -13,7 +13,7 @@ help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 demo: $(STAMP)  ## train ten small networks on digits, align them, print the table, draw the figure
-	$(BIN)/python -m experiments.training_trajectories --preset=digits --output_dir=results/demo
+	$(BIN)/python -m experiments.training_trajectories --preset=demo --output_dir=results/demo
 
 bench: $(STAMP)  ## time, objective and barrier of weight matching against git-re-basin's loop, half an hour
 	$(BIN)/python -m benchmarks.weight_matching --output=results/weight_matching

@@ -16,8 +16,8 @@ import numpy as np
 import rebasin
 from benchmarks.architectures import WIDTHS, build_architecture, draw_network
 from benchmarks.reports import Reporter
-from experiments.pairs import run_directory, shared_runs
-from experiments.presets import choose_preset
+from experiments.harness.networks import run_directory, shared_runs
+from experiments.harness.presets import choose_preset
 from rebasin.barrier import BarrierCurve
 from rebasin.models import build_model
 from rebasin.training.data import Dataset, load_dataset

@@ -29,7 +29,7 @@ from jax.tree_util import Partial
 import rebasin
 from benchmarks.command import define_data_flags, flag_values, run
 from benchmarks.problems import find_recipe, shared_runs, train_network
-from benchmarks.reports import Reporter, build_reporter, describe_machine, plain, save_report
+from benchmarks.reports import Reporter, build_reporter, describe_machine, save_report, to_json
 from benchmarks.tables import mean_and_deviation
 from rebasin.barrier import BarrierCurve
 from rebasin.models import build_model
@@ -200,7 +200,7 @@ def _read_stored(directory: pathlib.Path, about: Mapping[str, Any]) -> list[dict
     """Return the pairs of an earlier run with the same flags and recipe."""
     path = directory / "repair.json"
     content = json.loads(path.read_text()) if path.exists() else {}
-    same = all(content.get(key) == plain(about[key]) for key in ("config", "recipe"))
+    same = all(content.get(key) == to_json(about[key]) for key in ("config", "recipe"))
     return content["pairs"] if same else []
 
 
@@ -254,7 +254,7 @@ def main() -> None:
                 advance()
         pairs.append({"seeds": seeds, "methods": found})
         if output:
-            content = plain({**about, "pairs": pairs})
+            content = to_json({**about, "pairs": pairs})
             save_report(output, "repair", content, lambda to: report(pairs, to))
     report(pairs, reporter)
 

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from experiments.console import Reporter
-from experiments.results import describe_environment, plain
-from experiments.statistics import student_interval
+from experiments.harness.console import Reporter
+from experiments.harness.results import describe_environment
+from experiments.harness.serialisation import to_json
+from experiments.harness.statistics import student_interval
 
 __all__ = [
     "WIDTH",
@@ -21,7 +22,7 @@ __all__ = [
     "build_reporter",
     "describe_machine",
     "mean_and_interval",
-    "plain",
+    "to_json",
     "save_report",
 ]
 

@@ -121,40 +121,6 @@ def names_taken(path):
 
 OURS = ("rebasin", "experiments", "benchmarks")
 
-# What tests still take although it is private: to be emptied.
-NOT_YET = {
-    "tests/benchmarks/test_git_rebasin.py": ["benchmarks.git_rebasin.whole_axes"],
-    "tests/benchmarks/test_repair_benchmark.py": ["rebasin.models._MODELS"],
-    "tests/experiments/test_binaries.py": [
-        "experiments.compare_methods",
-        "experiments.learning_rates",
-        "experiments.sgd_instability",
-        "experiments.training_trajectories",
-    ],
-    "tests/inference/test_infer_spec.py": ["rebasin.inference.rule._RULES"],
-    "tests/matching/test_covariance.py": ["rebasin.matching.covariance._gradients"],
-    "tests/matching/test_frank_wolfe.py": ["rebasin.matching.frank_wolfe._best_step"],
-    "tests/matching/test_partial.py": ["rebasin.matching.partial._rest_in_order"],
-    "tests/matching/test_sinkhorn.py": [
-        "rebasin.matching.sinkhorn._plan_backward",
-        "rebasin.matching.sinkhorn._start",
-    ],
-    "tests/matching/test_straight_through.py": ["rebasin.matching.straight_through._loss_and_gradient"],
-    "tests/matching/test_weights.py": ["rebasin.matching.similarity._products"],
-    "tests/models/test_convolution.py": [
-        "rebasin.models.convolution._convolve",
-        "rebasin.models.convolution._plain_gradients",
-        "rebasin.models.cpu_convolution._part_of_batch",
-        "rebasin.models.cpu_convolution._pixels_in_block",
-    ],
-    "tests/models/test_models.py": [
-        "rebasin.models.resnet._Conv",
-        "rebasin.models.vgg._max_pool",
-        "rebasin.models.vgg._pad_to",
-    ],
-    "tests/training/test_loop.py": ["rebasin.models._MODELS"],
-}
-
 
 def test_tests_take_public_names_only():
     private = {}
@@ -162,7 +128,7 @@ def test_tests_take_public_names_only():
         taken = {f"{m}.{n}" for m, n in names_taken(path) if n.startswith("_") or not is_public(m, n)}
         if taken:
             private[path.relative_to(ROOT).as_posix()] = sorted(taken)
-    assert private == NOT_YET
+    assert private == {}
 
 
 def test_importing_the_library_loads_only_jax_numpy_and_scipy():

@@ -17,6 +17,7 @@ __all__ = ["Method", "build_method", "check_at_least", "check_networks"]
 M = TypeVar("M", bound="Method")
 
 
+@dataclasses.dataclass(frozen=True)
 class Method:
     """A matching method together with its options.
 
@@ -91,7 +92,7 @@ def build_method(method: type[M], options: Mapping[str, Any]) -> M:
     Raises:
       ConfigError: an option is unknown to the method, or has a value that cannot work.
     """
-    known = [field.name for field in dataclasses.fields(method)]  # type: ignore[arg-type]
+    known = [field.name for field in dataclasses.fields(method)]
     unknown = [f"{name}: not known" for name in options if name not in known]
     if unknown:
         takes = ", ".join(known) or "no options"

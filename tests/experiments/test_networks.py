@@ -4,10 +4,9 @@ import io
 
 from rich.console import Console
 
-from experiments.console import Reporter
-from experiments.networks import Networks
-from experiments.pairs import Pair
-from experiments.results import Results
+from experiments.harness.console import Reporter
+from experiments.harness.networks import Networks, Pair
+from experiments.harness.results import Seconds
 from rebasin.training.data import load_dataset
 from rebasin.training.recipes import build_recipe
 
@@ -24,7 +23,7 @@ def test_networks_and_children_that_learned_nothing_are_named(tmp_path):
         output_dir=tmp_path / "out",
         keep="ends",
         reporter=Reporter(Console(file=text, width=80)),
-        results=Results("test", {}),
+        seconds=Seconds(),
     )
     a, _ = networks.parents(Pair(RECIPE, (0, 1)), (0, 1))
     networks.child(a, a[0], 0, 1, lambda: None)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from experiments.presets import PRESETS, choose_preset
+from experiments.harness.presets import PRESETS, choose_preset
 from rebasin.errors import ConfigError
 
 
@@ -20,7 +20,7 @@ def test_presets_make_recipes_and_end_at_their_last_epoch(name):
 
 
 def test_unknown_presets():
-    with pytest.raises(ConfigError, match="no preset is called 'gpu'; there are digits, cpu, paper"):
+    with pytest.raises(ConfigError, match="no preset is called 'gpu'; there are demo, digits, cpu, paper"):
         choose_preset("gpu", None)
     with pytest.raises(
         ConfigError, match="preset 'digits' has no recipe for the model 'vgg16'; it has mlp, vit"

@@ -4,6 +4,8 @@ import csv
 import dataclasses
 import io
 import json
+import math
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -11,17 +13,16 @@ import pytest
 from rich.console import Console
 
 import rebasin
-from experiments.console import Reporter
-from experiments.instability_analysis import EXPERIMENT, Config
-from experiments.instability_report import judge
-from experiments.networks import child_seed
-from experiments.pairs import run_directory
-from experiments.results import Results
-from experiments.segments import METRICS, Meter
+from experiments.harness.console import Reporter
+from experiments.harness.networks import child_seed, run_directory
+from experiments.harness.paths import PathMeter
+from experiments.harness.record import METRICS, FamilyRecord, Metrics, ParentsRecord, SpawnRecord
+from experiments.sgd_instability import EXPERIMENT, InstabilityConfig, judge
+from rebasin.barrier import classification_metrics
 from rebasin.errors import ConfigError
 from rebasin.models import build_model
 from rebasin.training.data import load_dataset
-from rebasin.training.loop import InitialState, train
+from rebasin.training.loop import InitialState, build_apply, train
 from rebasin.training.recipes import build_recipe
 from rebasin.training.trajectory import Trajectory
 
@@ -41,7 +42,7 @@ def small_config(**changes):
         "num_eval": 200,
         "num_match": 100,
     }
-    return Config(**(fields | changes))
+    return InstabilityConfig(**(fields | changes))
 
 
 def reporter(text=None):
@@ -77,28 +78,30 @@ def test_barriers_are_those_of_children_trained_by_hand(finished, tmp_path):
         return train(RECIPE, DIGITS, seed=seed, directory=directory, start=InitialState(parent[1], 1)).last
 
     a1, a2, b1 = child(a, 1), child(a, 2), child(b, 1)
-    meter = Meter(model, DIGITS, num_alphas=5, num_eval=200)
-    curve = results.curves[1]
+    metrics_fn = classification_metrics(build_apply(model, DIGITS))
+    meter = PathMeter(metrics_fn, DIGITS, num_alphas=5, num_eval=200)
+    record = results.records[1]
+    spawn = record.spawns[1]
     for params_a, params_b, permutation, stored in (
-        (a1, a2, None, curve["siblings"]),
-        (a1, b1, None, curve["unaligned"]),
-        (a1, b1, p_end, curve["children"]["weights"]),
-        (a.last, b.last, p_1, curve["at_end"]["weights"]),
-        (a.last, b.last, p_end, curve["parents"]["weights"]),
+        (a1, a2, None, spawn.siblings),
+        (a1, b1, None, spawn.unaligned),
+        (a1, b1, p_end, spawn.children["weights"]),
+        (a.last, b.last, p_1, spawn.at_end["weights"]),
+        (a.last, b.last, p_end, record.parents.aligned["weights"]),
     ):
         moved = params_b if permutation is None else rebasin.permute(spec, permutation, params_b)
         measured = meter(params_a, moved)
         for metric in METRICS:
-            value = stored[metric] if np.ndim(stored[metric]) == 0 else stored[metric][1]
-            # Ends of aligned segments are those of the networks before the permutation.
-            assert value == pytest.approx(measured.barrier(metric).value, abs=0.0051)
+            # Ends of aligned paths are those of the networks before the permutation.
+            assert getattr(stored, metric) == pytest.approx(measured.barrier(metric).value, abs=0.0051)
 
 
 def test_siblings_are_siblings(finished):
     """Two children of one parent part; without a difference in seed they would have no barrier at all."""
     results, _, _ = finished
-    assert min(min(curve["siblings"]["train_loss"]) for curve in results.curves) >= 0
-    assert max(max(curve["siblings"]["train_loss"]) for curve in results.curves) > 0
+    barriers = [spawn.siblings.train_loss for record in results.records for spawn in record.spawns]
+    assert min(barriers) >= 0
+    assert max(barriers) > 0
     seeds = [child_seed(p, t, k) for p in range(20) for t in range(200) for k in (1, 2)]
     assert len(set(seeds)) == len(seeds)
 
@@ -106,11 +109,11 @@ def test_siblings_are_siblings(finished):
 def test_results_csv_and_table(finished):
     results, folder, text = finished
     content = json.loads((folder / "out/results.json").read_text())
-    assert [curve["epochs"] for curve in content["curves"]] == [[0, 1, 3]] * 2
-    columns = np.array([curve["siblings"]["test_loss"] for curve in content["curves"]])
-    np.testing.assert_allclose(
-        content["summary"]["siblings"]["test_loss"]["mean"], columns.mean(0), atol=1e-6
-    )
+    families = [record["spawns"] for record in content["records"]]
+    assert [[spawn["epoch"] for spawn in spawns] for spawns in families] == [[0, 1, 3]] * 2
+    columns = np.array([[spawn["siblings"]["test_loss"] for spawn in spawns] for spawns in families])
+    means = [spawn["siblings"]["test_loss"]["mean"] for spawn in content["summary"]["family"]["spawns"]]
+    np.testing.assert_allclose(means, columns.mean(0), atol=1e-6)
     with (folder / "out/barriers.csv").open() as file:
         rows = list(csv.DictReader(file))
     # Siblings, children, children under P_end and parents under P_t by epoch; parents twice.
@@ -119,7 +122,7 @@ def test_results_csv_and_table(finished):
     found = {tuple(row[key] for key in keys): float(row["barrier"]) for row in rows}
     assert len(found) == len(rows)
     assert found["1", "children", "weights", "3", "test_loss"] == pytest.approx(
-        results.curves[1]["children"]["weights"]["test_loss"][2], rel=1e-5
+        results.records[1].spawns[2].children["weights"].test_loss, rel=1e-5
     )
     assert (folder / "out/sgd_instability.png").stat().st_size > 10_000
     lines = [line for line in text.splitlines() if not line.startswith(("/", "disk:"))]
@@ -149,27 +152,28 @@ def test_a_run_killed_between_two_epochs_ends_with_the_same_numbers(finished, tm
 
     def killed(*arguments, **options):
         calls.append(None)
-        if len(calls) == 8:
+        # Two parents, then three children for each spawn epoch.
+        if len(calls) == 10:
             raise KeyboardInterrupt
         return train(*arguments, **options)
 
-    monkeypatch.setattr("experiments.networks.train", killed)
+    monkeypatch.setattr("experiments.harness.networks.train", killed)
     arguments = {"output_dir": tmp_path / "out", "runs_dir": tmp_path / "runs", "keep": keep}
     with pytest.raises(KeyboardInterrupt):
         EXPERIMENT.run(small_config(), DIGITS, **arguments, reporter=reporter())
-    stored = Results.load(tmp_path / "out/results.json")
-    assert [curve["epochs"] for curve in stored.curves] == [[0, 1]]
+    stored = EXPERIMENT.load(tmp_path / "out/results.json")
+    assert [[spawn.epoch for spawn in record.spawns] for record in stored.records] == [[0, 1]]
     with pytest.raises(ConfigError, match="pass --resume to go on with it"):
         EXPERIMENT.run(small_config(), DIGITS, **arguments, reporter=reporter())
     text = io.StringIO()
     EXPERIMENT.run(small_config(), DIGITS, **arguments, resume=True, reporter=reporter(text))
     # Of the third family one child was there, which counts at once.
     assert [text.getvalue().count(f": {n}/{n} in ") for n in (3, 24)] == [1, 1]
-    resumed = Results.load(tmp_path / "out/results.json")
-    assert resumed.curves == complete.curves
+    resumed = EXPERIMENT.load(tmp_path / "out/results.json")
+    assert resumed.records == complete.records
     assert resumed.summary == complete.summary
     assert [dataclasses.astuple(c) for c in resumed.claims] == [
-        dataclasses.astuple(c) for c in Results.load(finished[1] / "out/results.json").claims
+        dataclasses.astuple(c) for c in EXPERIMENT.load(finished[1] / "out/results.json").claims
     ]
     assert (tmp_path / "out/networks").exists() is False
     if keep == "all":
@@ -177,28 +181,34 @@ def test_a_run_killed_between_two_epochs_ends_with_the_same_numbers(finished, tm
 
 
 def test_a_run_killed_before_its_summary_needs_no_network(finished, tmp_path):
-    complete = Results.load(finished[1] / "out/results.json")
-    dataclasses.replace(complete, summary={}, claims=[]).save(tmp_path / "results.json")
+    complete = EXPERIMENT.load(finished[1] / "out/results.json")
+    dataclasses.replace(complete, summary=None, claims=[]).save(tmp_path / "results.json")
     folders = {"output_dir": tmp_path, "runs_dir": tmp_path / "runs"}
     EXPERIMENT.run(small_config(), DIGITS, **folders, resume=True, reporter=reporter())
-    assert Results.load(tmp_path / "results.json") == complete
+    assert EXPERIMENT.load(tmp_path / "results.json") == complete
     assert not (tmp_path / "networks").exists()
 
 
 def made_up(siblings, children, parents):
-    return {
-        "siblings": {"test_error": siblings},
-        "children": {"weights": {"test_error": children}},
-        "parents": {"weights": {"test_error": parents}},
-    }
+    """A record of test error barriers, by spawn epoch for siblings and children; all else is NaN."""
+
+    def metrics(value):
+        return Metrics(math.nan, math.nan, math.nan, value)
+
+    spawns = [
+        SpawnRecord(epoch, metrics(sibling), metrics(math.nan), {"weights": metrics(child)}, {})
+        for epoch, sibling, child in zip((0, 1, 3, 7), siblings, children, strict=True)
+    ]
+    own = ParentsRecord(None, metrics(math.nan), {"weights": metrics(parents)})
+    return FamilyRecord((0, 1), own, tuple(spawns))
 
 
 def test_claims_follow_their_rules():
-    config = {"epochs": [0, 1, 3, 7], "onset_at_most": 0.02, "methods": ["weights"]}
-    curves = [
+    config = SimpleNamespace(epochs=(0, 1, 3, 7), onset_at_most=0.02, methods=("weights",))
+    records = [
         made_up([0.5, 0.03, 0.01, 0.0], [0.4 + x, 0.3, 0.02 + x, 0.01], 0.01) for x in (0, 0.002, -0.002)
     ]
-    claims = {claim.id: claim for claim in judge(config, curves)}
+    claims = {claim.id: claim for claim in judge(config, records)}
     assert [claim.holds for claim in claims.values()] == [True] * 4
     onset = claims["onset_of_linear_connectivity"]
     # Half way from .03 at log 2 to .01 at log 4.
@@ -224,7 +234,7 @@ def test_every_problem_of_a_config_is_listed():
     assert str(info.value).splitlines() == [
         "this experiment cannot work:",
         "  replicates: wanted at least 1, got 0",
-        "  num_alphas: wanted at least 2, both ends of the segment, got 1",
+        "  num_alphas: wanted at least 2, both ends of the path, got 1",
         "  onset_at_most: wanted a fraction, got 2.0",
         "  epochs: wanted ascending epochs from 0 to 3, got [0, 4]",
     ]

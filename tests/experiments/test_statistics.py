@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments.statistics import mean_onset, onset, student_interval, summarise
+from experiments.harness.record import summarise
+from experiments.harness.statistics import mean_onset, onset, student_interval
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=8), st.floats(0, 1))
@@ -43,10 +44,11 @@ def test_mean_onset_has_the_range_of_the_replicates():
 def test_summaries_keep_the_structure():
     records = [{"a": x, "b": [x, 2 * x], "c": {"d": [[x, 1.0], [0.0, x]]}} for x in (1.0, 2.0, 6.0)]
     summary = summarise(records)
-    assert summary["a"] == student_interval([1.0, 2.0, 6.0])._asdict()
-    assert summary["b"]["mean"] == [3.0, 6.0]
-    assert [row["mean"] for row in summary["c"]["d"]] == [[3.0, 1.0], [0.0, 3.0]]
-    np.testing.assert_allclose(summary["b"]["deviation"], np.std([[1, 2, 6], [2, 4, 12]], axis=1, ddof=1))
+    assert summary["a"] == student_interval([1.0, 2.0, 6.0])
+    assert [interval.mean for interval in summary["b"]] == [3.0, 6.0]
+    assert [[interval.mean for interval in row] for row in summary["c"]["d"]] == [[3.0, 1.0], [0.0, 3.0]]
+    deviations = [interval.deviation for interval in summary["b"]]
+    np.testing.assert_allclose(deviations, np.std([[1, 2, 6], [2, 4, 12]], axis=1, ddof=1))
 
 
 def test_student_interval_against_the_table():

@@ -1,4 +1,4 @@
-"""What each preset stands for: a recipe and the size of the measurement, by model."""
+"""The presets: for each model a recipe and the size of the measurement."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -11,7 +11,13 @@ __all__ = ["PRESETS", "Preset", "Thresholds", "choose_preset"]
 
 
 class Thresholds(NamedTuple):
-    """Error barriers on test data, fractions, that the claims are held against; chosen before the runs."""
+    """Test error barriers, as fractions, against which claims are judged; they were chosen before the runs.
+
+    Attributes:
+      unaligned_above: the barrier without a permutation must be above this.
+      any_epoch_at_most: the barrier under P_end must be at most this at every epoch.
+      end_at_most: the barrier under P_end must be at most this at the last epoch.
+    """
 
     unaligned_above: float
     any_epoch_at_most: float
@@ -19,18 +25,19 @@ class Thresholds(NamedTuple):
 
 
 class Preset(NamedTuple):
-    """Everything that a preset fills in.
+    """Everything that a preset fills in for one model.
 
     Attributes:
       recipe: fields of `Recipe`.
-      replicates: independent pairs of networks.
-      num_eval: examples of each split on which segments are measured, `None` for all.
+      replicates: number of independent pairs of networks.
+      num_eval: number of examples of each split on which paths are measured, `None` for all.
       epochs: epochs at which networks are compared; `None` for all of them.
-      thresholds: for the claims.
+      thresholds: barriers against which claims are judged.
       match_epochs: epochs whose permutations are applied at all of `epochs`.
-      spawn_epochs: epochs at which children part from their parents.
-      num_match: training examples on which activations are matched, `None` for all.
-      by_regime: by regime, fields of `Recipe` that are otherwise there.
+      spawn_epochs: epochs at which children leave their parents.
+      num_match: number of training examples for matching methods that need data, `None` for all.
+      by_regime: fields of `Recipe` that differ in a regime, by the regime's name.
+      num_alphas: number of points on each path, both ends included.
     """
 
     recipe: Mapping[str, Any]
@@ -42,9 +49,10 @@ class Preset(NamedTuple):
     spawn_epochs: tuple[int, ...]
     num_match: int | None
     by_regime: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
+    num_alphas: int = 25
 
     def build_recipe(self, regime: str, **changes: Any) -> Recipe:
-        """The recipe of a regime, with those `changes` that are not `None` in place of the preset's."""
+        """Return the recipe of a regime, with those `changes` that are not `None`."""
         given = {name: value for name, value in changes.items() if value is not None}
         return build_recipe(regime, **{**self.recipe, **self.by_regime.get(regime, {}), **given})
 
@@ -66,7 +74,7 @@ PRESETS: dict[str, dict[str, Preset]] = {
             spawn_epochs=(0, 1, 2, 3, 4, 5, 6, 8, 10, 14, 20),
             num_match=None,
         ),
-        # Not in the paper: the same for a transformer, whose heads and head dimensions are aligned too.
+        # Not in the paper: a transformer, whose heads and dimensions within heads are aligned too.
         "vit": Preset(
             {"dataset": "digits", "model": "vit", "width": 64, "epochs": 30, "batch_size": 32},
             replicates=3,
@@ -105,15 +113,15 @@ PRESETS: dict[str, dict[str, Preset]] = {
                 match_epochs=(1, 3, 8, epochs),
                 spawn_epochs=(0, 1, 2, 4, 7),
                 num_match=1_000,
-                # Three children for each spawn epoch: a pair and its children train for 128 epochs in all.
-                # An epoch of 20,000 images is 156 steps, not the paper's 390: after a warm-up of one, 2 of 6
-                # narrow VGG-16s were dead, at the loss of guessing for good.
+                # An epoch of 20,000 images is 156 steps, not the paper's 390. After a warm-up of one such
+                # epoch 2 of 6 narrow VGG-16s stayed at the loss of guessing. Instability trains for fewer
+                # epochs, since three children leave each pair at every spawn epoch: 128 epochs in all.
                 by_regime={
                     "trajectory": {"warmup_epochs": 2},
                     "instability": {"epochs": 10, "warmup_epochs": 3},
                 },
             )
-            # With BatchNorm, as REPAIR is measured on, networks learn in fewer epochs.
+            # Networks with BatchNorm, on which REPAIR is measured, learn in fewer epochs.
             for model, epochs in (
                 ("vgg16", 16),
                 ("resnet20", 16),
@@ -141,9 +149,23 @@ PRESETS: dict[str, dict[str, Preset]] = {
     },
 }
 
+# The networks of `digits` with fewer epochs, permutations and alphas to measure: `make demo` is done in a
+# minute.
+PRESETS = {
+    "demo": {
+        "mlp": PRESETS["digits"]["mlp"]._replace(
+            epochs=(0, 1, 2, 3, 5, 7, 10, 14, 20, 30),
+            match_epochs=(1, 3, 10, 30),
+            spawn_epochs=(0, 1, 2, 5, 10),
+            num_alphas=13,
+        )
+    },
+    **PRESETS,
+}
+
 
 def choose_preset(name: str, model: str | None) -> Preset:
-    """The preset of a name for a model, by default the first that it has.
+    """Return the preset of a name for a model, by default for its first model.
 
     Raises:
       ConfigError: there is no such preset, or it does not have the model.

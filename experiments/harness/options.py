@@ -1,4 +1,9 @@
-"""The flags that every experiment binary has, and what each does with them; only binaries import this."""
+"""The flags of experiment binaries, and what every binary does with them; only binaries import this.
+
+Most flags are shared by all binaries and defined when this module is imported. `define_flags` lists them in
+the help of a binary, and defines those flags that only some binaries have. Flags of one binary alone are
+defined in its own file.
+"""
 
 import pathlib
 import sys
@@ -7,23 +12,23 @@ from typing import Any, NamedTuple
 
 from absl import app, flags, logging
 
-from experiments.experiment import C, Experiment
-from experiments.networks import KEEP
-from experiments.pairs import shared_runs
-from experiments.presets import PRESETS, Preset, choose_preset
+import rebasin
+from experiments.harness.experiment import C, Experiment
+from experiments.harness.networks import KEEP, shared_runs
+from experiments.harness.presets import PRESETS, Preset, choose_preset
 from rebasin.errors import ConfigError, RebasinError
 from rebasin.training.data import load_dataset
 
-__all__ = ["Choice", "choose", "choose_epochs", "run_binary"]
+__all__ = ["Choice", "choose", "choose_epochs", "chosen_methods", "define_flags", "run_binary"]
 
-_MODELS = {name: ", ".join(models) for name, models in PRESETS.items()}
+_MODELS = "; ".join(f"{', '.join(models)} ({name})" for name, models in PRESETS.items())
 
 _PRESET = flags.DEFINE_enum(
     "preset",
     "digits",
     list(PRESETS),
-    "What fills in every flag that is not given: digits (minutes), cpu (minutes to an hour and more), paper "
-    "(the full recipe, for an accelerator).",
+    "What fills in every flag that is not given: demo (a minute), digits (minutes), cpu (minutes to an hour "
+    "and more), paper (the full recipe, for an accelerator).",
 )
 _OUTPUT_DIR = flags.DEFINE_string(
     "output_dir", None, "Folder for results.json, the CSV and the figures; must be given.", required=True
@@ -32,7 +37,7 @@ _RUNS_DIR = flags.DEFINE_string(
     "runs_dir",
     None,
     "Folder of trained networks, found again by recipe and seed. By default OUTPUT_DIR/runs for the "
-    "preset digits, else $REBASIN_RUNS_DIR or ~/.cache/rebasin/runs.",
+    "presets demo and digits, else $REBASIN_RUNS_DIR or ~/.cache/rebasin/runs.",
 )
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the first network; the others follow.", lower_bound=0)
 _REPLICATES = flags.DEFINE_integer("replicates", None, "Independent pairs of networks.", lower_bound=1)
@@ -41,10 +46,7 @@ _DATA_DIR = flags.DEFINE_string(
     "data_dir", None, "TFDS folder; by default $TFDS_DATA_DIR, else ~/tensorflow_datasets."
 )
 _MODEL = flags.DEFINE_string(
-    "model",
-    None,
-    f"One that the preset has a recipe for, by default the first: {_MODELS['digits']} (digits); "
-    f"{_MODELS['cpu']} (cpu); {_MODELS['paper']} (paper).",
+    "model", None, f"A model for which the preset has a recipe, by default the first: {_MODELS}."
 )
 _NUM_TRAIN = flags.DEFINE_integer(
     "num_train",
@@ -62,10 +64,10 @@ _WARMUP_EPOCHS = flags.DEFINE_integer(
 )
 _RESUME = flags.DEFINE_bool("resume", False, "Go on with an unfinished run in OUTPUT_DIR.")
 _NUM_ALPHAS = flags.DEFINE_integer(
-    "num_alphas", 25, "Points on each segment, both ends included.", lower_bound=2
+    "num_alphas", None, "Points on each path, both ends included.", lower_bound=2
 )
 _NUM_EVAL = flags.DEFINE_integer(
-    "num_eval", None, "Examples of each split on which segments are measured.", lower_bound=1
+    "num_eval", None, "Examples of each split on which paths are measured.", lower_bound=1
 )
 _NUM_MATCH = flags.DEFINE_integer(
     "num_match", None, "Training examples for matching methods that need data.", lower_bound=1
@@ -78,15 +80,19 @@ _KEEP_CHECKPOINTS = flags.DEFINE_enum(
     + "; ".join(f"{name}: {what}" for name, what in KEEP.items())
     + ".",
 )
+_SHARED = tuple(flag.name for flag in flags.FLAGS.get_key_flags_for_module(sys.modules[__name__]))
+
+# Presets whose networks are so small that they stay beside the results.
+_SMALL = ("demo", "digits")
 
 
 class Choice(NamedTuple):
     """What the shared flags say about a config.
 
     Attributes:
-      preset: what fills in the rest.
-      fields: those of `experiments.experiment.Config`, by name.
-      num_eval: examples on which segments are measured, `None` for all.
+      preset: what fills in flags that are not given.
+      fields: the fields of `experiments.harness.experiment.Config`, by name.
+      num_eval: number of examples of each split on which paths are measured, `None` for all.
     """
 
     preset: Preset
@@ -95,15 +101,45 @@ class Choice(NamedTuple):
 
     @property
     def last(self) -> int:
-        """The last epoch."""
+        """The last epoch of training."""
         return self.fields["recipe"].epochs
 
 
-def choose(regime: str = "trajectory") -> Choice:
-    """Reads the shared flags.
+def define_flags(binary: str, *, methods: bool = False, strict: bool = False) -> None:
+    """List the shared flags in the help of a binary, and give it the flags that only some binaries have.
+
+    Two binaries may be imported in one process, as tests do; a flag that both have is defined once.
 
     Args:
-      regime: of the recipe, see `rebasin.recipes.REGIMES`.
+      binary: ``__name__`` of the binary's module.
+      methods: whether the binary has ``--methods``, see `chosen_methods`.
+      strict: whether the binary makes claims and has ``--strict``.
+    """
+    if methods and "methods" not in flags.FLAGS:
+        flags.DEFINE_list(
+            "methods",
+            None,
+            f"Matching methods, in the order of the figures, among {', '.join(rebasin.METHODS)}; by default "
+            "weights and activations, in compare_methods all.",
+        )
+    if strict and "strict" not in flags.FLAGS:
+        flags.DEFINE_bool("strict", False, "Exit with status 1 if a claim does not hold.")
+    # absl files the flags of the main module under the name of the program.
+    module = sys.argv[0] if binary == "__main__" else binary
+    for name in (*_SHARED, *["methods"] * methods, *["strict"] * strict):
+        flags.FLAGS.register_key_flag_for_module(module, flags.FLAGS[name])
+
+
+def chosen_methods(default: Sequence[str]) -> tuple[str, ...]:
+    """Return the matching methods of ``--methods``, or those of a default."""
+    return tuple(flags.FLAGS["methods"].value or default)
+
+
+def choose(regime: str = "trajectory") -> Choice:
+    """Read the shared flags.
+
+    Args:
+      regime: regime of the recipe, a name in `rebasin.training.recipes.REGIMES`.
 
     Raises:
       ConfigError: the preset lacks the model, or the recipe cannot work.
@@ -112,21 +148,21 @@ def choose(regime: str = "trajectory") -> Choice:
     changes = {"dataset": _DATASET.value, "num_train": _NUM_TRAIN.value, "width": _WIDTH.value}
     warmup, epochs = _WARMUP_EPOCHS.value, _EPOCHS.value
     if warmup is None and epochs is not None:
-        # A short trial asks for few epochs and does not mean the warm-up.
+        # A short trial asks for few epochs and should not have to name a shorter warm-up as well.
         warmup = min(preset.build_recipe(regime).warmup_epochs, epochs)
     recipe = preset.build_recipe(regime, **changes, epochs=epochs, warmup_epochs=warmup)
     fields = {
         "recipe": recipe,
         "replicates": _REPLICATES.value or preset.replicates,
         "seed": _SEED.value,
-        "num_alphas": _NUM_ALPHAS.value,
+        "num_alphas": _NUM_ALPHAS.value or preset.num_alphas,
         "num_match": _NUM_MATCH.value or preset.num_match,
     }
     return Choice(preset, fields, _NUM_EVAL.value or preset.num_eval)
 
 
 def choose_epochs(given: Sequence[str] | None, preset: Sequence[int] | None, last: int) -> tuple[int, ...]:
-    """The epochs of a flag, else those of a preset that lie before the last one.
+    """Return the epochs of a flag, or those epochs of a preset that lie before the last one.
 
     Raises:
       ConfigError: the flag's value is not a list of numbers.
@@ -140,24 +176,19 @@ def choose_epochs(given: Sequence[str] | None, preset: Sequence[int] | None, las
 
 
 def run_binary(
-    arguments: Sequence[str],
-    experiment: Experiment[C],
-    build_config: Callable[[], C],
-    *,
-    strict: flags.FlagHolder[bool] | None = None,
+    arguments: Sequence[str], experiment: Experiment[C, Any, Any], build_config: Callable[[], C]
 ) -> None:
-    """What every binary does once its flags are parsed; what the user got wrong is one message on stderr.
+    """Run an experiment once the flags are parsed; print what the user got wrong as one message on stderr.
 
     Args:
-      arguments: the name of the program, and what is not a flag.
+      arguments: the name of the program, and whatever is not a flag.
       experiment: what to run.
       build_config: reads the flags.
-      strict: the flag that turns a claim which does not hold into exit status 1.
     """
     if len(arguments) > 1:
         raise app.UsageError(f"unknown arguments {arguments[1:]}")
     if not flags.FLAGS["verbosity"].present:
-        # JAX reports on its backends.
+        # Without this JAX reports on its backends.
         logging.set_verbosity(logging.WARNING)
     try:
         config = build_config()
@@ -172,12 +203,13 @@ def run_binary(
         )
     except RebasinError as error:
         sys.exit(f"error: {error}")
-    if strict is not None and strict.value and not all(claim.holds for claim in results.claims):
+    # Experiments without claims do not define the flag, but another binary of this process may have done so.
+    if experiment.judge and flags.FLAGS["strict"].value and not all(claim.holds for claim in results.claims):
         sys.exit(1)
 
 
 def _runs_directory() -> pathlib.Path:
-    """Where trained networks are kept, by flag, environment and preset."""
-    if _PRESET.value == "digits" and not _RUNS_DIR.value:
+    """Return the folder of trained networks, by flag, environment and preset."""
+    if _PRESET.value in _SMALL and not _RUNS_DIR.value:
         return pathlib.Path(_OUTPUT_DIR.value) / "runs"
     return shared_runs(_RUNS_DIR.value)

@@ -1,13 +1,14 @@
-"""What figures share: style, a mean with its band, the axis of epochs."""
+"""What all figures share: the style, a mean with its band, the axis of epochs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.results import Results, count_pairs
+from experiments.harness.results import Results, count_pairs
+from experiments.harness.statistics import Interval
 
 __all__ = [
     "GROUND",
@@ -30,7 +31,7 @@ RC: dict[Any, Any] = {
     "savefig.dpi": 150,
 }
 
-# Figures are written to a path, or to a file object in tests.
+# What a figure is written to: a path, or a file object in tests.
 Target = Any
 
 # Scale and axis label of each metric.
@@ -43,7 +44,18 @@ METRIC_LABELS = {
 
 
 class Style(NamedTuple):
-    """A line that is told apart by colour, dashes and brightness, so that a grey print still shows which."""
+    """The look of a line.
+
+    Lines of one panel differ in dashes and brightness as well as in colour, so that a grey print tells them
+    apart.
+
+    Attributes:
+      label: text in the legend.
+      colour: any colour that Matplotlib knows.
+      dashes: line style.
+      width: line width in points.
+      marker: marker at each point; `None` for none.
+    """
 
     label: str
     colour: Any
@@ -57,20 +69,19 @@ GROUND = Style("no permutation", "#777777", (0, (1, 1)))
 
 
 def draw_band(
-    axes: Axes, x: Sequence[float], series: Mapping[str, Any], style: Style, scale: float = 1
+    axes: Axes, x: Sequence[float], series: Sequence[Interval], style: Style, scale: float = 1
 ) -> None:
-    """Draws a mean over replicates with a band of one standard deviation to either side.
+    """Draw a mean over replicates with a band of one standard deviation to either side.
 
     Args:
       axes: where to draw.
       x: abscissae, ``[n]``.
-      series: the fields ``mean`` and ``deviation`` of a summary, ``[n]``.
-      style: of the line.
-      scale: factor on the values.
+      series: intervals over replicates, ``[n]``; no band is drawn where a deviation is NaN.
+      style: look of the line.
+      scale: factor on all values.
     """
-    mean = scale * np.array(series["mean"], np.float64)
-    # A single replicate has no spread: None, from JSON, becomes NaN.
-    spread = scale * np.array(series["deviation"], np.float64)
+    mean = scale * np.array([interval.mean for interval in series])
+    spread = scale * np.array([interval.deviation for interval in series])
     axes.plot(
         x,
         mean,
@@ -87,10 +98,10 @@ def draw_band(
 
 
 def dress_epochs(axes: Axes, epochs: Sequence[int], *, bottom: float | None = 0) -> None:
-    """Log-spaced epochs, as in the paper, with epoch 0 on the axis; barriers start at 0."""
+    """Give axes log-spaced epochs, as in the paper, with epoch 0; barriers start at `bottom`."""
     axes.set_xscale("symlog", linthresh=1, linscale=0.4)
     last = epochs[-1]
-    # Numbers that would stand on the last one are left out.
+    # Numbers so close to the last one that both would overlap are left out.
     ticks = [t for t in (0, 1, 2, 5, 10, 20, 50, 100) if epochs[0] <= t and (t + 1) * 1.3 <= last + 1]
     axes.set_xticks([*ticks, last], labels=[str(t) for t in (*ticks, last)])
     axes.minorticks_off()
@@ -100,15 +111,15 @@ def dress_epochs(axes: Axes, epochs: Sequence[int], *, bottom: float | None = 0)
     axes.grid(alpha=0.25, linewidth=0.5)
 
 
-def entitle(figure: Figure, results: Results, what: str, note: str) -> None:
-    """Heads a figure with the networks, how many pairs of what there are, and a note."""
-    recipe, pairs = results.config["recipe"], count_pairs(results, what)
-    title = f"{recipe['model']} (width {recipe['width']}) on {recipe['dataset']}, {pairs}{note}"
+def entitle(figure: Figure, results: Results[Any, Any, Any], what: str, note: str) -> None:
+    """Head a figure with the model, the dataset, the number of pairs of `what`, and a note."""
+    recipe, pairs = results.config.recipe, count_pairs(results.config.replicates, what)
+    title = f"{recipe.model} (width {recipe.width}) on {recipe.dataset}, {pairs}{note}"
     figure.suptitle(title, fontsize=9)
 
 
 def share_legend(figure: Figure, panels: Sequence[Axes], *, columns: int = 4) -> None:
-    """One legend below all panels, with every label once."""
+    """Put one legend below all panels, with every label once."""
     lines = [line for axes in panels for line in axes.get_legend_handles_labels()[0]]
     handles = {str(line.get_label()): line for line in lines}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns)

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import io
 import json
+import math
 import subprocess
 import sys
 
@@ -13,12 +14,18 @@ import pytest
 from rich.console import Console
 
 import rebasin
-from experiments.console import Reporter
-from experiments.pairs import run_directory
-from experiments.presets import Thresholds
-from experiments.results import Results
-from experiments.segments import METRICS
-from experiments.trajectory_alignment import EXPERIMENT, Config
+from experiments.harness.console import Reporter
+from experiments.harness.networks import run_directory
+from experiments.harness.presets import Thresholds
+from experiments.harness.record import (
+    METRICS,
+    AlignedEpoch,
+    EpochRecord,
+    Metrics,
+    TrajectoryRecord,
+)
+from experiments.harness.results import claim
+from experiments.training_trajectories import EXPERIMENT, TrajectoryConfig, early_epochs, judge
 from rebasin.errors import ConfigError
 from rebasin.models import build_model
 from rebasin.training.data import load_dataset, normalise
@@ -42,7 +49,7 @@ def small_config(**changes):
         "num_match": 100,
         "thresholds": Thresholds(0.4, 0.1, 0.03),
     }
-    return Config(**(fields | changes))
+    return TrajectoryConfig(**(fields | changes))
 
 
 def quiet():
@@ -94,18 +101,19 @@ def test_barriers_are_those_of_the_networks_on_disk(finished):
     spec = rebasin.infer_spec(model.apply, a.last, np.zeros((1, 8, 8, 1), np.float32))
     test = dataset.take(num_train=200, num_test=200).test
     images = dataset.take(num_train=100).train.inputs
-    curve = results.curves[1]
+    epochs = {epoch.epoch: epoch for epoch in results.records[1].epochs}
 
     def apply(variables, batch):
         return model.apply(variables, normalise(batch, dataset.mean, dataset.std))
 
-    for method, stored in curve["methods"].items():
+    for method in ("weights", "activations"):
+        own = {t: epoch.methods[method] for t, epoch in epochs.items()}
         for s, t, value in (
-            (4, 1, stored["barriers"]["end"]["test_error"][1]),
-            (2, 2, stored["barriers"]["same_epoch"]["test_error"][2]),
-            (1, 4, stored["barriers"]["at_end"]["test_error"][1]),
-            (1, 2, stored["fixed"]["test_error"][0][2]),
-            (4, 0, stored["fixed"]["test_error"][1][0]),
+            (4, 1, own[1].under[4].test_error),
+            (2, 2, own[2].same_epoch.test_error),
+            (1, 4, own[1].at_end.test_error),
+            (1, 2, own[2].under[1].test_error),
+            (4, 0, own[0].under[4].test_error),
         ):
             if method == "weights":
                 match = rebasin.weight_matching(spec, a[s], b[s], key=jax.random.key(0))
@@ -117,8 +125,8 @@ def test_barriers_are_those_of_the_networks_on_disk(finished):
             if (s, t) == (4, 1):
                 leaves = zip(jax.tree.leaves(a[t]), jax.tree.leaves(moved), strict=True)
                 distance = np.sqrt(sum(((x - np.asarray(y, np.float64)) ** 2).sum() for x, y in leaves))
-                assert stored["distance"]["end"][1] == pytest.approx(distance, rel=1e-5)
-    assert curve["unaligned"]["test_error"][3] == pytest.approx(
+                assert own[1].distance_end == pytest.approx(distance, rel=1e-5)
+    assert epochs[4].unaligned.test_error == pytest.approx(
         barrier_by_hand(a[4], b[4], test, dataset), abs=0.0101
     )
 
@@ -126,31 +134,38 @@ def test_barriers_are_those_of_the_networks_on_disk(finished):
 def test_results_have_the_schema_and_the_statistics(finished):
     results, folder, _ = finished
     content = json.loads((folder / "out/results.json").read_text())
-    keys = "schema_version experiment config environment seconds curves summary claims"
+    keys = "schema_version experiment config environment seconds records summary claims"
     assert list(content) == keys.split()
     assert content["config"]["recipe"]["width"] == 16
-    curves, summary = content["curves"], content["summary"]
-    assert [curve["seeds"] for curve in curves] == [[0, 1], [2, 3]]
+    assert [record["seeds"] for record in content["records"]] == [[0, 1], [2, 3]]
+    assert content["summary"]["seeds"] == [0, 1, 2, 3]
+    epochs, summary = [record["epochs"] for record in content["records"]], content["summary"]["epochs"]
     for method in ("weights", "activations"):
-        own = [curve["methods"][method] for curve in curves]
-        for name in ("end", "same_epoch", "at_end"):
+        own = [[epoch["methods"][method] for epoch in parts] for parts in epochs]
+        means = [epoch["methods"][method] for epoch in summary]
+        for pick in (
+            lambda epoch: epoch["under"]["4"],
+            lambda epoch: epoch["same_epoch"],
+            lambda epoch: epoch["at_end"],
+        ):
             for metric in METRICS:
-                columns = np.array([o["barriers"][name][metric] for o in own])
-                mean = summary["methods"][method]["barriers"][name][metric]["mean"]
+                columns = np.array([[pick(epoch)[metric] for epoch in parts] for parts in own])
+                mean = [pick(epoch)[metric]["mean"] for epoch in means]
                 np.testing.assert_allclose(mean, columns.mean(0), atol=1e-6)
                 assert columns.shape == (2, 4)
                 assert (columns >= 0).all()
-        for o in own:
+        for parts in own:
             # At the last epoch P_t is P_end, whichever way it is written down.
-            last = {name: series["test_loss"][-1] for name, series in o["barriers"].items()}
-            assert len({*last.values(), o["fixed"]["test_loss"][-1][-1]}) == 1
-            assert o["fixed_points"]["total"][-1] == 1.0
-            # P_1 is one permutation, in the matrix and as that of its own epoch.
-            assert o["fixed"]["test_loss"][0][1] == o["barriers"]["same_epoch"]["test_loss"][1]
-            assert o["distance"]["same_epoch"][-1] == o["distance"]["end"][-1]
-            layers = o["fixed_points"]["groups"]
+            last = parts[-1]
+            assert last["same_epoch"]["test_loss"] == last["at_end"]["test_loss"]
+            assert last["same_epoch"]["test_loss"] == last["under"]["4"]["test_loss"]
+            assert last["fixed_points"]["total"] == 1.0
+            # P_1 is one permutation, among those applied everywhere and as that of its own epoch.
+            assert parts[1]["under"]["1"]["test_loss"] == parts[1]["same_epoch"]["test_loss"]
+            assert last["distance_same_epoch"] == last["distance_end"]
+            layers = [list(epoch["fixed_points"]["groups"].values()) for epoch in parts]
             np.testing.assert_allclose(
-                o["fixed_points"]["total"], np.mean(list(layers.values()), axis=0), rtol=1e-6
+                [epoch["fixed_points"]["total"] for epoch in parts], np.mean(layers, axis=1), rtol=1e-6
             )  # three layers of one width
     assert [claim["id"] for claim in content["claims"]] == [
         "unaligned_barrier",
@@ -183,25 +198,16 @@ def test_csv_is_tidy(finished):
         for row in rows
     }
     assert len(found) == len(rows)
-    curve = results.curves[1]
+    epochs = {epoch.epoch: epoch for epoch in results.records[1].epochs}
     for key, value in (
-        (("1", "none", "", "2", "test_loss"), curve["unaligned"]["test_loss"][2]),
-        (
-            ("1", "weights", "4", "1", "test_loss"),
-            curve["methods"]["weights"]["barriers"]["end"]["test_loss"][1],
-        ),
-        (
-            ("1", "activations", "1", "2", "train_loss"),
-            curve["methods"]["activations"]["fixed"]["train_loss"][0][2],
-        ),
-        (
-            ("1", "weights", "0", "4", "test_loss"),
-            curve["methods"]["weights"]["barriers"]["at_end"]["test_loss"][0],
-        ),
+        (("1", "none", "", "2", "test_loss"), epochs[2].unaligned.test_loss),
+        (("1", "weights", "4", "1", "test_loss"), epochs[1].methods["weights"].under[4].test_loss),
+        (("1", "activations", "1", "2", "train_loss"), epochs[2].methods["activations"].under[1].train_loss),
+        (("1", "weights", "0", "4", "test_loss"), epochs[0].methods["weights"].at_end.test_loss),
     ):
         assert float(found[key]["barrier"]) == pytest.approx(value, rel=1e-5)
     assert float(found["1", "none", "", "2", "test_loss"]["endpoint_b"]) == pytest.approx(
-        curve["endpoints"]["test_loss"]["b"][2], rel=1e-5
+        epochs[2].endpoints.b.test_loss, rel=1e-5
     )
 
 
@@ -239,7 +245,7 @@ def test_a_finished_run_is_only_drawn_anew(finished):
     assert all(figure.stat().st_size > 10_000 for figure in figures)
     assert (folder / "out/results.json").read_bytes() == before
     assert not (folder / "none").exists()
-    assert again.claims == Results.load(folder / "out/results.json").claims
+    assert again.claims == EXPERIMENT.load(folder / "out/results.json").claims
 
 
 def test_another_config_is_refused_and_nothing_lost(finished):
@@ -264,8 +270,8 @@ def test_another_config_is_refused_and_nothing_lost(finished):
 
 def test_an_unfinished_run_needs_resume_and_keeps_its_replicates(finished, tmp_path):
     _, folder, _ = finished
-    complete = Results.load(folder / "out/results.json")
-    partial = dataclasses.replace(complete, curves=complete.curves[:1], summary={}, claims=[])
+    complete = EXPERIMENT.load(folder / "out/results.json")
+    partial = dataclasses.replace(complete, records=complete.records[:1], summary=None, claims=[])
     tmp_path.joinpath("out").mkdir()
     partial.save(tmp_path / "out/results.json")
     arguments = {"output_dir": tmp_path / "out", "runs_dir": folder / "runs", "reporter": quiet()}
@@ -275,20 +281,35 @@ def test_an_unfinished_run_needs_resume_and_keeps_its_replicates(finished, tmp_p
         EXPERIMENT.run(small_config(), load_dataset("digits"), **arguments)
     resumed = EXPERIMENT.run(small_config(), load_dataset("digits"), resume=True, **arguments)
     # To the last bit: what is summed up has gone through the file's seven digits either way.
-    assert (resumed.curves, resumed.summary) == (complete.curves, complete.summary)
-    assert Results.load(tmp_path / "out/results.json").claims == complete.claims
+    assert (resumed.records, resumed.summary) == (complete.records, complete.summary)
+    assert EXPERIMENT.load(tmp_path / "out/results.json").claims == complete.claims
+
+
+def test_a_run_killed_within_a_pair_measures_only_the_epochs_that_it_lacks(finished, tmp_path):
+    """Epochs are stored when measured; what was measured is not measured again."""
+    _, folder, _ = finished
+    complete = EXPERIMENT.load(folder / "out/results.json")
+    marked = dataclasses.replace(complete.records[1].epochs[3], distance=-1.0)
+    begun = dataclasses.replace(complete.records[1], epochs=(complete.records[1].epochs[1], marked))
+    partial = dataclasses.replace(complete, records=[complete.records[0], begun], summary=None, claims=[])
+    partial.save(tmp_path / "results.json")
+    arguments = {"output_dir": tmp_path, "runs_dir": folder / "runs", "reporter": quiet()}
+    resumed = EXPERIMENT.run(small_config(), load_dataset("digits"), resume=True, **arguments)
+    assert resumed.records[0] == complete.records[0]
+    assert resumed.records[1].epochs[3] == marked
+    assert resumed.records[1].epochs[:3] == complete.records[1].epochs[:3]
 
 
 @pytest.mark.parametrize(("keep", "left"), [("none", None), ("ends", (0, 4))])
 def test_networks_are_dropped_and_the_numbers_stay(finished, tmp_path, keep, left):
     _, folder, _ = finished
-    complete = Results.load(folder / "out/results.json")
+    complete = EXPERIMENT.load(folder / "out/results.json")
     output, runs = tmp_path / "out", tmp_path / "runs"
     config = small_config(replicates=1, methods=("weights",))
     results = EXPERIMENT.run(
         config, load_dataset("digits"), output_dir=output, runs_dir=runs, keep=keep, reporter=quiet()
     )
-    ours, theirs = (r.curves[0]["methods"]["weights"] for r in (results, complete))
+    ours, theirs = ([epoch.methods["weights"] for epoch in r.records[0].epochs] for r in (results, complete))
     assert ours == theirs
     assert not runs.exists()
     if left is None:
@@ -314,7 +335,7 @@ def test_every_problem_of_a_config_is_listed():
     assert str(info.value).splitlines() == [
         "this experiment cannot work:",
         "  replicates: wanted at least 1, got 0",
-        "  num_alphas: wanted at least 2, both ends of the segment, got 1",
+        "  num_alphas: wanted at least 2, both ends of the path, got 1",
         f"  methods: wanted some of {', '.join(rebasin.METHODS)}, got 'magic'",
         "  epochs: wanted the recipe's last, 4, at the end, got 2",
         "  match_epochs: wanted ascending ones of epochs, with the last, got [1, 4]",
@@ -350,4 +371,59 @@ def test_the_binary_from_end_to_end(tmp_path):
     assert done.returncode == (0 if all(claim["holds"] for claim in content["claims"]) else 1)
     assert (content["config"]["epochs"], content["config"]["num_alphas"]) == ([0, 1, 4], 3)
     assert (content["config"]["match_epochs"], content["config"]["methods"]) == ([1, 4], ["weights"])
-    assert content["summary"]["unaligned"]["test_error"]["deviation"] == [None] * 3
+    assert [epoch["unaligned"]["test_error"]["deviation"] for epoch in content["summary"]["epochs"]] == [
+        None
+    ] * 3
+
+
+def test_claims_follow_their_rules():
+    """On made-up records of three replicates, by hand."""
+    config = small_config(
+        epochs=(0, 1, 2, 30),
+        match_epochs=(30,),
+        methods=("weights",),
+        recipe=dataclasses.replace(small_config().recipe, epochs=30),
+    )
+
+    def metrics(test_error):
+        return Metrics(math.nan, math.nan, math.nan, test_error)
+
+    def record(shift):
+        rows = zip(
+            config.epochs,
+            (0, 0, 0, 0.5 + shift),  # unaligned
+            (0.0, 0.09 + shift, 0.05, 0.02),  # under P_end
+            (0.0, 0.19 + shift, 0.35, 0.02),  # under P_t
+            (0.8, 0.52 + shift, 0.3, 0.02),  # at the end, under P_t
+            (9.0, 9.0, 8.0, 10.0),  # distance under P_t
+            strict=True,
+        )
+        parts = []
+        for t, unaligned, under_end, same_epoch, at_end, distance in rows:
+            own = AlignedEpoch(
+                math.nan, metrics(same_epoch), metrics(at_end), {30: metrics(under_end)}, distance, 10.0, None
+            )
+            parts.append(EpochRecord(t, None, metrics(unaligned), math.nan, {"weights": own}))
+        return TrajectoryRecord((0, 1), tuple(parts))
+
+    found = {entry.id: entry for entry in judge(config, [record(shift) for shift in (-0.01, 0.0, 0.01)])}
+    measured = {
+        "unaligned_barrier": 0.5,
+        "one_permutation_aligns_every_epoch_weights": 0.09,
+        "one_permutation_aligns_the_end_weights": 0.02,
+        "early_permutations_fail_weights": 0.5,
+        "early_permutations_are_closer": -0.15,
+        "early_permutations_are_worse_in_place": 0.2,
+    }
+    assert {name: round(entry.measured, 6) for name, entry in found.items()} == measured
+    assert all(entry.holds for entry in found.values())
+    worse = {entry.id: entry.holds for entry in judge(config, [record(s) for s in (-0.2, 0.0, 0.29)])}
+    assert worse == dict.fromkeys(measured, True) | {
+        "one_permutation_aligns_every_epoch_weights": False,
+        "early_permutations_fail_weights": False,
+    }
+    assert early_epochs([0, 1, 2, 3, 4, 30]) == [1, 2, 3]
+    assert early_epochs([0, 2, 4]) == [1]
+    assert not claim("x", "", "", np.array([1.0, -0.1])).holds
+    assert claim("x", "", "", np.array([1.0])).holds
+    assert claim("x", "", "", np.array([-1.0]), below=True).holds

@@ -1,11 +1,13 @@
 """What a person sees while an experiment runs: bars on a terminal, plain lines in a log."""
 
 import contextlib
+import math
 import pathlib
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -18,28 +20,33 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from experiments.results import Results
+from experiments.harness.results import Results
+from experiments.harness.statistics import Interval
 
 __all__ = ["Reporter", "cell"]
 
 
 class Reporter:
-    """Prints to one console; a test passes its own."""
+    """Prints to one console.
+
+    Args:
+      console: where to print; by default the terminal.
+    """
 
     def __init__(self, console: Console | None = None) -> None:
         # Logs have no width of their own.
         self.console = console or Console(width=None if sys.stdout.isatty() else 80, highlight=False)
 
     def say(self, text: str) -> None:
-        """Prints a line as it is: a long path that is broken cannot be copied."""
+        """Print a line without breaking it, since a long path that is broken cannot be copied."""
         self.console.print(text, markup=False, soft_wrap=True)
 
     @contextlib.contextmanager
     def stage(self, description: str, total: int) -> Iterator[Callable[[], None]]:
-        """Shows the progress of `total` steps; yields the function to call after each.
+        """Show the progress of `total` steps, and yield the function to call after each step.
 
-        On a terminal a bar with the time left; elsewhere a line at the end, and one a minute until then.
-        Nothing where nothing is to be done.
+        A terminal shows a bar with the time left; elsewhere a line is printed each minute and at the end.
+        Nothing is shown where `total` is 0.
         """
         if total == 0:
             yield lambda: None
@@ -73,7 +80,7 @@ class Reporter:
         self.say(f"{description}: {done}/{total} in {time.perf_counter() - began:.1f} s")
 
     def table(self, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """Prints a table of text, numbers to the right."""
+        """Print a table of text, with all columns aligned to the right."""
         table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
         for name in header:
             table.add_column(name, justify="right", no_wrap=True)
@@ -81,11 +88,11 @@ class Reporter:
             table.add_row(*row)
         self.console.print(table)
 
-    def conclude(self, results: Results, paths: Iterable[pathlib.Path]) -> None:
-        """Prints the claims, the computing time and the files of a finished run."""
+    def conclude(self, results: Results[Any, Any, Any], paths: Iterable[pathlib.Path]) -> None:
+        """Print the claims, the computing time and the files of a finished run."""
         if results.claims:
             alone = " (one pair has no 95 % interval: its value decides)"
-            self.say("\nclaims of the paper" + alone * (results.config["replicates"] == 1))
+            self.say("\nclaims of the paper" + alone * (results.config.replicates == 1))
         for claim in results.claims:
             low, high = _number(claim.low), _number(claim.high)
             spread = f" [{low}, {high}]" if (low, high) != ("none", "none") else ""
@@ -99,35 +106,33 @@ class Reporter:
             self.say(str(path))
 
     def wrap(self, text: str, *, head: str = "") -> None:
-        """Prints text behind a head, its later lines below its first."""
+        """Print text behind a head, with later lines indented as far as the first."""
         width = min(self.console.width, 100)
         self.say(textwrap.fill(text, width, initial_indent=head, subsequent_indent=" " * len(head)))
 
 
-def cell(interval: Mapping[str, float | None], *, percent: bool) -> str:
-    """Mean and standard deviation, in at most eight characters so that a table fits 80 columns.
+def cell(interval: Interval, *, percent: bool) -> str:
+    """Write mean and standard deviation in at most eight characters, so that a table fits 80 columns.
 
     Args:
-      interval: with the fields ``mean`` and ``deviation`` of `experiments.statistics.Interval`.
-      percent: a fraction, told in % with one digit; else two digits.
+      interval: what to write; the deviation is left out where it is NaN.
+      percent: whether to write a fraction in %, with one digit, rather than a number with two digits.
 
     Examples:
-      >>> cell({"mean": 0.7379, "deviation": 0.0921}, percent=True)
+      >>> cell(Interval(0.7379, 0.6, 0.9, 0.0921), percent=True)
       '73.8±9.2'
-      >>> cell({"mean": 0.7379, "deviation": None}, percent=False)
+      >>> cell(Interval(0.7379, math.nan, math.nan, math.nan), percent=False)
       '0.74'
     """
     scale, digits = (100, 1) if percent else (1, 2)
-    mean, spread = interval["mean"], interval["deviation"]
-    text = "none" if mean is None else f"{scale * mean:.{digits}f}"
-    # JSON has no NaN: a single replicate's spread is None when it was read back.
-    if spread is None or spread != spread:
+    text = "none" if math.isnan(interval.mean) else f"{scale * interval.mean:.{digits}f}"
+    if math.isnan(interval.deviation):
         return text
-    spread *= scale
+    spread = scale * interval.deviation
     text += f"±{spread:.{digits if spread < 9.95 else 0}f}"
     return text if percent else text.replace("±0.", "±.")
 
 
-def _number(value: float | None) -> str:
-    """Three digits; what is not known is NaN, or None when it was read back, as JSON has no NaN."""
-    return "none" if value is None or value != value else f"{value:.3f}"
+def _number(value: float) -> str:
+    """Write a number with three digits; NaN stands for what is not known."""
+    return "none" if math.isnan(value) else f"{value:.3f}"

@@ -14,12 +14,14 @@ import pytest
 from rich.console import Console
 
 import rebasin
-from experiments import method_comparison, rate_comparison
-from experiments.bench import Bench
-from experiments.console import Reporter
-from experiments.experiment import Setup
-from experiments.pairs import run_directory
-from experiments.results import Results
+from experiments import compare_methods, learning_rates
+from experiments.harness.console import Reporter
+from experiments.harness.experiment import Setup
+from experiments.harness.methods import MethodComparison
+from experiments.harness.networks import run_directory
+from experiments.harness.record import MethodsRecord
+from experiments.harness.results import Results, Seconds
+from experiments.harness.serialisation import to_json
 from rebasin.barrier import classification_metrics
 from rebasin.batches import Batch
 from rebasin.errors import ConfigError
@@ -41,14 +43,14 @@ def reporter(text=None):
 
 def methods_config(**changes):
     fields = {"recipe": RECIPE, "replicates": 2, "seed": 0, "methods": ("weights", "activations")}
-    return method_comparison.Config(**{**fields, **SIZES, "num_repair": 100, "num_steps": 5, **changes})
+    return compare_methods.MethodsConfig(**{**fields, **SIZES, "num_repair": 100, "num_steps": 5, **changes})
 
 
 @pytest.fixture(scope="module")
 def methods(tmp_path_factory):
     folder = tmp_path_factory.mktemp("methods")
     text = io.StringIO()
-    results = method_comparison.EXPERIMENT.run(
+    results = compare_methods.EXPERIMENT.run(
         methods_config(),
         load_dataset("digits"),
         output_dir=folder / "out",
@@ -71,10 +73,10 @@ def test_the_first_row_is_the_pair_as_it_was_trained(methods, pair):
     data = dataset.take(num_train=1, num_test=200).test
     metrics = classification_metrics(build_apply(model, dataset))
     curve = rebasin.sweep(*pair, data, metrics, num_alphas=5)
-    record = results.curves[0]["methods"]["none"]
-    np.testing.assert_allclose(record["plain"]["loss_barrier"], curve.loss_barrier.value, rtol=1e-5)
-    np.testing.assert_allclose(record["plain"]["midpoint_error"], curve.error[2], rtol=1e-5)
-    assert record["objective"] is None
+    record = results.records[0].methods["none"]
+    np.testing.assert_allclose(record.plain.loss_barrier, curve.loss_barrier.value, rtol=1e-5)
+    np.testing.assert_allclose(record.plain.midpoint_error, curve.error[2], rtol=1e-5)
+    assert record.objective is None
 
 
 def test_objective_and_distance_of_weight_matching(methods, pair):
@@ -82,9 +84,9 @@ def test_objective_and_distance_of_weight_matching(methods, pair):
     results, _, _ = methods
     a, b = ([np.asarray(x, np.float64) for x in layers.values()] for layers in map(flat, pair))
     squares = sum((x**2).sum() for x in (*a, *b))
-    record = results.curves[0]["methods"]["weights"]
-    assert record["distance"] ** 2 == pytest.approx(squares - 2 * record["objective"][1], rel=1e-5)
-    assert record["distance"] < results.curves[0]["methods"]["none"]["distance"]
+    record = results.records[0].methods["weights"]
+    assert record.distance**2 == pytest.approx(squares - 2 * record.objective.end, rel=1e-5)
+    assert record.distance < results.records[0].methods["none"].distance
 
 
 def flat(tree, name=""):
@@ -95,8 +97,8 @@ def flat(tree, name=""):
 
 def test_repair_leaves_the_endpoints_alone(methods):
     results, _, _ = methods
-    for record in results.curves[0]["methods"].values():
-        plain, repaired = (record[variant]["segment_error"] for variant in ("plain", "repaired"))
+    for record in results.records[0].methods.values():
+        plain, repaired = record.plain.error, record.repaired.error
         assert [plain[0], plain[-1]] == pytest.approx([repaired[0], repaired[-1]], abs=0.006)
 
 
@@ -111,7 +113,7 @@ class Normed(nn.Module):
 
 @pytest.fixture(scope="module")
 def normed():
-    """Two networks with BatchNorm that were never trained, a bench for them, and its record of the two."""
+    """Two networks with BatchNorm that were never trained, and the results of comparing methods on them."""
     dataset, model = load_dataset("digits"), Normed()
     images = normalise(dataset.train.inputs[:300], dataset.mean, dataset.std)
     trees = []
@@ -120,10 +122,11 @@ def normed():
         # Running statistics of the initialisation say nothing: those of the data.
         trees.append(tree | model.apply(tree, images, mutable=["batch_stats"])[1])
     spec = rebasin.infer_spec(model.apply, trees[0], images[:1])
-    results = Results("compare_methods", methods_config(methods=("weights",)).to_json())
-    setup = Setup(methods_config(), dataset, model, spec, None, results, reporter())
-    bench = Bench(setup, ("weights",), num_test=200, num_repair=100)
-    results.curves = [{"methods": bench.measure([SimpleNamespace(last=tree) for tree in trees], "")}]
+    setup = Setup(methods_config(), dataset, model, spec, None, Seconds(), reporter())
+    comparison = MethodComparison(setup, ("weights",), num_test=200, num_repair=100)
+    measured = comparison.measure([SimpleNamespace(last=tree) for tree in trees], "")
+    config = methods_config(methods=("weights",), replicates=1)
+    results = Results("compare_methods", config, records=[MethodsRecord((0, 1), measured)])
     return dataset, model, trees, results
 
 
@@ -141,16 +144,27 @@ def test_new_norm_statistics_are_those_of_the_network_in_the_middle(normed):
     variables = {"params": params, "batch_stats": {"BatchNorm_0": statistics}}
     metrics = classification_metrics(model.apply)(variables, Batch(test, chosen.test.labels))
     loss = float(jnp.mean(metrics["loss"]))
-    record = results.curves[0]["methods"]["none"]
-    assert record["reset"]["midpoint_loss"] == pytest.approx(loss, rel=1e-4)
-    assert record["plain"]["midpoint_loss"] != pytest.approx(loss, rel=1e-2)
+    record = results.records[0].methods["none"]
+    assert record.reset.midpoint_loss == pytest.approx(loss, rel=1e-4)
+    assert record.plain.midpoint_loss != pytest.approx(loss, rel=1e-2)
+
+
+def test_distance_is_that_of_the_weights_alone(normed):
+    """Running statistics are not part of the distance between networks."""
+    _, _, (a, b), results = normed
+    leaves = zip(*(jax.tree.leaves(tree["params"]) for tree in (a, b)), strict=True)
+    weights = np.sqrt(sum(((x - np.asarray(y, np.float64)) ** 2).sum() for x, y in leaves))
+    leaves = zip(*map(jax.tree.leaves, (a, b)), strict=True)
+    everything = np.sqrt(sum(((x - np.asarray(y, np.float64)) ** 2).sum() for x, y in leaves))
+    distance = results.records[0].methods["none"].distance
+    assert distance == pytest.approx(weights, rel=1e-6)
+    assert distance != pytest.approx(everything, rel=1e-4)
 
 
 def test_new_norm_statistics_have_rows_a_table_and_marks_of_their_own(normed, tmp_path):
     results = normed[-1]
-    results.config["replicates"] = 1
-    experiment, text = method_comparison.EXPERIMENT, io.StringIO()
-    results.summary = experiment.summarise(results.config, results.curves)
+    experiment, text = compare_methods.EXPERIMENT, io.StringIO()
+    results.summary = experiment.summarise(results.config, results.records)
     rows = list(experiment.rows(results))
     assert [row["statistics"] for row in rows] == ["plain", "repaired", "reset"] * 2
     experiment.report(results, reporter(text))
@@ -177,7 +191,7 @@ def test_a_finished_run_is_only_drawn_anew(methods, tmp_path):
     _, folder, _ = methods
     before = (folder / "out" / "results.json").read_text()
     (folder / "out" / "compare_methods.png").unlink()
-    method_comparison.EXPERIMENT.run(
+    compare_methods.EXPERIMENT.run(
         methods_config(),
         load_dataset("digits"),
         output_dir=folder / "out",
@@ -204,6 +218,8 @@ def test_what_cannot_work_is_refused():
 
 
 def without_seconds(value):
+    if not isinstance(value, dict | list):
+        value = to_json(value)
     if isinstance(value, dict):
         return {key: without_seconds(inner) for key, inner in value.items() if key != "seconds"}
     return [without_seconds(inner) for inner in value] if isinstance(value, list) else value
@@ -213,10 +229,10 @@ def without_seconds(value):
 def test_a_killed_comparison_ends_with_the_same_numbers(methods, tmp_path, monkeypatch):
     """Killed at the second pair; of the networks trained here, the last epochs alone are left."""
     complete, _, _ = methods
-    experiment, dataset = method_comparison.EXPERIMENT, load_dataset("digits")
+    experiment, dataset = compare_methods.EXPERIMENT, load_dataset("digits")
     config = methods_config(methods=("weights",))
     folders = {"output_dir": tmp_path / "out", "runs_dir": tmp_path / "runs", "reporter": reporter()}
-    measure, calls = Bench.measure, []
+    measure, calls = MethodComparison.measure, []
 
     def killed(*arguments):
         calls.append(None)
@@ -224,20 +240,20 @@ def test_a_killed_comparison_ends_with_the_same_numbers(methods, tmp_path, monke
             raise KeyboardInterrupt
         return measure(*arguments)
 
-    monkeypatch.setattr(Bench, "measure", killed)
+    monkeypatch.setattr(MethodComparison, "measure", killed)
     with pytest.raises(KeyboardInterrupt):
         experiment.run(config, dataset, **folders, keep="ends")
-    assert len(Results.load(tmp_path / "out/results.json").curves) == 1
+    assert len(experiment.load(tmp_path / "out/results.json").records) == 1
     with pytest.raises(ConfigError, match="pass --resume to go on with it"):
         experiment.run(config, dataset, **folders, keep="ends")
     experiment.run(config, dataset, **folders, keep="ends", resume=True)
     assert len(calls) == 3
-    resumed = Results.load(tmp_path / "out/results.json")
-    for ours, theirs in zip(resumed.curves, complete.curves, strict=True):
-        for name, record in ours["methods"].items():
-            assert without_seconds(record) == without_seconds(theirs["methods"][name])
-    for name, summary in resumed.summary["methods"].items():
-        assert without_seconds(summary) == without_seconds(complete.summary["methods"][name])
+    resumed = experiment.load(tmp_path / "out/results.json")
+    for ours, theirs in zip(resumed.records, complete.records, strict=True):
+        for name, record in ours.methods.items():
+            assert without_seconds(record) == without_seconds(theirs.methods[name])
+    for name, summary in resumed.summary.methods.items():
+        assert without_seconds(summary) == without_seconds(complete.summary.methods[name])
     assert not (tmp_path / "runs").exists()
     stored = [Trajectory(run_directory(tmp_path / "out/networks", RECIPE, seed)) for seed in range(4)]
     assert [trajectory.epochs for trajectory in stored] == [(3,)] * 4
@@ -245,48 +261,49 @@ def test_a_killed_comparison_ends_with_the_same_numbers(methods, tmp_path, monke
 
 @pytest.mark.slow
 def test_every_method_in_a_comparison(tmp_path):
-    results = method_comparison.EXPERIMENT.run(
-        methods_config(methods=method_comparison.METHODS, replicates=1, num_steps=2),
+    results = compare_methods.EXPERIMENT.run(
+        methods_config(methods=compare_methods.METHODS, replicates=1, num_steps=2),
         load_dataset("digits"),
         output_dir=tmp_path / "out",
         runs_dir=tmp_path / "runs",
         reporter=reporter(),
     )
-    assert list(results.curves[0]["methods"]) == ["none", *rebasin.METHODS]
-    for name, record in results.curves[0]["methods"].items():
-        assert name == "none" or record["objective"][1] >= record["objective"][0]
+    assert list(results.records[0].methods) == ["none", *rebasin.METHODS]
+    for name, record in results.records[0].methods.items():
+        assert name == "none" or record.objective.end >= record.objective.start
 
 
 def rates_config(**changes):
     fields = {"recipe": RECIPE, "rates": (0.01, 0.1), "replicates": 1, "seed": 0, **SIZES}
-    return rate_comparison.Config(**{**fields, **changes})
+    return learning_rates.RatesConfig(**{**fields, **changes})
 
 
 def test_rates(tmp_path):
     """Two rates and one pair each; then from the first rate on again, with networks that are dropped."""
-    experiment, dataset = rate_comparison.EXPERIMENT, load_dataset("digits")
+    experiment, dataset = learning_rates.EXPERIMENT, load_dataset("digits")
     text = io.StringIO()
     folders = {"output_dir": tmp_path / "out", "runs_dir": tmp_path / "runs"}
     experiment.run(rates_config(), dataset, **folders, reporter=reporter(text))
-    results = Results.load(tmp_path / "out/results.json")
-    partial = dataclasses.replace(results, curves=results.curves[:1], summary={}, claims=[])
+    results = experiment.load(tmp_path / "out/results.json")
+    partial = dataclasses.replace(results, records=results.records[:1], summary=None, claims=[])
     (tmp_path / "again").mkdir()
     partial.save(tmp_path / "again/results.json")
     folders = {"output_dir": tmp_path / "again", "runs_dir": tmp_path / "none"}
     experiment.run(rates_config(), dataset, **folders, keep="none", resume=True, reporter=reporter())
-    resumed = Results.load(tmp_path / "again/results.json")
-    assert resumed.curves[0] == results.curves[0]
-    assert without_seconds(resumed.curves) == without_seconds(results.curves)
-    assert (resumed.summary, resumed.claims) == (results.summary, results.claims)
+    resumed = experiment.load(tmp_path / "again/results.json")
+    assert resumed.records[0] == results.records[0]
+    assert without_seconds(resumed.records) == without_seconds(results.records)
+    assert without_seconds(resumed.summary) == without_seconds(results.summary)
+    assert resumed.claims == results.claims
     assert not (tmp_path / "none").exists()
     assert not (tmp_path / "again/networks").exists()
 
-    assert [curve["rate"] for curve in results.curves] == [0.01, 0.1]
-    for rate, curve in zip((0.01, 0.1), results.curves, strict=True):
+    assert [record.rate for record in results.records] == [0.01, 0.1]
+    for rate, record in zip((0.01, 0.1), results.records, strict=True):
         recipe = dataclasses.replace(RECIPE, peak_learning_rate=rate)
-        assert Trajectory(run_directory(tmp_path / "runs", recipe, curve["seeds"][1])).complete
+        assert Trajectory(run_directory(tmp_path / "runs", recipe, record.seeds[1])).complete
     weights, covariance = (
-        results.curves[0]["methods"][name]["plain"]["midpoint_loss"] for name in ("weights", "covariance")
+        results.records[0].methods[name].plain.midpoint_loss for name in ("weights", "covariance")
     )
     assert results.claims[0].measured == pytest.approx(weights - covariance, rel=1e-5)
     assert results.claims[0].holds == (weights > covariance)

@@ -1,0 +1,258 @@
+"""The loop that all experiments share: train pairs of networks, measure them, write and draw the results."""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Generic, TypeAlias, TypeVar
+
+import jax
+
+from experiments.harness.console import Reporter
+from experiments.harness.figures import Target
+from experiments.harness.networks import Networks, Pair
+from experiments.harness.paths import infer_model_spec
+from experiments.harness.record import PairRecord
+from experiments.harness.results import Claim, Results, Schema, Seconds, open_results, write_csv
+from experiments.harness.serialisation import from_json, to_json
+from rebasin.barrier import MetricsFn, classification_metrics
+from rebasin.errors import ConfigError, problem_list
+from rebasin.models import build_model
+from rebasin.spec import PermutationSpec
+from rebasin.training.data import Dataset
+from rebasin.training.loop import build_apply
+from rebasin.training.recipes import Recipe
+from rebasin.training.trajectory import Trajectory
+
+__all__ = ["Config", "Experiment", "Measure", "Setup"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Everything that the results of an experiment depend on; the base of the configs of all experiments.
+
+    Attributes:
+      recipe: how networks are trained.
+      replicates: number of independent pairs; pair r has the seeds ``seed + 2r`` and ``seed + 2r + 1``.
+      seed: the first of the networks' seeds, and the seed of matching methods.
+      num_alphas: number of points on each path, both ends included.
+      num_match: number of training examples, without augmentation, for matching methods that need data;
+        `None` for all.
+
+    Raises:
+      ConfigError: listing every field whose value cannot work.
+    """
+
+    # Whether ½ must be among the alphas.
+    needs_midpoint: ClassVar[bool] = False
+
+    recipe: Recipe
+    replicates: int
+    seed: int
+    num_alphas: int
+    num_match: int | None
+
+    def __post_init__(self) -> None:
+        problems = self.problems()
+        if problems:
+            raise ConfigError(problem_list("this experiment cannot work:", problems))
+
+    def problems(self) -> list[str]:
+        """Return one line for each value that cannot work; subclasses add lines for their own fields."""
+        problems = []
+        if self.replicates < 1:
+            problems.append(f"replicates: wanted at least 1, got {self.replicates}")
+        if self.needs_midpoint and (self.num_alphas < 3 or self.num_alphas % 2 == 0):
+            problems.append(f"num_alphas: wanted an odd number from 3 on, got {self.num_alphas}")
+        elif self.num_alphas < 2:
+            problems.append(f"num_alphas: wanted at least 2, both ends of the path, got {self.num_alphas}")
+        return problems
+
+    @property
+    def pairs(self) -> list[Pair]:
+        """The pairs of networks, in the order of the records."""
+        seeds = range(self.seed, self.seed + 2 * self.replicates, 2)
+        return [Pair(self.recipe, (seed, seed + 1)) for seed in seeds]
+
+    @property
+    def wanted_epochs(self) -> tuple[int, ...]:
+        """Epochs at which networks are measured."""
+        return (self.recipe.epochs,)
+
+    @property
+    def spawn_epochs(self) -> tuple[int, ...]:
+        """Epochs at which children leave each pair."""
+        return ()
+
+    def is_complete(self, record: Any) -> bool:
+        """Say whether a stored record, whose pair may be measured in parts, has all its parts."""
+        return True
+
+
+C = TypeVar("C", bound=Config)
+R = TypeVar("R", bound=PairRecord[float])
+S = TypeVar("S")
+
+# (pair, its trajectories, the record so far or None) -> the record, again after each part that is worth
+# storing.
+Measure: TypeAlias = Callable[[Pair, list[Trajectory], R | None], Iterator[R]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup(Generic[C]):
+    """What an experiment measures with.
+
+    Attributes:
+      config: the config of the run.
+      dataset: the data.
+      model: the Flax module of all networks.
+      spec: symmetries of the model.
+      networks: finds and trains networks.
+      seconds: counts computing time.
+      reporter: shows progress.
+    """
+
+    config: C
+    dataset: Dataset
+    model: Any
+    spec: PermutationSpec
+    networks: Networks
+    seconds: Seconds
+    reporter: Reporter
+
+    @functools.cached_property
+    def apply_fn(self) -> Callable[[Any, Any], jax.Array]:
+        """``apply_fn(params, images) -> logits``, one function for all pairs, so that it is traced once."""
+        return build_apply(self.model, self.dataset)
+
+    @functools.cached_property
+    def metrics_fn(self) -> MetricsFn:
+        """``metrics_fn(params, batch) -> {"loss": [n], "error": [n]}``."""
+        return classification_metrics(self.apply_fn)
+
+    @property
+    def match_data(self) -> Any:
+        """The training examples for matching methods, a stratified subset without augmentation."""
+        size = len(self.dataset.train.labels)
+        return self.dataset.take(num_train=min(self.config.num_match or size, size)).train
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Experiment(Generic[C, R, S]):
+    """How pairs of networks are measured, and what is made of the measurements.
+
+    Every function but `build_measure` sees only what ``results.json`` holds.
+
+    Attributes:
+      schema: name of the binary, and the types of its config, records and summary.
+      build_measure: makes the function that measures a pair.
+      summarise: ``(config, records) -> summary``.
+      judge: ``(config, records) -> claims``; `None` for an experiment that makes no claims.
+      csv: name of the file of tidy rows.
+      rows: makes the tidy rows.
+      figures: function that draws each figure, by name of its file.
+      report: prints the tables.
+      keep: what stays on disk of networks unless the user says otherwise, see `KEEP` of the networks.
+    """
+
+    schema: Schema[C, R, S]
+    build_measure: Callable[[Setup[C]], Measure[R]]
+    summarise: Callable[[C, Sequence[R]], S]
+    judge: Callable[[C, Sequence[R]], list[Claim]] | None = None
+    csv: str
+    rows: Callable[[Results[C, R, S]], Iterable[Mapping[str, Any]]]
+    figures: Mapping[str, Callable[[Results[C, R, S], Target], None]]
+    report: Callable[[Results[C, R, S], Reporter], None]
+    keep: str = "all"
+
+    @property
+    def name(self) -> str:
+        """Name of the binary."""
+        return self.schema.experiment
+
+    def load(self, path: pathlib.Path) -> Results[C, R, S]:
+        """Read a ``results.json`` of this experiment; raise `ConfigError` for any other file."""
+        return Results.load(path, self.schema)
+
+    def run(
+        self,
+        config: C,
+        dataset: Dataset,
+        *,
+        output_dir: pathlib.Path,
+        runs_dir: pathlib.Path,
+        keep: str | None = None,
+        resume: bool = False,
+        reporter: Reporter | None = None,
+    ) -> Results[C, R, S]:
+        """Train the networks, measure all pairs, and write results, rows and figures.
+
+        Args:
+          config: what to do.
+          dataset: the data.
+          output_dir: folder that gets ``results.json``, the CSV and the figures.
+          runs_dir: folder in which trained networks are kept, and found again by recipe and seed.
+          keep: what stays on disk of the networks trained here; by default what the experiment says.
+          resume: whether to go on with an unfinished run, without measuring again what is measured.
+          reporter: shows progress and tables.
+
+        Returns:
+          The finished results. Results of an equal config that are finished already are only drawn anew.
+
+        Raises:
+          ConfigError: the output folder holds another config, or an unfinished run without `resume`.
+        """
+        reporter = reporter or Reporter()
+        results = open_results(output_dir, self.schema, config, resume=resume)
+        if not results.finished:
+            folders = {"runs_dir": runs_dir, "output_dir": output_dir, "keep": keep or self.keep}
+            networks = Networks(dataset, **folders, reporter=reporter, seconds=results.seconds)
+            self._measure(dataset, networks, results, reporter, output_dir / "results.json")
+        self.draw(results, output_dir)
+        self.report(results, reporter)
+        files = ("results.json", self.csv, *self.figures)
+        reporter.conclude(results, [output_dir / name for name in files])
+        return results
+
+    def draw(self, results: Results[C, R, S], output_dir: pathlib.Path) -> None:
+        """Write the tidy rows and the figures of finished results."""
+        write_csv(output_dir / self.csv, self.rows(results))
+        for name, draw in self.figures.items():
+            draw(results, output_dir / name)
+
+    def _measure(
+        self,
+        dataset: Dataset,
+        networks: Networks,
+        results: Results[C, R, S],
+        reporter: Reporter,
+        path: pathlib.Path,
+    ) -> None:
+        """Add to `results` everything that they lack, and store them after each part."""
+        config, records = results.config, results.records
+        recipe, pairs = config.recipe, config.pairs
+        done = sum(config.is_complete(record) for record in records)
+        networks.say_disk_use(pairs[done:], config.wanted_epochs, config.spawn_epochs)
+        # A killed run may have stored its last measurement and not yet deleted the networks.
+        for pair in pairs[:done]:
+            networks.release(pair)
+        model = build_model(recipe.model, width=recipe.width, num_classes=dataset.num_classes)
+        spec = infer_model_spec(model, dataset)
+        setup = Setup(config, dataset, model, spec, networks, results.seconds, reporter)
+        measure = self.build_measure(setup)
+        for i, pair in enumerate(pairs[done:], start=done):
+            trained = networks.parents(pair, config.wanted_epochs)
+            begun = records[i] if i < len(records) else None
+            for record in measure(pair, trained, begun):
+                records[i:] = [_as_stored(self.schema.record, record)]
+                results.save(path)
+            networks.release(pair)
+        results.summary = _as_stored(self.schema.summary, self.summarise(config, records))
+        claims = self.judge(config, records) if self.judge else []
+        results.claims = [_as_stored(Claim, claim) for claim in claims]
+        results.save(path)
+
+
+def _as_stored(kind: Any, value: Any) -> Any:
+    """Return a value as it is read back from the file, so that a resumed run ends with the same numbers."""
+    return from_json(kind, to_json(value), kind.__name__)

@@ -1,0 +1,201 @@
+"""Matching methods in experiments: found by name, and compared on the same pair of networks."""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import jax
+
+import rebasin
+from experiments.harness.experiment import Setup
+from experiments.harness.record import MatchRecord, Objective, TestPath
+from rebasin.barrier import BarrierCurve
+from rebasin.matching.registry import as_method
+from rebasin.training.data import normalise
+from rebasin.training.trajectory import Trajectory
+from rebasin.trees import distance
+
+__all__ = [
+    "BASELINE",
+    "MEASURES",
+    "PAPER_METHODS",
+    "VARIANTS",
+    "Matcher",
+    "MethodComparison",
+    "build_matchers",
+    "check_methods",
+]
+
+# (params_a, params_b) -> the match.
+Matcher: TypeAlias = Callable[[Any, Any], rebasin.MatchResult]
+
+# The methods that arXiv 2404.06498 compares.
+PAPER_METHODS = ("weights", "activations")
+
+# The name under which a comparison has the pair as it was trained.
+BASELINE = "none"
+
+# The fields of `MatchRecord` that hold paths, and those fields of `TestPath` that are single numbers.
+VARIANTS = ("plain", "repaired", "reset")
+MEASURES = ("loss_barrier", "error_barrier", "midpoint_loss", "midpoint_error")
+
+# What Flax calls the collection of running statistics.
+_STATISTICS = "batch_stats"
+
+
+def check_methods(methods: Sequence[str]) -> list[str]:
+    """Return one line for each problem of a list of methods."""
+    known = ", ".join(rebasin.METHODS)
+    problems = [f"methods: wanted some of {known}, got {m!r}" for m in methods if m not in rebasin.METHODS]
+    if not methods or len(set(methods)) != len(methods):
+        problems.append(f"methods: wanted at least one, none twice, got {list(methods)}")
+    return problems
+
+
+def build_matchers(
+    setup: Setup[Any], methods: Sequence[str], *, num_steps: int | None = None
+) -> dict[str, Matcher]:
+    """Return the functions behind the names of methods.
+
+    Methods that need data are given the `match_data` of the setup; methods that draw at random are given the
+    seed of the config.
+
+    Args:
+      setup: what the experiment measures with.
+      methods: names in `rebasin.METHODS`.
+      num_steps: number of gradient steps of the methods that learn a permutation; `None` for their default.
+
+    Returns:
+      ``match(params_a, params_b) -> MatchResult`` for each name.
+    """
+    data = jax.device_put(setup.match_data)
+    return {name: _build_matcher(setup, name, data, num_steps) for name in methods}
+
+
+def _build_matcher(setup: Setup[Any], name: str, data: Any, num_steps: int | None) -> Matcher:
+    """Return the function of one method; the only place that knows how methods are called."""
+    takes_steps = "num_steps" in {field.name for field in dataclasses.fields(rebasin.METHODS[name])}
+    options = {"num_steps": num_steps} if takes_steps and num_steps is not None else {}
+    return functools.partial(
+        rebasin.match,
+        setup.spec,
+        method=as_method(name, **options),
+        key=jax.random.key(setup.config.seed),
+        # A method keeps what it compiled for a function, which must therefore be one for all pairs.
+        apply_fn=setup.apply_fn,
+        metrics_fn=setup.metrics_fn,
+        data=data,
+    )
+
+
+class MethodComparison:
+    """Matches pairs of networks by several methods, and measures the paths that are left on test data.
+
+    Args:
+      setup: what the experiment measures with.
+      methods: names of matching methods.
+      num_test: number of test examples on which paths are measured, `None` for all.
+      num_steps: number of gradient steps of the methods that learn a permutation; `None` for their default.
+      num_repair: number of training examples, among those for matching, from which REPAIR and norms take
+        statistics; `None` measures no path but the plain one.
+    """
+
+    def __init__(
+        self,
+        setup: Setup[Any],
+        methods: Sequence[str],
+        *,
+        num_test: int | None,
+        num_steps: int | None = None,
+        num_repair: int | None = None,
+    ) -> None:
+        self._setup, self._methods, self._num_repair = setup, methods, num_repair
+        self._matchers = build_matchers(setup, methods, num_steps=num_steps)
+        size = len(setup.dataset.test.labels)
+        test = setup.dataset.take(num_test=min(num_test or size, size)).test
+        self._images, self._test = jax.device_put((setup.match_data.inputs[:num_repair], test))
+        self._sweep = rebasin.build_sweep(setup.metrics_fn, num_alphas=setup.config.num_alphas)
+
+    def measure(self, trained: Sequence[Trajectory], title: str) -> Mapping[str, MatchRecord[float]]:
+        """Measure the last networks of two trajectories under every method.
+
+        Args:
+          trained: both trajectories.
+          title: name of the pair, for the progress bar.
+
+        Returns:
+          The record of each method by its name, after that of `BASELINE`.
+        """
+        params_a, params_b = (trajectory.last for trajectory in trained)
+        names = (BASELINE, *self._methods)
+        records = {}
+        with self._setup.reporter.stage(title, len(names)) as advance:
+            for name in names:
+                records[name] = self._measure_method(name, params_a, params_b)
+                advance()
+        return records
+
+    def _measure_method(self, name: str, params_a: Any, params_b: Any) -> MatchRecord[float]:
+        """Match by one method and measure the paths that it leaves."""
+        began = time.perf_counter()
+        match = None if name == BASELINE else self._matchers[name](params_a, params_b)
+        seconds = 0.0 if match is None else time.perf_counter() - began
+        self._setup.seconds.add("matching", seconds)
+        with self._setup.seconds.count("barriers"):
+            moved = params_b
+            if match is not None:
+                moved = rebasin.permute(self._setup.spec, match.permutation, params_b)
+            repaired = reset = None
+            if self._num_repair is not None:
+                repaired = _test_path(self._repaired(params_a, moved))
+                if _STATISTICS in params_a:
+                    reset = _test_path(self._reset_sweep(params_a, moved, self._test))
+            return MatchRecord(
+                objective=None if match is None else Objective(*(float(match.objective[i]) for i in (0, -1))),
+                seconds=seconds,
+                distance=distance(params_a, moved),
+                plain=_test_path(self._sweep(params_a, moved, self._test)),
+                repaired=repaired,
+                reset=reset,
+            )
+
+    def _repaired(self, params_a: Any, moved: Any) -> BarrierCurve:
+        """Measure the path with REPAIR at every alpha."""
+        setup = self._setup
+        repair = rebasin.build_repair(setup.spec, params_a, moved, setup.apply_fn, self._images)
+        return self._prepared_sweep(repair.apply, repair.prepare)(params_a, moved, self._test)
+
+    @functools.cached_property
+    def _reset_sweep(self) -> Callable[..., BarrierCurve]:
+        """A sweep in which the network at every alpha has running statistics of its own."""
+        setup = self._setup
+
+        def update(params: Any, images: jax.Array) -> Any:
+            pixels = normalise(images, setup.dataset.mean, setup.dataset.std)
+            return params | setup.model.apply(params, pixels, mutable=[_STATISTICS])[1]
+
+        def apply(params: Any, images: jax.Array, prepared: Any) -> jax.Array:
+            del params
+            return setup.apply_fn(prepared, images)
+
+        return self._prepared_sweep(apply, rebasin.build_norm_reset(update, self._images))
+
+    def _prepared_sweep(
+        self, apply: Callable[[Any, Any, Any], jax.Array], prepare: Callable[[Any, Any], Any]
+    ) -> Callable[..., BarrierCurve]:
+        """Return a sweep of ``apply(params, images, prepare(params, alpha))``."""
+        metrics_fn = rebasin.classification_metrics(apply)
+        return rebasin.build_sweep(metrics_fn, num_alphas=self._setup.config.num_alphas, prepare=prepare)
+
+
+def _test_path(curve: BarrierCurve) -> TestPath[float]:
+    middle = len(curve.alphas) // 2
+    return TestPath(
+        loss_barrier=curve.loss_barrier.value,
+        error_barrier=curve.error_barrier.value,
+        midpoint_loss=float(curve.loss[middle]),
+        midpoint_error=float(curve.error[middle]),
+        error=tuple(curve.error.tolist()),
+    )

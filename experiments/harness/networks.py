@@ -1,0 +1,332 @@
+"""The networks of experiments: found by recipe and seed, trained where missing, deleted once measured."""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import pathlib
+import shutil
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from experiments.harness.console import Reporter
+from experiments.harness.paths import network_shapes
+from experiments.harness.results import Seconds
+from rebasin.errors import ConfigError, TrajectoryError
+from rebasin.models import build_model
+from rebasin.training.data import Dataset
+from rebasin.training.loop import InitialState, train
+from rebasin.training.recipes import Recipe
+from rebasin.training.trajectory import Trajectory
+
+__all__ = [
+    "CHILDREN",
+    "KEEP",
+    "Networks",
+    "Pair",
+    "child_seed",
+    "run_directory",
+    "shared_runs",
+    "train_networks",
+]
+
+# What stays on disk of the networks that an experiment trains.
+KEEP = {
+    "all": "every epoch, in runs_dir, for other experiments to find",
+    "ends": "first and last epochs (of children the last), in OUTPUT_DIR/networks",
+    "none": "nothing",
+}
+
+# The children that leave a pair of parents at a spawn epoch, A¹, A² and B¹, each as the index of its parent
+# in the pair and its own number among the parent's children.
+CHILDREN = ((0, 1), (0, 2), (1, 1))
+
+# A network whose training loss is at least this fraction of the loss of guessing has learned nothing.
+_GUESSING = 0.99
+
+
+class Pair(NamedTuple):
+    """Two networks that differ in their seeds.
+
+    Attributes:
+      recipe: how both networks are trained.
+      seeds: seed of each network.
+    """
+
+    recipe: Recipe
+    seeds: tuple[int, int]
+
+    def __str__(self) -> str:
+        return f"seeds {self.seeds[0]} and {self.seeds[1]}"
+
+
+def shared_runs(given: str | None) -> pathlib.Path:
+    """Return the folder of networks that experiments share.
+
+    Args:
+      given: the folder that the user names; by default that of ``$REBASIN_RUNS_DIR``, else
+        ``~/.cache/rebasin/runs``.
+    """
+    folder = given or os.environ.get("REBASIN_RUNS_DIR", "~/.cache/rebasin/runs")
+    return pathlib.Path(folder).expanduser()
+
+
+def run_directory(runs_dir: pathlib.Path, recipe: Recipe, seed: int) -> pathlib.Path:
+    """Return the folder of one network, whose name tells the recipe and ends with a hash of it."""
+    text = json.dumps(dataclasses.asdict(recipe), sort_keys=True)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:10]
+    name = f"{recipe.dataset}-{recipe.model}-w{recipe.width}-e{recipe.epochs}-{digest}"
+    return runs_dir / name / f"seed_{seed}"
+
+
+def child_seed(parent: int, epoch: int, number: int) -> int:
+    """Return the seed of a child's data order.
+
+    No two children of an experiment have the same seed, and none has the seed of a parent.
+
+    Examples:
+      >>> child_seed(3, epoch=20, number=2)
+      10030202
+    """
+    return 10_000_000 + (parent * 1000 + epoch) * 10 + number
+
+
+def train_networks(
+    recipe: Recipe,
+    dataset: Dataset,
+    seeds: Sequence[int],
+    *,
+    runs_dir: pathlib.Path,
+    reporter: Reporter,
+    seconds: Seconds,
+    keep: Collection[int] | None = None,
+) -> list[Trajectory]:
+    """Train one network for each seed, unless it is there; go on with an interrupted run of the same recipe.
+
+    Args:
+      recipe: how to train.
+      dataset: the data to train on.
+      seeds: seed of each network.
+      runs_dir: folder in which networks are kept.
+      reporter: shows progress.
+      seconds: counts the time that training takes.
+      keep: epochs to store; `None` stores all.
+
+    Returns:
+      The trajectories, in the order of `seeds`.
+    """
+    trajectories = []
+    for seed in seeds:
+        directory = run_directory(runs_dir, recipe, seed)
+        begun = _last_stored(directory)
+        title = f"train seed {seed}" + f" from epoch {begun}" * bool(begun)
+        with seconds.count("training"), reporter.stage(title, recipe.epochs - begun) as advance:
+            options = {"keep": keep, "resume": True, "progress": lambda *_, advance=advance: advance()}
+            trajectory = train(recipe, dataset, seed=seed, directory=directory, **options)
+        _warn_if_guessing(trajectory, f"seed {seed}", dataset, reporter)
+        trajectories.append(trajectory)
+    return trajectories
+
+
+class Networks:
+    """Parents and children of an experiment, by recipe and seed.
+
+    Unless all epochs are kept, networks that are not in `runs_dir` are trained in ``output_dir/networks``,
+    where only those epochs are stored that are needed. Networks that were found in `runs_dir` are never
+    deleted.
+
+    Args:
+      dataset: the data to train on.
+      runs_dir: folder in which networks are found by recipe and seed.
+      output_dir: folder of the experiment.
+      keep: a name in `KEEP`.
+      reporter: shows progress.
+      seconds: counts the time that training takes.
+
+    Raises:
+      ConfigError: `keep` is not in `KEEP`.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        runs_dir: pathlib.Path,
+        output_dir: pathlib.Path,
+        keep: str,
+        reporter: Reporter,
+        seconds: Seconds,
+    ) -> None:
+        if keep not in KEEP:
+            raise ConfigError(f"keep: wanted one of {', '.join(KEEP)}, got {keep!r}")
+        self.dataset, self.keep = dataset, keep
+        self.runs_dir, self.scratch = runs_dir, output_dir / "networks"
+        self.reporter, self.seconds = reporter, seconds
+
+    def parents(self, pair: Pair, epochs: Collection[int]) -> list[Trajectory]:
+        """Return both trajectories of a pair, with at least the wanted epochs.
+
+        Raises:
+          ConfigError: a finished run lacks some of the epochs.
+        """
+        found = []
+        for seed in pair.seeds:
+            # With keep="all" a network is also trained in the folder that experiments share.
+            shared = self.keep == "all" or _holds(run_directory(self.runs_dir, pair.recipe, seed), epochs)
+            (trajectory,) = train_networks(
+                pair.recipe,
+                self.dataset,
+                (seed,),
+                runs_dir=self.runs_dir if shared else self.scratch,
+                reporter=self.reporter,
+                seconds=self.seconds,
+                keep=None if shared else tuple(epochs),
+            )
+            missing = sorted(set(epochs) - set(trajectory.epochs))
+            if missing:
+                raise ConfigError(
+                    f"{trajectory.directory} is finished and does not hold the epochs {missing}; name "
+                    "another folder for networks, or delete this one to train them anew"
+                )
+            found.append(trajectory)
+        return found
+
+    def child(
+        self, parent: Trajectory, tree: Any, epoch: int, number: int, advance: Callable[[], None]
+    ) -> Any:
+        """Return the last tree of a child that leaves its parent, with a data order of its own.
+
+        Args:
+          parent: trajectory of the parent.
+          tree: the parent's tree at `epoch`.
+          epoch: epoch at which the child leaves its parent.
+          number: number of the child among those of its parent and epoch, from 1 on.
+          advance: called once for each epoch of the child, also for epochs that were stored already.
+        """
+        directory = self._child_directory(parent, epoch, number)
+        to_come = parent.recipe.epochs - epoch
+
+        def progress(done: int, last: int, metrics: Mapping[str, float]) -> None:
+            nonlocal to_come
+            while to_come > last - done:
+                to_come -= 1
+                advance()
+
+        with self.seconds.count("training"):
+            trajectory = train(
+                parent.recipe,
+                self.dataset,
+                seed=child_seed(parent.seed, epoch, number),
+                directory=directory,
+                start=InitialState(tree, epoch),
+                keep=None if self.keep == "all" else (),
+                resume=True,
+                progress=progress,
+            )
+        progress(parent.recipe.epochs, parent.recipe.epochs, {})
+        name = f"child {number} of seed {parent.seed} from epoch {epoch}"
+        _warn_if_guessing(trajectory, name, self.dataset, self.reporter)
+        last = trajectory.last
+        if self.keep == "none":
+            shutil.rmtree(directory)
+        return last
+
+    def _child_directory(self, parent: Trajectory, epoch: int, number: int) -> pathlib.Path:
+        runs = self.runs_dir if self.keep == "all" else self.scratch
+        base = run_directory(runs, parent.recipe, parent.seed).parent
+        return base / "children" / f"seed_{parent.seed}_epoch_{epoch}_child_{number}"
+
+    def release(self, pair: Pair) -> None:
+        """Delete what need not stay of a pair whose measurements are stored."""
+        for directory in (run_directory(self.scratch, pair.recipe, seed) for seed in pair.seeds):
+            if self.keep == "none":
+                shutil.rmtree(directory, ignore_errors=True)
+            elif self.keep == "ends" and directory.exists():
+                trajectory = Trajectory(directory)
+                trajectory.drop(trajectory.epochs[1:-1])
+        if self.keep == "none":
+            # Empty folders, and children of a run that was killed while it trained them.
+            shutil.rmtree(self.scratch, ignore_errors=True)
+
+    def say_disk_use(self, pairs: Sequence[Pair], epochs: Sequence[int], spawned: Sequence[int] = ()) -> None:
+        """Say how much disk space the networks that are still to be trained take at most.
+
+        Args:
+          pairs: pairs that are not measured yet, of one model and number of epochs.
+          epochs: epochs that are wanted of each parent.
+          spawned: epochs at which `CHILDREN` leave each pair.
+        """
+        if not pairs:
+            return
+        new = [
+            sum(not _holds(run_directory(self.runs_dir, p.recipe, seed), epochs) for seed in p.seeds)
+            for p in pairs
+        ]
+        if not any(new) and not spawned:
+            self.reporter.say(f"networks: all found in {self.runs_dir}")
+            return
+        recipe = pairs[0].recipe
+        model = build_model(recipe.model, width=recipe.width, num_classes=self.dataset.num_classes)
+        tree, _ = network_shapes(model, self.dataset)
+        # A stored epoch has its momentum beside it.
+        size = 2 * sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+        count = self._count_stored(recipe.epochs, new, epochs, spawned)
+        where = self.runs_dir if self.keep == "all" else self.scratch
+        self.reporter.say(
+            f"disk: at most {_bytes(count * size)} for networks in {where}, {_bytes(size)} an epoch "
+            f"(keeping {self.keep})"
+        )
+
+    def _count_stored(
+        self, last: int, new: Sequence[int], epochs: Sequence[int], spawned: Sequence[int]
+    ) -> int:
+        """Count the epochs that are on disk at most; `new` says how many parents of each pair are trained."""
+        families = len(CHILDREN) * len(new)
+        if self.keep == "all":
+            return sum(new) * (last + 1) + families * sum(last - epoch + 1 for epoch in spawned)
+        # While a run goes on, the epoch at which it would resume is stored too.
+        working = max(new) * (len(set(epochs)) + 1)
+        ends = min(2, len(set(epochs)))
+        staying = ends * sum(new) + families * len(spawned) if self.keep == "ends" else 0
+        return working + staying + (2 if spawned else 0)
+
+
+def _warn_if_guessing(trajectory: Trajectory, name: str, dataset: Dataset, reporter: Reporter) -> None:
+    """Warn of a network that ends training no better than at guessing, as one does whose units all died."""
+    loss = trajectory.metrics(max(trajectory.epochs)).get("loss", 0.0)
+    guessing = math.log(dataset.num_classes)
+    if loss > _GUESSING * guessing:
+        reporter.wrap(
+            f"{name} ends at a training loss of {loss:.3f}, where guessing has {guessing:.3f}: it has "
+            "learned nothing, and barriers to it mean nothing. Try more --warmup_epochs.",
+            head="warning: ",
+        )
+
+
+def _last_stored(directory: pathlib.Path) -> int:
+    """Return the epoch at which training goes on, 0 where it begins."""
+    try:
+        return max(Trajectory(directory).epochs, default=0)
+    except TrajectoryError:
+        return 0
+
+
+def _holds(directory: pathlib.Path, epochs: Collection[int]) -> bool:
+    """Say whether a folder holds a finished run with these epochs."""
+    try:
+        trajectory = Trajectory(directory)
+    except TrajectoryError:
+        return False
+    return trajectory.complete and set(epochs) <= set(trajectory.epochs)
+
+
+def _bytes(count: float) -> str:
+    """Write a number of bytes with three digits and its unit."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
