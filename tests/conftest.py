@@ -1,4 +1,8 @@
-"""Settings for every test: no silent broadcasting of ranks, and one deterministic hypothesis profile."""
+"""Settings for every test: shared compiled programs, no silent broadcasting, one hypothesis profile."""
+
+import os
+import shutil
+import tempfile
 
 import hypothesis
 import jax
@@ -9,3 +13,25 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Seeds are fixed, as a failure must be repeatable; compilation makes the first example of a shape slow.
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, print_blob=True)
 hypothesis.settings.load_profile("repeatable")
+
+
+def pytest_configure(config):
+    """Let the processes of one run share what they compile, which is most of what tests do.
+
+    The folder is new for each run, so that a test which counts compilations starts from none.
+    """
+    if hasattr(config, "workerinput"):  # a worker gets the folder from the process that started it
+        return
+    config.jax_cache = tempfile.mkdtemp(prefix="rebasin_tests_")
+    for name, value in {
+        "JAX_COMPILATION_CACHE_DIR": config.jax_cache,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
+    }.items():
+        os.environ[name] = value
+        jax.config.update(name.lower(), int(value) if value.isdigit() else value)
+
+
+def pytest_unconfigure(config):
+    if hasattr(config, "jax_cache"):
+        shutil.rmtree(config.jax_cache, ignore_errors=True)

@@ -123,7 +123,7 @@ def test_brute_force_agrees_where_no_group_has_more_than_four_units(name, seed):
 
 
 @pytest.mark.parametrize("name", SMALL)
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_the_best_of_many_ascents_is_the_optimum_of_small_groups(name, seed):
     table, shapes, indexed = SMALL[name]
     spec = PermutationSpec.from_axes(table, indexed=indexed)
