@@ -29,9 +29,10 @@ from jax.tree_util import Partial
 
 from rebasin.batches import Batches, batch_shapes, check_data, inputs_of, map_batches
 from rebasin.errors import InferenceError
+from rebasin.inference.programs import bind
 from rebasin.matching.method import check_networks
 from rebasin.spec import PermutationSpec
-from rebasin.tracing.evaluate import bind, evaluate
+from rebasin.tracing.evaluate import evaluate
 from rebasin.tracing.program import Address, Program, Static, trace_program
 from rebasin.tracing.sites import Layer, find_layers
 from rebasin.trees import check_finite

@@ -1,6 +1,6 @@
 """The programs that an equation of a jaxpr holds: found by the equation's parameters, whatever its rule.
 
-Four readers of jaxprs use these functions, and remain apart because each needs something else of a program:
+Five readers of jaxprs use these functions, and remain apart because each needs something else of a program:
 
 - `interpreter.interpret` runs on axes in place of values, equation by equation, and leaves it to the rule of
   an equation which of its programs run, and on what;
@@ -8,15 +8,25 @@ Four readers of jaxprs use these functions, and remain apart because each needs 
 - the walk in `rebasin.tracing.sites` follows where values come from. It needs the final groups of all axes,
   which are known only when the whole program has been interpreted, and walks a loop's body until nothing
   changes;
+- `rebasin.inference.float64` runs on arrays too, but replaces types on its way, also in the programs that
+  equations hold, and so rebuilds the equations themselves;
 - `iter_equations` only enumerates equations, for questions such as "does it hold a product?".
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 
-__all__ = ["called_program", "inner_programs", "iter_equations", "open_program", "program_of_call"]
+__all__ = [
+    "bind",
+    "called_program",
+    "inner_programs",
+    "is_program",
+    "iter_equations",
+    "open_program",
+    "program_of_call",
+]
 
 # Primitives whose programs are loops or branches. A scan without sequences would pass for a call otherwise.
 _LOOPS = frozenset({"scan", "while"})
@@ -31,9 +41,23 @@ def open_program(program: Any) -> tuple[Any, tuple[Any, ...]]:
     return (program.jaxpr, tuple(program.consts)) if hasattr(program, "jaxpr") else (program, ())
 
 
+def is_program(x: Any) -> bool:
+    """Return whether a parameter of an equation is a program: a closed jaxpr, or a jaxpr."""
+    return hasattr(x, "eqns")
+
+
+def bind(eqn: Any, operands: Sequence[Any], params: Mapping[str, Any] | None = None) -> list[Any]:
+    """Evaluate one equation as it is, or with other parameters."""
+    params = eqn.primitive.get_bind_params(dict(eqn.params if params is None else params))
+    # Older versions of JAX return the functions among the parameters separately.
+    functions, params = params if isinstance(params, tuple) else ((), params)
+    results = eqn.primitive.bind(*functions, *operands, **params)
+    return list(results) if eqn.primitive.multiple_results else [results]
+
+
 def inner_programs(params: Mapping[str, Any]) -> list[Any]:
     """Return every program among the parameters of an equation: bodies, branches, reducers."""
-    return [x for x in jax.tree.leaves(list(params.values()), is_leaf=_is_program) if _is_program(x)]
+    return [x for x in jax.tree.leaves(list(params.values()), is_leaf=is_program) if is_program(x)]
 
 
 def program_of_call(params: Mapping[str, Any]) -> Any | None:
@@ -56,7 +80,7 @@ def called_program(eqn: Any) -> Any | None:
     if eqn.primitive.name in _CONTROL:
         return None
     program = program_of_call(eqn.params)
-    if not _is_program(program):
+    if not is_program(program):
         return None
     jaxpr, _ = open_program(program)
     fits = _shapes(jaxpr.invars) == _shapes(eqn.invars) and _shapes(jaxpr.outvars) == _shapes(eqn.outvars)
@@ -78,10 +102,6 @@ def iter_equations(program: Any, *, loops: bool = True) -> Iterator[Any]:
         if loops or eqn.primitive.name not in _LOOPS:
             for inner in inner_programs(eqn.params):
                 yield from iter_equations(inner, loops=loops)
-
-
-def _is_program(x: Any) -> bool:
-    return hasattr(x, "eqns")
 
 
 def _shapes(atoms: Any) -> list[Any]:

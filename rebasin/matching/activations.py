@@ -20,12 +20,13 @@ from jax import lax
 from rebasin.axis import cut, iter_blocks
 from rebasin.batches import Batches, Sum, batch_shapes, check_data, inputs_of, num_examples, sum_batches
 from rebasin.errors import ConfigError, InferenceError, NonFiniteError, problem_list
+from rebasin.inference.programs import bind
 from rebasin.matching.assignment import best_inner_match, maximise_assignments
 from rebasin.matching.method import Method, check_at_least, check_networks
 from rebasin.matching.result import MatchResult
 from rebasin.permutation import Permutation, compiled_permute, identity_permutation
 from rebasin.spec import PermutationSpec
-from rebasin.tracing.evaluate import bind, evaluate
+from rebasin.tracing.evaluate import evaluate
 from rebasin.tracing.program import Program, Static, trace_program
 from rebasin.tracing.sites import ActivationSite, find_sites
 from rebasin.trees import LeafPredicate, check_finite, is_weight

@@ -22,12 +22,13 @@ from jax import lax
 from rebasin.axis import Axis
 from rebasin.batches import Batches, Sum, batch_shapes, check_data, inputs_of, sum_batches
 from rebasin.errors import ConfigError
+from rebasin.inference.programs import bind
 from rebasin.matching.method import Method, check_at_least, check_networks
 from rebasin.matching.result import MatchResult
 from rebasin.matching.weights import weight_matching
 from rebasin.permutation import Permutation, compiled_permute, identity_permutation
 from rebasin.spec import PermutationSpec
-from rebasin.tracing.evaluate import bind, evaluate
+from rebasin.tracing.evaluate import evaluate
 from rebasin.tracing.program import Static, trace_program
 from rebasin.tracing.sites import Layer, find_layers
 from rebasin.trees import LeafPredicate, check_finite, inner_product, is_weight, leaf_table, map_leaves

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
 
-from rebasin.inference.programs import called_program, open_program
+from rebasin.inference.programs import bind, called_program, open_program
 from rebasin.tracing.program import Address
 
-__all__ = ["Hook", "bind", "evaluate"]
+__all__ = ["Hook", "evaluate"]
 
 # For each address with a hook, what to hand to the hook there.
 _Extras = Mapping[Address, Any]
@@ -49,15 +49,6 @@ def evaluate(
       The outputs, and what the hook handed out at each address.
     """
     return _run(closed, inputs, hook, extras, ())
-
-
-def bind(eqn: Any, operands: Sequence[Any]) -> list[Any]:
-    """Evaluate one equation as it is."""
-    params = eqn.primitive.get_bind_params(eqn.params)
-    # Older versions of JAX return the functions among the parameters separately.
-    functions, params = params if isinstance(params, tuple) else ((), params)
-    results = eqn.primitive.bind(*functions, *operands, **params)
-    return list(results) if eqn.primitive.multiple_results else [results]
 
 
 def _run(

@@ -10,10 +10,10 @@ from zoo import KEY, ZOO, arrays
 
 import rebasin
 from rebasin.errors import InferenceError
-from rebasin.inference.programs import iter_equations
+from rebasin.inference.programs import bind, iter_equations
 from rebasin.inference.rule import find_rule, temporary_rules
 from rebasin.models import MLP, VGG16, ResNet20, ViT
-from rebasin.tracing.evaluate import bind, evaluate
+from rebasin.tracing.evaluate import evaluate
 from rebasin.tracing.program import trace_program
 from rebasin.tracing.sites import find_layers, find_sites
 
