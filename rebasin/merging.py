@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rebasin.errors import ConfigError
-from rebasin.trees import LeafPredicate, check_same_shapes, is_weight, map_leaves
+from rebasin.trees import LeafPredicate, check_same_shapes, is_weight, map_leaves, real_dtype
 
 __all__ = ["average", "mix"]
 
@@ -75,7 +75,7 @@ def mix(trees: Sequence[Any], weights: Any, predicate: LeafPredicate) -> Any:
 
     def combine(path: str, *leaves: Any) -> Any:
         if predicate(path, leaves[0]):
-            shares = weights.astype(jnp.result_type(leaves[0]))
+            shares = weights.astype(real_dtype(leaves[0]))
             return sum(share * leaf for share, leaf in zip(shares, leaves, strict=True))
         return jnp.stack(leaves)[jnp.argmax(weights)]
 

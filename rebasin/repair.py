@@ -247,15 +247,15 @@ def _moments(layer: Layer, y: jax.Array) -> _Moments:
 
 def _pool(moments: _Moments, batches: Batches) -> _Moments:
     """Pool moments over all batches: add the variance of the means to the mean of the variances."""
-    weights = jnp.asarray(batches.sizes / batches.sizes.sum(), moments.mean.dtype)
+    weights = jnp.asarray(batches.sizes / batches.sizes.sum(), moments.variance.dtype)
     mean = jnp.tensordot(weights, moments.mean, 1, precision="highest")
-    spread = moments.variance + jnp.square(moments.mean - mean[None])
+    spread = moments.variance + jnp.square(jnp.abs(moments.mean - mean[None]))
     return _Moments(mean, jnp.tensordot(weights, spread, 1, precision="highest"))
 
 
 def _between(a: _Moments, b: _Moments, alpha: Any) -> _Moments:
     """Return the moments whose mean and standard deviation lie between those of A and B."""
-    weight = jnp.asarray(alpha, a.mean.dtype)
+    weight = jnp.asarray(alpha, a.variance.dtype)
     deviation = weight * jnp.sqrt(a.variance) + (1 - weight) * jnp.sqrt(b.variance)
     return _Moments(weight * a.mean + (1 - weight) * b.mean, jnp.square(deviation))
 

@@ -22,6 +22,8 @@ __all__ = [
     "leaf_table",
     "map_leaves",
     "path_name",
+    "real_dtype",
+    "real_parts",
     "state_leaves",
 ]
 
@@ -86,7 +88,7 @@ def map_leaves(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
 
 
 def is_weight(path: str, leaf: Any) -> bool:
-    """Return whether a leaf is a weight: floating, and neither a running statistic nor optimiser state.
+    """Return whether a leaf is a weight: floating or complex, and not running statistics or optimiser state.
 
     This is the default leaf predicate of matching and interpolation.
 
@@ -98,9 +100,36 @@ def is_weight(path: str, leaf: Any) -> bool:
       >>> [is_weight(path, jnp.zeros(3)) for path in ("params/Dense_0/kernel", "batch_stats/Norm_0/mean")]
       [True, False]
     """
-    return jnp.issubdtype(jnp.result_type(leaf), jnp.floating) and _STATE_COLLECTIONS.isdisjoint(
-        path.split("/")
-    )
+    is_inexact = jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
+    return is_inexact and _STATE_COLLECTIONS.isdisjoint(path.split("/"))
+
+
+def real_dtype(x: Any) -> np.dtype:
+    """Return the floating type of an array, or of the real part of a complex array.
+
+    Examples:
+      >>> real_dtype(np.zeros(3, np.complex64))
+      dtype('float32')
+    """
+    return np.dtype(jnp.finfo(jnp.result_type(x)).dtype)
+
+
+def real_parts(x: Any) -> Any:
+    """Return a complex array as a real one with real and imaginary parts along a new last axis.
+
+    The Euclidean inner product of two results is Re⟨a, b⟩ of the complex arrays. So whatever compares weights
+    reads complex leaves in this form. A real array is returned as it is.
+
+    Args:
+      x: array of NumPy or of JAX, ``[…]``.
+
+    Examples:
+      >>> real_parts(np.array([1 + 2j, 3])).tolist()
+      [[1.0, 2.0], [3.0, 0.0]]
+    """
+    if not jnp.iscomplexobj(x):
+        return x
+    return (jnp if isinstance(x, jax.Array) else np).stack([x.real, x.imag], axis=-1)
 
 
 def interpolate(params_a: Any, params_b: Any, alpha: Any, *, predicate: LeafPredicate = is_weight) -> Any:
@@ -125,7 +154,7 @@ def interpolate(params_a: Any, params_b: Any, alpha: Any, *, predicate: LeafPred
 
     def combine(path: str, a: Any, b: Any) -> Any:
         if predicate(path, a):
-            weight = jnp.asarray(alpha, jnp.result_type(a))
+            weight = jnp.asarray(alpha, real_dtype(a))
             return weight * a + (1 - weight) * b
         return jnp.where(jnp.asarray(alpha) >= 0.5, a, b)
 
@@ -134,6 +163,8 @@ def interpolate(params_a: Any, params_b: Any, alpha: Any, *, predicate: LeafPred
 
 def inner_product(params_a: Any, params_b: Any, *, predicate: LeafPredicate = is_weight) -> float:
     """Return the inner product ⟨A, B⟩ of two networks, summed in float64.
+
+    Complex leaves count with the real part, Re⟨A, B⟩.
 
     Args:
       params_a: tree of A.
@@ -183,7 +214,8 @@ def _float64_pairs(
     b = leaf_table(params_b)
     for path, leaf in leaf_table(params_a).items():
         if predicate(path, leaf):
-            yield np.asarray(leaf, np.float64), np.asarray(b[path], np.float64)
+            x, y = (np.asarray(real_parts(np.asarray(x)), np.float64) for x in (leaf, b[path]))
+            yield x, y
 
 
 def check_same_shapes(
@@ -292,7 +324,7 @@ def _finite_flags(leaves: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
 
 
 def check_finite(tree: Any, name: str, *, predicate: LeafPredicate | None = None) -> None:
-    """Raise `NonFiniteError` if a floating leaf of a tree holds NaN or infinity.
+    """Raise `NonFiniteError` if a floating or complex leaf of a tree holds NaN or infinity.
 
     The values are read in one compiled pass on the device.
 
@@ -318,7 +350,8 @@ def check_finite(tree: Any, name: str, *, predicate: LeafPredicate | None = None
     flags = jax.device_get(_finite_flags(floating))
     problems = []
     for path in (path for path, finite in flags.items() if not finite):
-        values = np.asarray(floating[path], np.float64)
+        values = np.asarray(floating[path])
+        values = values if np.iscomplexobj(values) else values.astype(np.float64)
         problems.append(
             f"{path}: {np.isnan(values).sum()} NaN and {np.isinf(values).sum()} infinite "
             f"of {values.size} values"

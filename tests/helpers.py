@@ -60,10 +60,22 @@ class ResNet(nn.Module):
         return nn.Dense(3)(x.mean(axis=(1, 2)))
 
 
+class ComplexMLP(nn.Module):
+    """A chain of complex layers whose moduli are gated; its outputs are real parts."""
+
+    @nn.compact
+    def __call__(self, x):
+        for width in (7, 6):
+            x = nn.Dense(width, param_dtype=jnp.complex64)(x.reshape(len(x), -1))
+            x = x * nn.sigmoid(jnp.abs(x))
+        return nn.Dense(3, param_dtype=jnp.complex64)(x).real
+
+
 MODELS = {
     "mlp": (lambda: MLP((9, 8), 3), (3, 2, 1)),
     "width_one": (lambda: MLP((1, 4, 1), 3), (3, 2, 1)),
     "resnet": (ResNet, (4, 4, 2)),
+    "complex": (ComplexMLP, (3, 2, 1)),
     "vit": (lambda: ViT(width=8, num_classes=3, depth=1, num_heads=2), (4, 4, 1)),
 }
 
@@ -76,8 +88,14 @@ def build_case(name: str) -> Case:
     x = rng.normal(size=(40, *shape)).astype(np.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), x[:1])
 
+    def draw_leaf(leaf):
+        real = rng.normal(size=leaf.shape).astype(np.float32)
+        if not jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+            return real
+        return (real + 1j * rng.normal(size=leaf.shape)).astype(leaf.dtype)
+
     def draw():  # every leaf random: zero biases and unit scales hide mistakes
-        return jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), variables)
+        return jax.tree.map(draw_leaf, variables)
 
     params_a, params_b = draw(), draw()
     spec = rebasin.infer_spec(model.apply, variables, x[:1])

@@ -96,8 +96,9 @@ def _run(program: Any, inputs: Sequence[Any], native: list[NativeEquation]) -> l
     def read(atom: Any) -> Any:
         if not isinstance(atom, core.Literal):
             return env[atom]
+        aval: Any = atom.aval
         # NumPy's scalars become literals again, arrays would become constants.
-        return np.dtype(_widest(atom.aval.dtype)).type(atom.val)
+        return np.dtype(_widest(aval.dtype)).type(atom.val)
 
     for eqn in jaxpr.eqns:
         with eqn.ctx.manager:

@@ -48,10 +48,10 @@ def is_program(x: Any) -> bool:
 
 def bind(eqn: Any, operands: Sequence[Any], params: Mapping[str, Any] | None = None) -> list[Any]:
     """Evaluate one equation as it is, or with other parameters."""
-    params = eqn.primitive.get_bind_params(dict(eqn.params if params is None else params))
+    prepared = eqn.primitive.get_bind_params(dict(eqn.params if params is None else params))
     # Older versions of JAX return the functions among the parameters separately.
-    functions, params = params if isinstance(params, tuple) else ((), params)
-    results = eqn.primitive.bind(*functions, *operands, **params)
+    functions, prepared = prepared if isinstance(prepared, tuple) else ((), prepared)
+    results = eqn.primitive.bind(*functions, *operands, **prepared)
     return list(results) if eqn.primitive.multiple_results else [results]
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from rebasin.axis import iter_blocks
 from rebasin.permutation import Permutation, index_dims
 from rebasin.spec import PermutationSpec
-from rebasin.trees import is_below
+from rebasin.trees import is_below, real_parts
 
 __all__ = [
     "LeafPairs",
@@ -29,6 +29,8 @@ LeafPairs: TypeAlias = Mapping[str, tuple[Any, Any]]  # path -> leaf of A, leaf 
 
 class PairBlock(NamedTuple):
     """The same block of a leaf of A and of B, with the group of each dimension.
+
+    A block of a complex leaf has a last dimension of its own for real and imaginary parts, which stays.
 
     Attributes:
       path: path name of the leaf that the block was cut from.
@@ -87,8 +89,11 @@ def pair_blocks(
             a = a * a.dtype.type(weight)
         for block in iter_blocks(axes, a.shape):
             outer_dims = tuple(() if g is None else index_dims(block.labels, g, spec) for g in block.labels)
-            block_a, block_b = (leaf[block.slices].reshape(block.shape) for leaf in (a, b))
-            yield PairBlock(path, block_a, block_b, block.labels, outer_dims)
+            block_a, block_b = (real_parts(leaf[block.slices].reshape(block.shape)) for leaf in (a, b))
+            added = block_a.ndim - len(block.shape)
+            yield PairBlock(
+                path, block_a, block_b, (*block.labels, *[None] * added), (*outer_dims, *[()] * added)
+            )
 
 
 def _to_host(leaf: Any) -> np.ndarray:

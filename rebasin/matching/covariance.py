@@ -31,7 +31,15 @@ from rebasin.spec import PermutationSpec
 from rebasin.tracing.evaluate import evaluate
 from rebasin.tracing.program import Static, trace_program
 from rebasin.tracing.sites import Layer, find_layers
-from rebasin.trees import LeafPredicate, check_finite, inner_product, is_weight, leaf_table, map_leaves
+from rebasin.trees import (
+    LeafPredicate,
+    check_finite,
+    inner_product,
+    is_weight,
+    leaf_table,
+    map_leaves,
+    real_parts,
+)
 
 __all__ = [
     "CovarianceMatching",
@@ -254,7 +262,14 @@ def _apply(metric: Metric, params: Any, inputs: tuple[Any, ...]) -> Any:
     """Replace every weight W of a layer by W Σ, in the dtype of the leaf."""
     total = jax.device_get(sum_weighted(metric, params, inputs)).value()
     means = {path: x / metric.batches.sizes.sum() for path, x in total.items()}
-    return map_leaves(lambda path, x: jnp.asarray(means.get(path, x), jnp.result_type(x)), params)
+
+    def weighted(path: str, leaf: Any) -> Any:
+        mean = means.get(path, leaf)
+        if path in means and jnp.iscomplexobj(leaf):
+            mean = mean[..., 0] + 1j * mean[..., 1]
+        return jnp.asarray(mean, jnp.result_type(leaf))
+
+    return map_leaves(weighted, params)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -262,6 +277,7 @@ def sum_weighted(metric: Metric, params: Any, inputs: tuple[Any, ...]) -> Sum:
     """Sum W Σ over all examples, for the weight W of every layer.
 
     W Σ is the gradient of ½ ‖W x‖², summed over examples, with respect to W, with the activations x given.
+    For complex weights JAX returns its conjugate. Their sum has real and imaginary parts along a last axis.
     """
 
     def of_batch(batch: tuple[Any, ...]) -> Any:
@@ -272,7 +288,8 @@ def sum_weighted(metric: Metric, params: Any, inputs: tuple[Any, ...]) -> Sum:
             return _energy(metric, replaced, batch, entering)
 
         table = leaf_table(params)
-        return jax.grad(energy)({path: jnp.asarray(table[path]) for path in metric.leaves})
+        gradient = jax.grad(energy)({path: jnp.asarray(table[path]) for path in metric.leaves})
+        return {path: real_parts(jnp.conj(x)) for path, x in gradient.items()}
 
     return sum_batches(of_batch, inputs, metric.batches)
 
@@ -316,11 +333,12 @@ def _energy(
         layer = layers[address]
         operands = [*operands[: layer.data], x, *operands[layer.data + 1 :]]
         (y,) = bind(eqn, operands)
-        dtype = jnp.promote_types(y.dtype, jnp.float32)
+        parts = real_parts(y)
+        dtype = jnp.promote_types(parts.dtype, jnp.float32)
         outputs = _outputs(eqn, jnp.shape(operands[layer.weight]))
         scale = jax.tree.leaves(inputs)[0].shape[0] * outputs / (y.size * layer.repeats)
         # Later layers must not contribute to the gradient of this one: only its own outputs count.
-        return [lax.stop_gradient(y)], 0.5 * scale * jnp.sum(jnp.square(y.astype(dtype)))
+        return [lax.stop_gradient(y)], 0.5 * scale * jnp.sum(jnp.square(parts.astype(dtype)))
 
     arguments = [jnp.asarray(x) for x in jax.tree.leaves((params, inputs))]
     _, energies = evaluate(closed, arguments, energy, entering)

@@ -39,7 +39,7 @@ from rebasin.matching.soft import (
 )
 from rebasin.permutation import Permutation, check_permutation, compiled_permute, identity_permutation
 from rebasin.spec import PermutationSpec
-from rebasin.trees import LeafPredicate, is_weight, leaf_table
+from rebasin.trees import LeafPredicate, is_weight, leaf_table, real_parts
 
 __all__ = [
     "FrankWolfeMatching",
@@ -315,10 +315,10 @@ class Relaxation:
             if not predicate(path, tables[0][path]):
                 continue
             leaves = [jnp.asarray(table[path]) for table in tables]
-            norms += [float(np.sum(np.square(np.asarray(leaf, np.float64)))) for leaf in leaves]
+            norms += [float(np.sum(np.square(_on_host(leaf)))) for leaf in leaves]
             for block in iter_blocks(axes, leaves[0].shape):
-                move = block_move(spec, block.labels)
-                pieces = tuple(cut(leaf, block) for leaf in leaves)
+                pieces = tuple(real_parts(cut(leaf, block)) for leaf in leaves)
+                move = block_move(spec, (*block.labels, *[None] * (pieces[0].ndim - len(block.shape))))
                 if move.groups:
                     moves.append(move)
                     arrays.append(pieces)
@@ -380,17 +380,21 @@ def joint_objective(
 
 
 def _pair_sum(arrays: Sequence[Any]) -> float:
-    """Compute Σ_{i<j} ⟨x_i, x_j⟩ in float64.
+    """Compute Σ_{i<j} Re⟨x_i, x_j⟩ in float64.
 
     The sum is taken pair by pair: half of the difference of ‖Σ x_i‖² and Σ ‖x_i‖² would lose digits.
     """
-    total, before = 0.0, np.asarray(arrays[0], np.float64)
-    for array in arrays[1:]:
-        array = np.asarray(array, np.float64)
+    total, before = 0.0, _on_host(arrays[0])
+    for array in map(_on_host, arrays[1:]):
         # Not `vdot`: BLAS wakes its threads for it, which costs milliseconds for a small leaf.
         total += float(np.sum(before * array))
         before = before + array
     return total
+
+
+def _on_host(array: Any) -> np.ndarray:
+    """Return an array in float64, a complex one as its real and imaginary parts."""
+    return np.asarray(real_parts(np.asarray(array)), np.float64)
 
 
 def _as_dtype(softs: _Softs, dtype: Any) -> _Softs:

@@ -41,7 +41,7 @@ from rebasin.matching.soft import SoftPermutation, harden, soft_permute, soften,
 from rebasin.matching.weights import weight_matching
 from rebasin.permutation import Permutation, check_permutation, compiled_permute, identity_permutation
 from rebasin.spec import PermutationSpec
-from rebasin.trees import LeafPredicate, distance, interpolate, is_weight, leaf_table
+from rebasin.trees import LeafPredicate, distance, interpolate, is_weight, leaf_table, real_parts
 
 __all__ = [
     "SinkhornLoss",
@@ -279,9 +279,8 @@ def _soft_loss_and_gradient(
             return metrics_fn(interpolate(params_a, moved, alpha, predicate=predicate), batch)["loss"].mean()
         # `rebasin.trees.distance` is computed on the host in float64, and so it cannot be differentiated.
         a, b = leaf_table(params_a), leaf_table(moved)
-        return sum(
-            (((a[path] - b[path]) ** 2).sum() for path in a if predicate(path, a[path])), jnp.zeros(())
-        )
+        differences = (real_parts(a[path] - b[path]) for path in a if predicate(path, a[path]))
+        return sum(((difference**2).sum() for difference in differences), jnp.zeros(()))
 
     return jax.value_and_grad(soft_loss)(x)
 

@@ -85,16 +85,17 @@ def block_move(spec: PermutationSpec, labels: Sequence[str | None]) -> BlockMove
 
 
 def move_block(move: BlockMove, soft: SoftPermutation, values: jax.Array) -> jax.Array:
-    """Move the values of a block; the result has the dtype of the matrices."""
+    """Move the values of a block; the result has the dtype of the matrices, or its complex counterpart."""
     if not move.groups:
         return values
     matrices = [jnp.asarray(soft[group]) for group in move.groups]
-    values = values.astype(matrices[0].dtype)
+    kind = jnp.complex64 if jnp.iscomplexobj(values) else matrices[0].dtype
+    values = values.astype(jnp.promote_types(matrices[0].dtype, kind))
     return jnp.einsum(move.subscripts, values, *matrices, precision="highest")
 
 
 def soft_permute(spec: PermutationSpec, soft: SoftPermutation, tree: Any) -> Any:
-    """Move every floating leaf of a tree by a soft permutation; other leaves stay as they are.
+    """Move every floating or complex leaf of a tree by a soft permutation; other leaves stay as they are.
 
     The result is differentiable in `soft` and in `tree`. Where `soft` is a permutation, it is that of
     `rebasin.permute` up to rounding.
@@ -117,7 +118,7 @@ def soft_permute(spec: PermutationSpec, soft: SoftPermutation, tree: Any) -> Any
 
     def move(path: str, leaf: Any) -> Any:
         leaf = jnp.asarray(leaf)
-        if not jnp.issubdtype(leaf.dtype, jnp.floating) or not any(axis.groups for axis in table[path]):
+        if not jnp.issubdtype(leaf.dtype, jnp.inexact) or not any(axis.groups for axis in table[path]):
             return leaf
         pieces = []
         for block in iter_blocks(table[path], leaf.shape):

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 
 from rebasin.barrier import MetricsFn
 from rebasin.batches import check_batch_size
@@ -179,6 +180,9 @@ def midpoint_gradient(
 ) -> tuple[jax.Array, dict[str, Any]]:
     """Return the mean loss of the midpoint, and its gradient with respect to the weights of P[B].
 
+    The gradient of a complex weight points to where the loss rises, ∂ℓ/∂Re + i ∂ℓ/∂Im; that of JAX is its
+    conjugate.
+
     Args:
       moved: the weights of P[B], by path name.
       params_a: tree of A.
@@ -191,4 +195,5 @@ def midpoint_gradient(
         middle = interpolate(params_a, with_weights(params_a, moved), 0.5, predicate=predicate)
         return metrics_fn(middle, batch)["loss"].mean()
 
-    return jax.value_and_grad(loss)(moved)
+    value, gradient = jax.value_and_grad(loss)(moved)
+    return value, jax.tree.map(jnp.conj, gradient)

@@ -55,8 +55,8 @@ class WeightMatching(Method):
       leaf_weights: factors of leaves or of whole subtrees in the objective, by path name; of the names that a
         leaf lies below the longest decides, and a leaf without a name counts once. Weight 0 leaves a leaf
         out.
-      predicate: ``(path, leaf) -> bool``, the leaves that count; by default floating leaves that are neither
-        running statistics nor optimiser state.
+      predicate: ``(path, leaf) -> bool``, the leaves that count; by default floating and complex leaves
+        that are neither running statistics nor optimiser state.
 
     Raises:
       ConfigError: an option cannot work.

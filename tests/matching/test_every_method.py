@@ -40,7 +40,12 @@ def run(method, case, params_a, params_b, **changes):
 @every_method
 @pytest.mark.parametrize(
     "name",
-    ["mlp", pytest.param("resnet", marks=pytest.mark.slow), pytest.param("vit", marks=pytest.mark.slow)],
+    [
+        "mlp",
+        "complex",
+        pytest.param("resnet", marks=pytest.mark.slow),
+        pytest.param("vit", marks=pytest.mark.slow),
+    ],
 )
 def test_a_planted_permutation_is_recovered(method, name):
     """Exactly, unless the method compares activations, which are all zero for some units."""
@@ -55,7 +60,7 @@ def test_a_planted_permutation_is_recovered(method, name):
 
 
 @every_method
-@pytest.mark.parametrize("name", ["mlp", "width_one", pytest.param("vit", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["mlp", "width_one", "complex", pytest.param("vit", marks=pytest.mark.slow)])
 def test_the_result_keeps_its_contract(method, name):
     case = build_case(name)
     match = run(method, case, case.params_a, case.params_b)

@@ -247,14 +247,17 @@ def test_bad_input_is_refused():
 
 
 def test_groups_of_one_width_share_one_compiled_program():
-    """Whatever their leaves are, in whichever pass, and a second network adds none."""
+    """Whatever their leaves are, in whichever pass, and a second network adds none.
+
+    No other test has groups of 37 units, so nothing is compiled beforehand.
+    """
     rebasin.weight_matching(chain_spec(1), *(chain_tree(seed, [6, 7, 3]) for seed in (0, 1)), key=KEY)
-    widths = [6, 17, 17, 17, 17, 17, 3]
+    widths = [6, 37, 37, 37, 37, 37, 3]
     a, b = chain_tree(0, widths), chain_tree(1, widths)
     with count_compilations() as first:
         rebasin.weight_matching(chain_spec(5), a, b, key=KEY)
     assert len(first) == 1
-    c, d = (chain_tree(seed, [9, 17, 17, 2]) for seed in (0, 1))
+    c, d = (chain_tree(seed, [9, 37, 37, 2]) for seed in (0, 1))
     with count_compilations() as second:
         rebasin.weight_matching(chain_spec(2), c, d, key=KEY)
     assert len(second) == 0
