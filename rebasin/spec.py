@@ -14,6 +14,7 @@ import numpy as np
 
 from rebasin.axis import Axis, AxisLike, Factor
 from rebasin.errors import SpecError, SpecMismatchError, problem_list
+from rebasin.explanation import UnitShares, find_ties, measure_units
 from rebasin.trees import leaf_table
 
 __all__ = ["NO_RULE", "GroupSize", "PermutationSpec", "Pin"]
@@ -275,10 +276,40 @@ class PermutationSpec:
         """Hash of everything that counts in equality; a saved permutation names its spec by it."""
         return hashlib.sha256(dataclasses.replace(self, pins=()).to_json().encode()).hexdigest()
 
-    def explain(self) -> str:
+    def unit_shares(self, tree: Any) -> UnitShares:
+        """Return the share of a network's units that move, that move in part, and that stay put.
+
+        A number of a leaf moves if any of its axes does, so nearly all parameters may move where few units
+        do: those of a residual stream. Units are positions along the axes of leaves, one axis at a time.
+        Inputs and outputs of the network, windows of convolutions and stacked layers do not count.
+
+        Args:
+          tree: the tree, or its shapes.
+
+        Raises:
+          SpecMismatchError: the spec does not fit the tree.
+
+        Examples:
+          >>> spec = PermutationSpec.from_axes({"w": ("P0", None), "v": ("P0",)})
+          >>> print(spec.unit_shares({"w": np.ones((3, 2)), "v": np.ones(3)}))
+          75 % of the units move, 25 % stay put
+        """
+        self.group_sizes(tree)
+        shapes = {path: np.shape(leaf) for path, leaf in leaf_table(tree).items()}
+        reasons = {(pin.path, pin.axis): pin.reason for pin in self.pins}
+        return measure_units(self.leaves, shapes, self.groups, self.fixed, reasons)
+
+    def explain(self, tree: Any = None) -> str:
         """Return a text for the reader: which axes each group permutes, and why other axes stay put.
 
-        At its end stand the primitives that have no inference rule, with the number of axes that each pins.
+        Then it says what is tied: where one permutation moves several layers, several parts of a leaf, or
+        what lies at all positions of another factor. A residual stream is tied over layers rightly; other
+        ties have a reason in the function, such as one array of constants that several layers share. At the
+        end stand the primitives that have no inference rule, with the number of axes that each pins.
+
+        Args:
+          tree: the tree that the spec was made for, or its shapes; with it the text begins with the share of
+            units that move (`unit_shares`).
 
         Examples:
           >>> spec = PermutationSpec.from_axes({"w": (None, "P0")})
@@ -289,7 +320,7 @@ class PermutationSpec:
             w axis 0
         """
         axes = [(f"{path} axis {i}", axis) for path, row in self.leaves for i, axis in enumerate(row)]
-        lines = []
+        lines = [] if tree is None else [str(self.unit_shares(tree))]
         for group in self.groups:
             lines += [
                 f"{group} moves",
@@ -300,6 +331,7 @@ class PermutationSpec:
                 f"stays put: {reason}",
                 *(f"  {pin.path} axis {pin.axis}" for pin in self.pins if pin.reason == reason),
             ]
+        lines += [f"tied: {tie}" for tie in find_ties(self.leaves, self.groups, self.outer_groups)]
         unknown = collections.defaultdict(list)
         for pin in self.pins:
             if pin.reason.endswith(NO_RULE):

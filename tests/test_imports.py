@@ -24,6 +24,7 @@ ROOMS = [
     ["rebasin.permutation"],
     ["rebasin.batches", "rebasin.compilation"],
     ["rebasin.spec"],
+    ["rebasin.explanation"],
     ["rebasin.axis"],
     ["rebasin.trees"],
     ["rebasin.errors"],

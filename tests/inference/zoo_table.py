@@ -23,7 +23,7 @@ from rebasin.trees import leaf_table
 
 ARCHITECTURES = pathlib.Path(__file__).parents[2] / "docs/architectures.md"
 BEGIN, END = "<!-- zoo-table begins -->\n", "<!-- zoo-table ends -->\n"
-HEAD = ["architecture", "groups", "sizes", "moves", "stays put: reason × axes", "ms"]
+HEAD = ["architecture", "groups", "sizes", "moves", "units", "stays put: reason × axes", "ms"]
 
 
 def row(name):
@@ -33,9 +33,10 @@ def row(name):
     sizes = sorted(spec.group_sizes(specimen.tree).values(), key=sort_key)
     texts = ["×".join(map(str, size)) if isinstance(size, tuple) else str(size) for size in sizes]
     share = f"{100 * moving_share(spec, specimen.tree):.0f} %"
+    units = f"{100 * spec.unit_shares(specimen.tree).moving:.0f} %"
     reasons = collections.Counter(_short(pin.reason) for pin in spec.pins)
     pins = ", ".join(f"{reason} × {count}" for reason, count in reasons.most_common())
-    return [name.replace("_", " "), str(len(sizes)), ", ".join(texts), share, pins]
+    return [name.replace("_", " "), str(len(sizes)), ", ".join(texts), share, units, pins]
 
 
 def moving_share(spec, tree):
