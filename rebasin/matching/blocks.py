@@ -50,8 +50,8 @@ class PairBlock(NamedTuple):
         rows = (x.reshape(-1, x.shape[-1]) if x.ndim else x.reshape(1, 1) for x in (self.a, self.b))
         return math.prod(math.sqrt(np.vecdot(x, x).sum(dtype=np.float64)) for x in rows)
 
-    def value(self, permutation: Permutation) -> float:
-        """Return ⟨A, P[B]⟩ over this block, in float64."""
+    def permuted_b(self, permutation: Permutation) -> np.ndarray:
+        """Return the block of B permuted along the dimensions whose group has a permutation."""
         b = self.b
         # An inner group is indexed by new outer positions, so outer groups are permuted first.
         for dim in sorted(range(b.ndim), key=lambda d: len(self.outer_dims[d])):
@@ -63,7 +63,11 @@ class PairBlock(NamedTuple):
                 b = np.take_along_axis(b, _aligned(rows, self.outer_dims[dim], dim, b.shape), axis=dim)
             elif (rows != np.arange(len(rows))).any():
                 b = np.take(b, rows, axis=dim)
-        return _inner_product(self.a, b)
+        return b
+
+    def value(self, permutation: Permutation) -> float:
+        """Return ⟨A, P[B]⟩ over this block, in float64."""
+        return _inner_product(self.a, self.permuted_b(permutation))
 
 
 def pair_blocks(

@@ -135,7 +135,8 @@ def weight_matching(
     assignment solves it exactly. A group whose neighbours have not changed since its last assignment is not
     solved again; the ascent ends when none is left. A new permutation is taken only for a gain above the
     rounding error of S, so the objective never falls. An outer group, such as the heads of attention, is
-    solved together with its inner groups: its units are paired by the value of their best inner match.
+    solved together with its inner groups, to any depth: its units are paired by the value of their best inner
+    match.
 
     From ``start="depth"``, without restarts, the order of B's units does not matter: permuting B beforehand
     gives the same aligned network, up to ties and rounding, unless the identity has to stand in.
@@ -326,7 +327,7 @@ def _restart(
       The better of the two states, and the number of iterations made.
     """
     order = _draw_coupled(problem, np.random.default_rng([*seed, 0]))
-    free = {g for group in order for g in (group, *(inner.name for inner in problem.inner[group]))}
+    free = {g for group in order for g in (group, *problem.inner_names[group])}
     known = {g: rows for g, rows in state.permutation.items() if g not in free}
     found = assign_in_order(problem, work, order, known)
     changed = {group for group in free if not np.array_equal(found[group], state.permutation[group])}
