@@ -39,7 +39,7 @@ Similarity: TypeAlias = Literal["inner", "correlation"]
 _CONSTANT = 1e-6
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class ActivationMatching(Method):
     """Activation matching, together with its options.
 

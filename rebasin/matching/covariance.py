@@ -45,7 +45,7 @@ __all__ = [
 Order: TypeAlias = Literal["ascent", "depth"]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class CovarianceMatching(Method):
     """Covariance matching, together with its options.
 

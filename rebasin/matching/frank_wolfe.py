@@ -57,7 +57,7 @@ FrankWolfeStart: TypeAlias = Literal["barycentre", "identity"]
 _Softs: TypeAlias = tuple[SoftPermutation, ...]  # one for each network but the first
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class FrankWolfeMatching(Method):
     """Frank–Wolfe matching with its options.
 

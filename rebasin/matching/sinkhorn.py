@@ -66,7 +66,7 @@ _RIDGE = 1e-6
 _RANDOM_ALPHAS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class SinkhornMatching(Method):
     """Sinkhorn re-basin with its options.
 

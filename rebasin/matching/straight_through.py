@@ -38,7 +38,7 @@ from rebasin.trees import LeafPredicate, interpolate, is_weight
 __all__ = ["StraightThroughMatching", "midpoint_gradient", "straight_through_matching"]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class StraightThroughMatching(Method):
     """The straight-through estimator with its options.
 

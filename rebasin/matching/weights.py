@@ -38,7 +38,7 @@ __all__ = ["AscentStart", "WeightMatching", "joint_weight_matching", "weight_mat
 AscentStart: TypeAlias = Literal["depth", "identity"]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class WeightMatching(Method):
     """Weight matching, with its options.
 

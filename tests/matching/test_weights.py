@@ -17,7 +17,7 @@ from rebasin.matching import ascent, weights
 from rebasin.matching.ascent import lay_out
 from rebasin.matching.blocks import pair_blocks
 from rebasin.matching.weights import WeightMatching
-from rebasin.trees import inner_product, leaf_table
+from rebasin.trees import inner_product, is_weight, leaf_table
 
 KEY = jax.random.key(0)
 
@@ -407,7 +407,8 @@ def test_options_are_a_value():
     method = WeightMatching(restarts=3, leaf_weights={"Dense_0/bias": 2.0})
     assert method == WeightMatching(restarts=3, leaf_weights=(("Dense_0/bias", 2.0),))
     assert len({method, WeightMatching(restarts=3, leaf_weights={"Dense_0/bias": 2.0})}) == 1
-    assert "restarts=3" in repr(method)
+    assert repr(method) == "WeightMatching(restarts=3, leaf_weights=(('Dense_0/bias', 2.0),))"
+    assert repr(WeightMatching(predicate=is_weight)) == "WeightMatching()"
     spec, a, b = chain_spec(2), chain_tree(0, [6, 20, 20, 3]), chain_tree(1, [6, 20, 20, 3])
     by_function = rebasin.weight_matching(spec, a, b, key=KEY, restarts=3, leaf_weights={"Dense_0/bias": 2.0})
     assert method.match(spec, a, b, key=KEY) == by_function
