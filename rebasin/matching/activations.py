@@ -21,7 +21,7 @@ from rebasin.axis import cut, iter_blocks
 from rebasin.batches import Batches, Sum, batch_shapes, check_data, inputs_of, num_examples, sum_batches
 from rebasin.errors import ConfigError, InferenceError, NonFiniteError, problem_list
 from rebasin.matching.assignment import best_inner_match, maximise_assignments
-from rebasin.matching.method import Method, check_at_least, check_networks
+from rebasin.matching.method import Method, build_method, check_at_least, check_networks
 from rebasin.matching.result import MatchResult
 from rebasin.permutation import Permutation, compiled_permute, identity_permutation
 from rebasin.spec import PermutationSpec
@@ -148,7 +148,7 @@ def activation_matching(
       >>> match.permutation["P0"].tolist()
       [1, 2, 0]
     """
-    method = ActivationMatching(**options)
+    method = build_method(ActivationMatching, options)
     return method.match(spec, params_a, params_b, apply_fn=apply_fn, data=data)
 
 

@@ -48,7 +48,8 @@ class PairBlock(NamedTuple):
     def bound(self) -> float:
         """‖A‖‖B‖, which ⟨A, P[B]⟩ cannot exceed."""
         rows = (x.reshape(-1, x.shape[-1]) if x.ndim else x.reshape(1, 1) for x in (self.a, self.b))
-        return math.prod(math.sqrt(np.vecdot(x, x).sum(dtype=np.float64)) for x in rows)
+        with np.errstate(over="ignore"):  # infinity says that the networks have to be rescaled
+            return math.prod(math.sqrt(np.vecdot(x, x).sum(dtype=np.float64)) for x in rows)
 
     def permuted_b(self, permutation: Permutation) -> np.ndarray:
         """Return the block of B permuted along the dimensions whose group has a permutation."""

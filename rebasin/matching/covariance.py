@@ -22,7 +22,7 @@ from jax import lax
 from rebasin.axis import Axis
 from rebasin.batches import Batches, Sum, batch_shapes, check_data, inputs_of, sum_batches
 from rebasin.errors import ConfigError
-from rebasin.matching.method import Method, check_at_least, check_networks
+from rebasin.matching.method import Method, build_method, check_at_least, check_networks
 from rebasin.matching.result import MatchResult
 from rebasin.matching.weights import weight_matching
 from rebasin.permutation import Permutation, compiled_permute, identity_permutation
@@ -157,7 +157,7 @@ def covariance_matching(
       >>> covariance_matching(spec, a, b, network, x, key=jax.random.key(0)).permutation["P0"].tolist()
       [1, 2, 0]
     """
-    method = CovarianceMatching(**options)
+    method = build_method(CovarianceMatching, options)
     return method.match(spec, params_a, params_b, key=key, apply_fn=apply_fn, data=data)
 
 

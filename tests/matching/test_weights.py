@@ -421,3 +421,15 @@ def test_options_are_a_value():
     ]
     with pytest.raises(ConfigError, match=r"the method 'weights' needs key:\n  key: missing"):
         method.match(spec, a, b)
+
+
+@pytest.mark.parametrize("exponent", [-100, -66, -40, 40, 66, 120])
+def test_the_scale_of_the_networks_does_not_matter(exponent):
+    """Products of weights of 1e-20 underflow in float32, and those of 1e20 overflow."""
+    spec, widths = chain_spec(2), [6, 20, 16, 3]
+    a, b = chain_tree(0, widths), chain_tree(1, widths)
+    plain = rebasin.weight_matching(spec, a, b, key=KEY, restarts=3)
+    scaled = (jax.tree.map(lambda x: np.ldexp(np.asarray(x), exponent), tree) for tree in (a, b))
+    match = rebasin.weight_matching(spec, *scaled, key=KEY, restarts=3)
+    chex.assert_trees_all_equal(match.permutation, plain.permutation)
+    np.testing.assert_allclose(match.objective, np.ldexp(plain.objective, 2 * exponent), rtol=1e-12)
