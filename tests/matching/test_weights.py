@@ -253,7 +253,7 @@ def test_groups_of_one_width_share_one_compiled_program():
     a, b = chain_tree(0, widths), chain_tree(1, widths)
     with count_compilations() as first:
         rebasin.weight_matching(chain_spec(5), a, b, key=KEY)
-    assert len(first) == 1
+    assert len(first) <= 1  # none if another test has compiled for this width before
     c, d = (chain_tree(seed, [9, 17, 17, 2]) for seed in (0, 1))
     with count_compilations() as second:
         rebasin.weight_matching(chain_spec(2), c, d, key=KEY)
