@@ -6,6 +6,8 @@ along every axis of group g, ``new[i] = old[permutation[g][i]]``. The array of a
 ``new[h, d] = old[outer[h], inner[h, d]]``.
 """
 
+import functools
+import itertools
 import json
 import math
 import pathlib
@@ -17,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from rebasin.axis import Axis, cut, iter_blocks, join
+from rebasin.axis import Axis, SizedFactor, cut, iter_blocks, join
 from rebasin.errors import PermutationError, problem_list
 from rebasin.spec import GroupSize, PermutationSpec
 from rebasin.trees import map_leaves
@@ -196,18 +198,20 @@ def _axis_index(
     axis: Axis, length: int, permutation: Permutation, outer: Mapping[str, tuple[str, ...]]
 ) -> jax.Array:
     """Return the old position of every new position along an axis, with inner groups left where they are."""
-    start, parts = 0, []
-    for segment in axis.sized(length):
-        index = jnp.zeros((1,), jnp.int32)
-        for factor in segment:
-            if factor.group is None or factor.group in outer or factor.group not in permutation:
-                digit = jnp.arange(factor.size)
-            else:
-                digit = jnp.asarray(permutation[factor.group], jnp.int32)
-            index = (index[:, None] * factor.size + digit[None, :]).reshape(-1)
-        parts.append(start + index)
-        start += index.size
-    return jnp.concatenate(parts)
+
+    def positions(factor: SizedFactor) -> jax.Array:
+        if factor.group is None or factor.group in outer or factor.group not in permutation:
+            return jnp.arange(factor.size)
+        return jnp.asarray(permutation[factor.group], jnp.int32)
+
+    def product(digits: list[jax.Array]) -> jax.Array:
+        return functools.reduce(lambda index, digit: jnp.add.outer(index * digit.size, digit).ravel(), digits)
+
+    def concatenate(parts: list[jax.Array]) -> jax.Array:
+        starts = itertools.accumulate([0, *(part.size for part in parts)])
+        return jnp.concatenate([start + part for start, part in zip(starts, parts, strict=False)])
+
+    return axis.fold(length, positions, product, concatenate)
 
 
 def _reorder_indexed(

@@ -26,6 +26,10 @@ SPEC = PermutationSpec.from_axes(
         "square": ("P1", "P1"),
         "query": ("P0", "heads", "inner"),
         "fused": (Axis.concatenate(Axis.product(1), Axis.product(("heads", 2), ("inner", 3))),),
+        "by_head": (
+            Axis.product(("heads", 2), Axis.concatenate(Axis.product(1), Axis.product(("inner", 3)))),
+            "P1",
+        ),
         "stack": ("layer", "P0", "hidden"),
         "deep": ("turn", "sub", "layer"),
         "count": (),
@@ -39,6 +43,7 @@ SHAPES = {
     "square": (3, 3),
     "query": (4, 2, 3),
     "fused": (7,),
+    "by_head": (8, 3),
     "stack": (2, 4, 3),
     "deep": (3, 4, 2),
     "count": (),
@@ -70,6 +75,9 @@ def reference(permutation, tree):
                 source = p["heads"][h], p["inner"][h, d]
                 new["query"][i, h, d] = old["query"][p["P0"][i], *source]
                 new["fused"][1 + 3 * h + d] = old["fused"][1 + 3 * source[0] + source[1]]
+                by_head = old["by_head"][:, p["P1"]]
+                new["by_head"][4 * h] = by_head[4 * source[0]]
+                new["by_head"][4 * h + 1 + d] = by_head[4 * source[0] + 1 + source[1]]
                 new["stack"][h, i, d] = old["stack"][h, p["P0"][i], p["hidden"][h, d]]
     for layer in range(2):
         for s in range(4):
@@ -145,18 +153,25 @@ import jax, numpy as np
 import rebasin
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-spec = rebasin.PermutationSpec.from_axes({"w": (None, "P0"), "v": ("P0", None)})
+from rebasin import Axis
+
+by_head = Axis.product(("H", 2), Axis.concatenate(Axis.product(2), Axis.product(("D", 2))))
+axes = {"w": (None, "P0"), "v": ("P0", None), "u": (None, by_head)}
+spec = rebasin.PermutationSpec.from_axes(axes, indexed={"D": ["H"]})
 tree = {"w": np.arange(24.0).reshape(3, 8), "v": np.arange(16.0).reshape(8, 2)}
+tree["u"] = tree["w"]
 permutation = rebasin.random_permutation(spec, tree, key=jax.random.key(0))
 row = np.asarray(permutation["P0"])
+expected = np.asarray(rebasin.permute(spec, permutation, tree)["u"])
 for kind in (AxisType.Auto, AxisType.Explicit):
     mesh = jax.make_mesh((2,), ("x",), axis_types=(kind,))
-    parts = {"w": PartitionSpec(None, "x"), "v": PartitionSpec("x")}
+    parts = {"w": PartitionSpec(None, "x"), "v": PartitionSpec("x"), "u": PartitionSpec(None, "x")}
     sharded = jax.device_put(tree, {k: NamedSharding(mesh, part) for k, part in parts.items()})
     for function in (rebasin.permute, jax.jit(rebasin.permute, static_argnums=0)):
         moved = function(spec, permutation, sharded)
         assert (np.asarray(moved["w"]) == tree["w"][:, row]).all()
         assert (np.asarray(moved["v"]) == tree["v"][row]).all()
+        assert (np.asarray(moved["u"]) == expected).all()
 print(len(jax.devices()))
 """
     environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}

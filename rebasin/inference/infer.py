@@ -8,9 +8,9 @@ from typing import Any
 import jax
 
 import rebasin.inference.rules  # noqa: F401  # registers every rule
-from rebasin.axis import Axis, Factor, SizedFactor
+from rebasin.axis import Axis
 from rebasin.errors import InferenceError
-from rebasin.inference.axes import Node, pin, segments, unite
+from rebasin.inference.axes import Node, factors, pin, reasons, unite, write_axis
 from rebasin.inference.indexing import Equations, find_outer_groups
 from rebasin.inference.interpreter import interpret
 from rebasin.inference.rule import Equation, Rule, register_rule
@@ -153,8 +153,7 @@ def _tie_outputs(outputs: Mapping[str, Value], next_values: Mapping[str, tuple[s
 
 def _to_spec(of_leaf: Mapping[str, Dims], equations: Equations) -> PermutationSpec:
     """Name the groups and write down the axes of every leaf."""
-    table = _settled_segments(of_leaf)
-    names = _group_names(table)
+    names = _group_names(of_leaf)
     # The parts of a reshape that is still deferred are in no group, so values count as they were before it.
     before_reshapes = [[value.before_reshapes for value in values] for values in equations]
     outer = find_outer_groups(before_reshapes, list(names))
@@ -162,65 +161,29 @@ def _to_spec(of_leaf: Mapping[str, Dims], equations: Equations) -> PermutationSp
     fixed = dict.fromkeys(node for nodes in outer.values() for node in nodes if node.is_pinned)
     labels = names | {node: f"index_{i}" for i, node in enumerate(fixed)}
     indexed = tuple((names[group], tuple(labels[node] for node in nodes)) for group, nodes in outer.items())
-    leaves = tuple((path, tuple(_axis(axis, labels) for axis in axes)) for path, axes in table.items())
+    leaves = tuple((path, tuple(_axis(node, labels) for node in dims)) for path, dims in of_leaf.items())
     pins = tuple(
         Pin(path, i, reason)
-        for path, axes in table.items()
-        for i, axis in enumerate(axes)
-        for reason in dict.fromkeys(f.reason for segment in axis for f in segment if f.reason is not None)
+        for path, dims in of_leaf.items()
+        for i, node in enumerate(dims)
+        for reason in reasons(node)
     )
     return PermutationSpec(leaves, indexed, tuple(labels[node] for node in fixed), pins)
 
 
-def _settled_segments(of_leaf: Mapping[str, Dims]) -> dict[str, list[list[list[Node]]]]:
-    """Write every axis as segments, again and again until that pins nothing more."""
-    while True:
-        before = [node.is_pinned for dims in of_leaf.values() for node in _with_parts(dims)]
-        table = {path: [segments(node) for node in dims] for path, dims in of_leaf.items()}
-        if before == [node.is_pinned for dims in of_leaf.values() for node in _with_parts(dims)]:
-            return table
-
-
-def _with_parts(nodes: Dims) -> list[Node]:
-    """Return some nodes and their parts at every depth."""
-    found = []
-    for node in nodes:
-        found += [node, *_with_parts(node.parts)]
-    return found
-
-
-def _group_names(table: Mapping[str, list[list[list[Node]]]]) -> dict[Node, str]:
+def _group_names(of_leaf: Mapping[str, Dims]) -> dict[Node, str]:
     """Name each group after the first leaf that carries it; later groups of a leaf are numbered from 2."""
     names: dict[Node, str] = {}
-    for path, axes in table.items():
-        factors = (factor for axis in axes for segment in axis for factor in segment)
-        roots = dict.fromkeys(factor.root for factor in factors if not factor.is_pinned)
+    for path, dims in of_leaf.items():
+        roots = dict.fromkeys(f for node in dims for f in factors(node) if not f.is_pinned)
         numbers = itertools.count(2)
         for i, node in enumerate([root for root in roots if root not in names]):
             later = (f"{path}#{n}" for n in numbers)
-            names[node] = path if i == 0 else next(name for name in later if name not in table)
+            names[node] = path if i == 0 else next(name for name in later if name not in of_leaf)
     return names
 
 
-def _axis(axis: list[list[Node]], names: dict[Node, str]) -> Axis:
-    """Make an axis of the spec, joining neighbouring pinned factors and neighbouring pinned segments."""
-    parts: list[list[SizedFactor]] = []
-    for segment in axis:
-        factors: list[SizedFactor] = []
-        for node in segment:
-            group = names.get(node.root)
-            if group is None and factors and factors[-1].group is None:
-                factors[-1] = SizedFactor(factors[-1].size * node.size, None)
-            elif node.size > 1 or len(segment) == 1:
-                factors.append(SizedFactor(node.size, group))
-        if parts and _stays(parts[-1]) and _stays(factors):
-            parts[-1] = [SizedFactor(parts[-1][0].size + factors[0].size, None)]
-        else:
-            parts.append(factors)
-    if len(parts) == 1 and len(parts[0]) == 1:
-        return Axis.whole(parts[0][0].group)
-    return Axis(tuple(tuple(Factor(*factor) for factor in segment) for segment in parts))
-
-
-def _stays(segment: list[SizedFactor]) -> bool:
-    return len(segment) == 1 and segment[0].group is None
+def _axis(node: Node, labels: Mapping[Node, str]) -> Axis:
+    """Write an axis of a leaf; one that is a single factor gets no size."""
+    axis = write_axis(node, labels.get)
+    return Axis.whole(next(axis.factors).group) if axis.is_whole else axis

@@ -81,7 +81,8 @@ class DeferredReshape:
     ``x.reshape(…, 3, heads, dims)`` seems to say that the axis is a product, so that its three parts are
     permuted alike. But if each of the three is then taken out by itself, as from a fused projection, the
     parts are segments of the axis and may be permuted differently. So the reshape is deferred until a rule
-    does anything else than slice along the first of the new axes.
+    does anything else than slice along one of the new axes. If it slices along a later one, as along the
+    second of ``[heads, 3, dims]``, then the axes before that one are tied and the rest stays deferred.
 
     Attributes:
       source: the axis that was reshaped.
@@ -102,10 +103,22 @@ class DeferredReshape:
             for part, node in zip(self.parts, factor(self.source, sizes, self.reason), strict=True):
                 unite(part, node, self.reason)
 
-    def cut(self, sizes: Sequence[int]) -> list["DeferredReshape"]:
-        """Cut the first of the parts into segments; return the deferred reshape of each segment."""
-        inner = [part.size for part in self.parts[1:]]
-        ends = split(self.source, [size * math.prod(inner) for size in sizes], self.reason)
+    def cut(self, place: int, sizes: Sequence[int]) -> list["DeferredReshape"]:
+        """Cut a part into segments, and tie the parts before it.
+
+        Args:
+          place: number of the part.
+          sizes: sizes of the segments.
+
+        Returns:
+          For each segment, the deferred reshape into the segment and the parts behind it.
+        """
+        all_sizes = [part.size for part in self.parts]
+        outer, inner = all_sizes[:place], all_sizes[place + 1 :]
+        *tied, source = factor(self.source, [*outer, math.prod(all_sizes[place:])], self.reason)
+        for part, node in zip(self.parts, tied, strict=False):
+            unite(part, node, self.reason)
+        ends = split(source, [size * math.prod(inner) for size in sizes], self.reason)
         return [
             DeferredReshape(node, [size, *inner], self.reason) for size, node in zip(sizes, ends, strict=True)
         ]

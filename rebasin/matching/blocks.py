@@ -92,8 +92,7 @@ def pair_blocks(
             a = a * a.dtype.type(weight)
         for block in iter_blocks(axes, a.shape):
             outer_dims = tuple(() if g is None else index_dims(block.labels, g, spec) for g in block.labels)
-            block_a, block_b = (leaf[block.slices].reshape(block.shape) for leaf in (a, b))
-            yield PairBlock(path, block_a, block_b, block.labels, outer_dims)
+            yield PairBlock(path, block.read(a), block.read(b), block.labels, outer_dims)
 
 
 def _to_host(leaf: Any) -> np.ndarray:

@@ -414,12 +414,7 @@ def _restrict(spec: PermutationSpec, groups: set[str]) -> PermutationSpec:
     kept = groups | set(spec.fixed)
 
     def restricted(axis: Axis) -> Axis:
-        return Axis(
-            tuple(
-                tuple(f if f.group in kept else f._replace(group=None) for f in segment)
-                for segment in axis.segments
-            )
-        )
+        return axis.rename({group: group if group in kept else None for group in axis.groups})
 
     leaves = tuple((path, tuple(map(restricted, axes))) for path, axes in spec.leaves)
     return PermutationSpec(leaves, tuple(x for x in spec.indexed if x[0] in groups), spec.fixed)

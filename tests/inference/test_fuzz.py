@@ -23,7 +23,7 @@ STEPS = [
     "dense", "dense", "dense", "bias", "scale", "tanh", "split_axis", "merge_axes", "swap_axes",
     "concatenate", "halve", "add", "multiply", "norm", "mean", "attend", "tied", "running", "reverse",
     "stack_scan", "sort", "head_bias", "maxout", "gram", "repeat", "route", "pick",
-    "take_apart",
+    "take_apart", "take_apart_each", "attend_by_head", "turn_part",
 ]
 # fmt: on
 
@@ -101,6 +101,44 @@ class Network:
         if self._next() % 2 and copies > 2:
             return parts[:, :-1].sum(1) * parts[:, -1]
         return parts[:, 0] * self.xp.tanh(parts[:, -1])
+
+    def take_apart_each(self, x):
+        """Takes parts out of every position of the slowest factor, such as gate and value of each unit."""
+        n = x.shape[-1]
+        units = next((d for d in (2, 3, 5) if n % d == 0 and n > d), None)
+        if units is None or x.ndim > 3:
+            return None
+        parts = x.reshape(*x.shape[:-1], units, -1)
+        first = self._next() % (n // units)
+        if self._next() % 2:
+            self.pool.append(parts)
+        product = parts[..., : first + 1] * self.xp.tanh(parts[..., -1:])
+        return product if self._next() % 2 else product.reshape(*x.shape[:-1], -1)
+
+    def turn_part(self, x):
+        """Scales some positions behind every position of the slowest factor, each by a number of its own."""
+        n = x.shape[-1]
+        heads = next((d for d in (2, 3, 5) if n % d == 0 and n > d), 1)
+        z = x.reshape(*x.shape[:-1], heads, -1)
+        count = self._next() % z.shape[-1] + 1
+        turned = z[..., :count] * self.xp.arange(1.0, count + 1).reshape((1,) * (z.ndim - 1) + (-1,)) / count
+        z = self.xp.concatenate([turned, z[..., count:]], axis=-1)
+        return z if self._next() % 2 and x.ndim < 4 else z.reshape(x.shape)
+
+    def attend_by_head(self, x):
+        """A fused projection ``[heads, 2·dims + values]`` of queries, keys and values, read in two ways."""
+        heads, dims = self._next() % 2 + 2, self._next() % 3 + 1
+        fused = x @ self.weight(x.shape[-1], heads * 3 * dims)
+        if self._next() % 2:
+            fused = fused.reshape(*x.shape[:-1], heads, 3, dims)
+            q, k, v = (fused[..., i, :] for i in range(3))
+        else:
+            q, k, v = self.xp.split(fused.reshape(*x.shape[:-1], heads, -1), 3, axis=-1)
+        if self._next() % 2:
+            q, k = self.turn_part(q), self.turn_part(k)
+            q, k = q.reshape(v.shape), k.reshape(v.shape)
+        says = self.xp.tanh((q * k).sum(-1, keepdims=True))
+        return says * v if self._next() % 2 and x.ndim < 4 else (says * v).reshape(*x.shape[:-1], -1)
 
     def merge_axes(self, x):
         return x.reshape(*x.shape[:-2], -1) if x.ndim > 2 else None

@@ -36,6 +36,13 @@ def swiglu(x):
     return nn.Dense(2, use_bias=False)(nn.silu(nn.Dense(6)(x)) * nn.Dense(6)(x))
 
 
+@linen(6, inputs=(VECTORS,))
+def interleaved_gate(x):
+    """Gate and value of each of six units stand beside each other, and move as a pair."""
+    pairs = nn.Dense(12)(x).reshape(-1, 6, 2)
+    return nn.Dense(2)(nn.silu(pairs[..., 0]) * pairs[..., 1])
+
+
 @linen(6, (6, 2), inputs=(VECTORS,))
 def maxout(x):
     """The largest of two pieces for each of six units: pieces are permuted in each unit by itself."""

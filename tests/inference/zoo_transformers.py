@@ -57,6 +57,20 @@ def fused_projections_in_one_kernel(x):
     return nn.DenseGeneral(3, axis=(-2, -1))(jax.nn.dot_product_attention(q, k, v))
 
 
+@linen(2, (2, 4), (2, 4), inputs=(SEQUENCES,))
+def fused_projections_head_by_head(x):
+    """``[heads, 3 * dims]`` as in GPT-NeoX and BLOOM: an axis of heads of queries, keys and values."""
+    q, k, v = jnp.split(nn.Dense(24)(x).reshape(2, 5, 2, 12), 3, axis=-1)
+    return nn.DenseGeneral(3, axis=(-2, -1))(jax.nn.dot_product_attention(q, k, v))
+
+
+@linen(2, (2, 4), (2, 4), inputs=(SEQUENCES,))
+def fused_projections_head_by_head_reshaped(x):
+    """The same read as ``[heads, 3, dims]``, as in Megatron."""
+    q, k, v = jnp.moveaxis(nn.Dense(24)(x).reshape(2, 5, 2, 3, 4), 3, 0)
+    return nn.DenseGeneral(3, axis=(-2, -1))(jax.nn.dot_product_attention(q, k, v))
+
+
 @exhibit(2, 4, 4)
 def multi_query_attention():
     """One key and value for both heads, so head dimensions are those of all heads."""
@@ -112,6 +126,36 @@ def rotary_attention_with_interleaved_pairs():
         return softmax_attention(rotate(q), rotate(k), v, tree["out"])
 
     return Specimen(function, PROJECTIONS, (SEQUENCES,))
+
+
+FLAT_PROJECTIONS = shapes(q=(6, 8), k=(6, 8), v=(6, 8), out=(2, 4, 3))
+
+
+def flat_rotary_attention(turned):
+    """Kernels ``[in, heads * dims]``; of each head the first `turned` dimensions turn, the others pass."""
+    angles = np.arange(5)[:, None] / 10.0 ** np.arange(turned // 2)
+    cos, sin = (np.asarray(f(angles), np.float32)[None, :, None] for f in (np.cos, np.sin))
+
+    def rotate(x):
+        a, b, rest = jnp.split(x, [turned // 2, turned], axis=-1)
+        return jnp.concatenate([a * cos - b * sin, a * sin + b * cos, rest], axis=-1)
+
+    def function(tree, x):
+        q, k, v = ((x @ tree[name]).reshape(2, 5, 2, 4) for name in "qkv")
+        return softmax_attention(rotate(q), rotate(k), v, tree["out"])
+
+    return Specimen(function, FLAT_PROJECTIONS, (SEQUENCES,))
+
+
+@exhibit(2, (2, 4))
+def rotary_attention_on_flat_kernels():
+    return flat_rotary_attention(4)
+
+
+@exhibit(2, (2, 2), (2, 4))
+def partial_rotary_attention():
+    """As in GPT-J, GPT-NeoX and Phi: dimensions that pass move in each head, heads move whole."""
+    return flat_rotary_attention(2)
 
 
 @exhibit(2, (2, 4), (2, 4))

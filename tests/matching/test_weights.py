@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import count_compilations
+from helpers import build_case, count_compilations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -155,6 +155,17 @@ def test_segments_and_factors_are_matched():
     b = rebasin.permute(spec, rebasin.random_permutation(spec, a, key=KEY), a)
     match = rebasin.weight_matching(spec, a, b, key=KEY)
     chex.assert_trees_all_equal(rebasin.permute(spec, match.permutation, b), a)
+
+
+def test_heads_of_fused_projections_are_matched():
+    """Queries, keys and values head by head: each block is a strided part of the kernel."""
+    case = build_case("fused")
+    assert [str(axis) for axis in case.spec.table["params/Dense_0/kernel"]][1].count("+") == 4
+    match = rebasin.weight_matching(case.spec, case.params_a, case.planted, key=KEY)
+    chex.assert_trees_all_equal(
+        rebasin.permute(case.spec, match.permutation, case.planted),
+        jax.tree.map(jnp.asarray, case.params_a),
+    )
 
 
 def test_deterministic_for_a_key():

@@ -135,7 +135,7 @@ def stack(equation: Equation, *inputs: Dims) -> Sequence[Dims]:
 def unstack(equation: Equation, x: Value) -> Sequence[Dims]:
     """Pin the axis of ``out_j[…] = x[…, j, …]``, every position of which becomes an output of its own.
 
-    The first axis of a deferred reshape is cut into segments instead.
+    An axis of a deferred reshape is cut into segments instead.
     """
     axis = equation.params["axis"]
     cut = _cut_deferred(x, axis, [1] * x[axis].size)
@@ -164,7 +164,7 @@ def split_rule(equation: Equation, x: Value) -> Sequence[Dims]:
 
 
 def _cut_deferred(x: Value, axis: int, sizes: Sequence[int]) -> list[Value] | None:
-    """Cut the first axis of a deferred reshape into segments whose reshape is deferred still.
+    """Cut an axis of a deferred reshape into segments whose reshape is deferred still.
 
     Args:
       x: the value to cut.
@@ -172,17 +172,24 @@ def _cut_deferred(x: Value, axis: int, sizes: Sequence[int]) -> list[Value] | No
       sizes: sizes of the segments.
 
     Returns:
-      A value for each segment. `None` if the axis is not the first of a deferred reshape; then all reshapes
-      of the value have been resolved.
+      A value for each segment. `None` if the axis is not of a deferred reshape; then all reshapes of the
+      value have been resolved.
     """
-    first = [d for d in x.deferred if not d.is_resolved and d.parts[0] is x[axis]]
-    if not first:
+    found = [
+        (d, place)
+        for d in x.deferred
+        if not d.is_resolved
+        for place, part in enumerate(d.parts)
+        if part is x[axis]
+    ]
+    if not found:
         x.resolve_reshapes()
         return None
-    others = [d for d in x.deferred if d is not first[0]]
+    ((reshape, place),) = found
+    others = [d for d in x.deferred if d is not reshape]
     values = []
-    for piece in first[0].cut(sizes):
-        new = dict(zip(first[0].parts, piece.parts, strict=True))
+    for piece in reshape.cut(place, sizes):
+        new = dict(zip(reshape.parts[place:], piece.parts, strict=True))
         dims = (new.get(node, node) for node in x)
         values.append(Value(dims, abstract=x.abstract, deferred=[*others, piece]))
     return values
