@@ -81,11 +81,11 @@ def infer_spec(
     next_values = state_leaves(state_outputs or {}, output_shapes, params)
     output_of = dict(zip(leaf_table(output_shapes), outputs, strict=True))
     _tie_outputs(output_of, {path: (leaf, of_leaf[leaf]) for path, leaf in next_values.items()})
-    for value in outputs:
-        seen.use(value)  # a leaf that is itself an output is used although no equation reads it
-    for value in of_leaf.values():
-        if seen.first_use(value) == math.inf:
-            _pin_each(value, "the function does not use this leaf")
+    for path, value in output_of.items():
+        if path not in next_values:
+            seen.use(value)  # a leaf that is itself an output is used although no equation reads it
+    used = {path for path, value in of_leaf.items() if seen.first_use(value) < math.inf}
+    _pin_unused(of_leaf, used, set(next_values.values()))
     order = sorted(of_leaf, key=lambda path: seen.first_use(of_leaf[path]))
     return _to_spec({path: of_leaf[path] for path in order}, seen.equations)
 
@@ -100,7 +100,34 @@ def _pin_by_name(of_leaf: Mapping[str, Dims], names: Sequence[str]) -> None:
             _pin_each(dims, "pinned by the caller")
 
 
-def _pin_each(dims: Dims, reason: str) -> None:
+def _pin_unused(of_leaf: Mapping[str, Dims], used: set[str], written: set[str]) -> None:
+    """Pin the leaves that the function does not use.
+
+    A leaf that is only written, such as a bias-corrected average, has the axes of its next value. Those that
+    no used leaf carries stay put, since nothing tells what their positions mean.
+
+    Args:
+      of_leaf: axes of every leaf, tied to those of its next value if it has one.
+      used: paths of the leaves that are read, or that are themselves outputs.
+      written: paths of the leaves that have a next value.
+    """
+    carried = {node.root for path in used for node in _with_parts(of_leaf[path])}
+    for path, dims in of_leaf.items():
+        if path in used:
+            continue
+        nodes = [node for node in _with_parts(dims) if node.is_atomic] if path in written else dims
+        _pin_each([node for node in nodes if node.root not in carried], "the function does not use this leaf")
+
+
+def _with_parts(nodes: Iterable[Node]) -> list[Node]:
+    """Return some nodes and their parts at every depth."""
+    found = []
+    for node in nodes:
+        found += [node, *_with_parts(node.parts)]
+    return found
+
+
+def _pin_each(dims: Iterable[Node], reason: str) -> None:
     for node in dims:
         pin(node, reason, position_dependent=False)
 

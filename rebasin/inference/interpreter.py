@@ -15,6 +15,7 @@ from jax.extend import core
 from rebasin.inference.axes import Node, pin, pinned
 from rebasin.inference.programs import open_program
 from rebasin.inference.rule import Equation, find_rule, prepare
+from rebasin.inference.static import evaluate_static, static_constant
 from rebasin.inference.values import Dims, Number, Value
 from rebasin.spec import NO_RULE
 
@@ -77,6 +78,10 @@ def interpret(
         context = frozenset(node for value in operands for node in value.context or ())
         results = [_complete(output, context) for output in outputs]
         if not run.has_run:
+            results = [
+                _with_static(value, eqn, operands, var.aval)
+                for value, var in zip(results, eqn.outvars, strict=True)
+            ]
             observe(operands, results)
         if locate is not None:
             locate((*address, i), operands, results)
@@ -98,6 +103,12 @@ def _complete(output: Dims, context: frozenset[Node]) -> Value:
         tie_free=output.tie_free,
         deferred=output.deferred,
     )
+
+
+def _with_static(value: Value, eqn: Any, operands: Sequence[Value], aval: Any) -> Value:
+    """Return a result with its entries if they are static, and without those that a rule passed on."""
+    entries = evaluate_static(eqn.primitive.name, eqn.params, operands, aval)
+    return value if value.static is entries else value.with_static(entries)
 
 
 class _Runner:
@@ -140,10 +151,10 @@ def _pin_all(equation: Equation, operands: Sequence[Dims]) -> list[Dims]:
 
 def _constant(value: Any) -> Value:
     """Return the value of a constant: an axis is free if the constant does not vary along it, else pinned."""
-    shape = np.shape(value)
+    shape, static = np.shape(value), static_constant(value)
     if not shape:
         is_real = any(jnp.issubdtype(jnp.result_type(value), kind) for kind in (jnp.integer, jnp.floating))
-        return Value((), frozenset(), abstract=Number(float(value)) if is_real else None)
+        return Value((), frozenset(), abstract=Number(float(value)) if is_real else None, static=static)
     if jnp.issubdtype(value.dtype, jax.dtypes.extended):
         return Value((pinned(size, "a constant of an opaque type") for size in shape), frozenset())
     array = np.asarray(value)
@@ -152,7 +163,7 @@ def _constant(value: Any) -> Value:
         varies = size > 1 and not (array == array.take([0], axis=axis)).all()
         why = "a constant array varies along it"
         nodes.append(pinned(size, why, position_dependent=False) if varies else Node(size))
-    return Value(nodes, frozenset(), (node for node in nodes if not node.is_pinned))
+    return Value(nodes, frozenset(), (node for node in nodes if not node.is_pinned), static=static)
 
 
 def _source_line(eqn: Any) -> str | None:

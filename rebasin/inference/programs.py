@@ -22,8 +22,11 @@ __all__ = ["called_program", "inner_programs", "iter_equations", "open_program",
 _LOOPS = frozenset({"scan", "while"})
 _CONTROL = _LOOPS | {"cond"}
 
+# The program of a `shard_map` names the axes of a mesh, so it cannot run outside of it, even on one device.
+_NOT_CALLS = _CONTROL | {"shard_map"}
+
 # The parameter that holds the program of a call, in whatever version of JAX.
-_CALLED = ("jaxpr", "call_jaxpr", "fun_jaxpr")
+_CALLED = ("jaxpr", "call_jaxpr", "fun_jaxpr", "call", "callee")
 
 
 def open_program(program: Any) -> tuple[Any, tuple[Any, ...]]:
@@ -51,9 +54,9 @@ def called_program(eqn: Any) -> Any | None:
       eqn: the equation.
 
     Returns:
-      The program; `None` for any other equation, loops and branches included.
+      The program; `None` for any other equation, loops, branches and `shard_map` included.
     """
-    if eqn.primitive.name in _CONTROL:
+    if eqn.primitive.name in _NOT_CALLS:
         return None
     program = program_of_call(eqn.params)
     if not _is_program(program):

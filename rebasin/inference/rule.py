@@ -17,6 +17,7 @@ __all__ = [
     "prepare",
     "reads_abstract_values",
     "register_rule",
+    "registered_primitives",
     "temporary_rules",
 ]
 
@@ -131,6 +132,11 @@ def find_rule(primitive: str) -> Rule | None:
     """Return the rule of a primitive, `None` if it has none."""
     entry = _TABLE.get(primitive)
     return None if entry is None else entry.rule
+
+
+def registered_primitives() -> list[str]:
+    """Return the names of all primitives that have a rule, those that rules pin on purpose included."""
+    return sorted(_TABLE)
 
 
 def find_effect(primitive: str) -> Effect:

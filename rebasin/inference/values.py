@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax.numpy as jnp
+import numpy as np
 
 from rebasin.inference.axes import Node, factor, pin, split, unite
 
@@ -137,6 +138,8 @@ class Value(tuple[Node, ...]):
       tie_free: axes along which no two positions hold equal numbers, unless weights happen to be equal. Such
         are the axes of a leaf, and of what is computed from leaves without rounding, clipping or comparing.
       deferred: the deferred reshapes whose parts are among the axes.
+      static: the entries themselves, if they are integers or booleans that the program computes from
+        constants alone. `rebasin.inference.static` finds them, whatever a rule returns.
     """
 
     context: frozenset[Node] | None
@@ -144,6 +147,7 @@ class Value(tuple[Node, ...]):
     abstract: AbstractValue
     tie_free: frozenset[Node]
     deferred: tuple[DeferredReshape, ...]
+    static: np.ndarray | None
 
     def __new__(
         cls,
@@ -154,6 +158,7 @@ class Value(tuple[Node, ...]):
         abstract: AbstractValue = None,
         tie_free: Iterable[Node] = (),
         deferred: Iterable[DeferredReshape] = (),
+        static: np.ndarray | None = None,
     ) -> "Value":
         """Make a value with the axes `dims`; nodes in `tie_free` that are not among them are ignored."""
         value = super().__new__(cls, dims)
@@ -161,6 +166,7 @@ class Value(tuple[Node, ...]):
         roots = {node.root for node in tie_free}
         value.tie_free = frozenset(node for node in value if node.root in roots) if roots else frozenset()
         value.deferred = tuple(reshape for reshape in deferred if not reshape.is_resolved)
+        value.static = static
         return value
 
     @classmethod
@@ -176,6 +182,18 @@ class Value(tuple[Node, ...]):
             abstract=self.abstract,
             tie_free=self.tie_free,
             deferred=self.deferred,
+        )
+
+    def with_static(self, entries: np.ndarray | None) -> "Value":
+        """Return the same value with other static entries."""
+        return Value(
+            self,
+            self.context,
+            self.constant,
+            abstract=self.abstract,
+            tie_free=self.tie_free,
+            deferred=self.deferred,
+            static=entries,
         )
 
     @property

@@ -23,7 +23,7 @@ STEPS = [
     "dense", "dense", "dense", "bias", "scale", "tanh", "split_axis", "merge_axes", "swap_axes",
     "concatenate", "halve", "add", "multiply", "norm", "mean", "attend", "tied", "running", "reverse",
     "stack_scan", "sort", "head_bias", "maxout", "gram", "repeat", "route", "pick",
-    "take_apart", "take_apart_each", "attend_by_head", "turn_part",
+    "take_apart", "take_apart_each", "attend_by_head", "turn_part", "patch", "fourier",
 ]
 # fmt: on
 
@@ -212,6 +212,29 @@ class Network:
         x = (x, self.xp.tanh(x), self.xp.maximum(x, 0), self.xp.round(x))[self._next() % 4]
         axis = 1 + self._next() % (x.ndim - 1)
         return self.weight(x.shape[axis], 3)[x.argmax(axis)]
+
+    def patch(self, x):
+        """Looks up, adds to or overwrites a range, a stride or a list of units."""
+        n = x.shape[-1]
+        start, stride = self._next() % n, self._next() % 2 + 1
+        stop = start + 1 + self._next() % (n - start)
+        places = [range(start, stop), range(start % stride, n, stride), [*range(start, n), *range(start)]]
+        index = np.array(places[self._next() % 3])
+        if self._next() % 3 == 0:
+            return x[..., index]
+        new, adds = self.dense(x, len(index)), self._next() % 2
+        if self.xp is jnp:
+            if np.array_equal(index, np.arange(start, stop)):
+                origin = (0,) * (x.ndim - 1) + (start,)
+                return lax.dynamic_update_slice(x, new + adds * x[..., start:stop], origin)
+            return x.at[..., index].add(new) if adds else x.at[..., index].set(new)
+        changed = x.copy()
+        changed[..., index] = new + adds * x[..., index]
+        return changed
+
+    def fourier(self, x):
+        axis = 1 + self._next() % (x.ndim - 1)
+        return self.xp.fft.fft(x, axis=axis).real / math.sqrt(x.shape[axis])
 
     def stack_scan(self, x):
         """A loop over stacked layers with a residual stream and inner widths."""

@@ -79,10 +79,11 @@ def test_scatter_keeps_the_rows_and_moves_the_units(method):
     check(function, random_tree(w=(3, 6), u=(3, 6), v=(6, 2)), X, w=(None, "P"), u=(None, "P"), v=("P", None))
 
 
-def test_overwriting_in_part_pins_what_is_written_in_part():
+def test_overwriting_at_a_computed_place_pins_what_is_written_in_part():
     def function(t, x):
         h = jnp.tanh(x @ t["w"])
-        return h.at[:, :2].set(t["u"]) @ t["v"] + h.at[0].set(0.0) @ t["v"]
+        start = (x[0, 0] > 0).astype(int)
+        return h.at[:, start + jnp.arange(2)].set(t["u"]) @ t["v"] + h.at[0].set(0.0) @ t["v"]
 
     params = random_tree(w=(3, 6), u=(5, 2), v=(6, 2))
     spec = check(function, params, X, w=(None, None), u=(None, None), v=(None, None))

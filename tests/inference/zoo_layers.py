@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
-from specimens import IMAGES, KEY, SEQUENCES, VECTORS, Specimen, exhibit, linen, shapes
+from specimens import IMAGES, KEY, SEQUENCES, VECTORS, Specimen, exhibit, linen, shape, shapes
 
 # --- dense layers ------------------------------------------------------------------------------------------
 
@@ -188,6 +188,23 @@ def channel_shuffle(x):
     x = x.reshape(2, 8, 8, 2, 4).swapaxes(-1, -2).reshape(2, 8, 8, 8)
     x = nn.relu(nn.Conv(6, (3, 3), feature_group_count=2)(x))
     return nn.Dense(2)(x.mean((1, 2)))
+
+
+@exhibit(5, 6)
+def fourier_operator():
+    """A layer of a Fourier operator on 8 points: the modes of a transform stay, channels move."""
+
+    def layer(h, re, im, skip):
+        modes = jnp.einsum("bcw,cow->bow", jnp.fft.rfft(h)[..., :3], re + 1j * im)
+        return jnp.tanh(jnp.fft.irfft(modes, 8) + jnp.einsum("bcn,co->bon", h, skip))
+
+    def function(tree, x):
+        h = jnp.einsum("bcn,co->bon", x, tree["lift"])
+        h = layer(h, tree["re"], tree["im"], tree["skip"])
+        return jnp.einsum("bcn,co->bon", h, tree["out"])
+
+    tree = shapes(lift=(3, 5), re=(5, 6, 3), im=(5, 6, 3), skip=(5, 6), out=(6, 2))
+    return Specimen(function, tree, (shape(2, 3, 8),))
 
 
 # --- recurrent cells ---------------------------------------------------------------------------------------

@@ -193,6 +193,30 @@ class Embedding(nn.Module):
         return self.table.attend(x)
 
 
+@exhibit(2, 7, (2, 4), (2, 4))
+def swin_v2_attention():
+    """Cosine attention, a scale for each head, a bias made from offsets, keys whose bias is set to zero."""
+    offsets = np.linspace(-1, 1, 9, dtype=np.float32)[:, None]
+    which = (np.arange(5)[:, None] - np.arange(5) + 4).astype(
+        np.int32
+    )  # the offset of each query from each key
+
+    def unit(x):
+        return x / jnp.sqrt((x**2).sum(-1, keepdims=True) + 1e-6)
+
+    def function(tree, x):
+        fused = x @ tree["qkv"] + tree["bias"].at[8:16].set(0.0)[None, None]
+        q, k, v = jnp.moveaxis(fused.reshape(2, 5, 3, 2, 4), 2, 0)
+        scale = jnp.exp(jnp.minimum(tree["logit_scale"], np.log(100)))
+        table = jax.nn.relu(offsets @ tree["offset_in"]) @ tree["offset_out"]
+        scores = jnp.einsum("bqhd,bkhd->bhqk", unit(q), unit(k)) * scale[None]
+        weights = jax.nn.softmax(scores + 16 * jax.nn.sigmoid(jnp.moveaxis(table[which], -1, 0))[None])
+        return jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(2, 5, 8) @ tree["out"]
+
+    tree = shapes(qkv=(6, 24), bias=(24,), logit_scale=(2, 1, 1), out=(8, 3))
+    return Specimen(function, tree | shapes(offset_in=(1, 7), offset_out=(7, 2)), (SEQUENCES,))
+
+
 @linen(2, 6, 10, (2, 4), (2, 4), inputs=(IMAGES,))
 def vision_transformer(x):
     x = nn.Conv(6, (4, 4), (4, 4))(x).reshape(2, 4, 6)

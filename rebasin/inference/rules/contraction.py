@@ -20,6 +20,22 @@ def dot_general(equation: Equation, x: Value, y: Value, *_: Dims) -> Sequence[Di
     return [Value(dims, tie_free=tie_free)]
 
 
+@register_rule("scaled_dot", "scaled_matmul", "scaled_matmul_wrapper", effect="contracts")
+def scaled_product(equation: Equation, x: Value, y: Value, x_scale: Dims, y_scale: Dims) -> Sequence[Dims]:
+    """Tie the axes of a product of ``x · x_scale`` and ``y · y_scale``, each scale being that of a block.
+
+    Along a contracted axis a block is a run of neighbours, so the axis is (blocks, positions in a block).
+    """
+    matmul = (((2,), (2,)), ((0,), (0,)))
+    numbers = equation.params.get("dimension_numbers", matmul)
+    incompatible = equation.because("operands with incompatible factors")
+    for dims, scale in ((x, x_scale), (y, y_scale)):
+        for node, block in zip(dims, scale, strict=True):
+            blocks, _ = factor(node, [block.size, node.size // block.size], incompatible)
+            unite(blocks, block, incompatible)
+    return dot_general(equation._replace(params={"dimension_numbers": numbers}), x, y)
+
+
 @register_rule("conv_general_dilated", effect="contracts")
 def convolution(equation: Equation, x: Value, kernel: Value) -> Sequence[Dims]:
     """Tie the axes of ``out[n, s, o] = Σ x[n, s + t, c] kernel[t, c, o]``; positions s and t are pinned.

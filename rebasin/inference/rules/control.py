@@ -18,6 +18,7 @@ _CHANGES = "the loop changes the factors of a value"
 
 @register_rule("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint")
 @register_rule("call", "composite", "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
+@register_rule("cudnn_fusion", "custom_partitioning", "custom_vmap_call", "eval_jaxpr", "linear_call")
 @reads_abstract_values
 @keeps_deferred_reshapes
 def call(equation: Equation, *inputs: Value) -> Sequence[Dims]:
@@ -40,9 +41,9 @@ def cond(equation: Equation, index: Value, *operands: Value) -> Sequence[Dims]:
     return _axes_alone(first, equation) if others else first
 
 
-@register_rule("debug_callback", "debug_print")
+@register_rule("debug_callback", "debug_print", "check", "inspect_sharding")
 def debug(equation: Equation, *_: Dims) -> Sequence[Dims]:
-    """Tie nothing: what is printed is no result of the function."""
+    """Tie nothing: what is printed or checked is no result of the function."""
     return [() for _ in equation.shapes]
 
 

@@ -3,13 +3,14 @@
 import math
 from collections.abc import Iterator, Sequence
 
-from rebasin.inference.axes import Node, concatenate, factor, pin, pinned, product, split, unite
+from rebasin.inference.axes import Node, concatenate, pin, pinned, product, split, unite
 from rebasin.inference.rule import (
     Equation,
     keeps_deferred_reshapes,
     reads_abstract_values,
     register_rule,
 )
+from rebasin.inference.rules.ranges import every_nth, take_range
 from rebasin.inference.values import Components, DeferredReshape, Dims, Positions, Value
 
 
@@ -199,7 +200,7 @@ def _cut_deferred(x: Value, axis: int, sizes: Sequence[int]) -> list[Value] | No
 @reads_abstract_values
 @keeps_deferred_reshapes
 def slice_rule(equation: Equation, x: Value) -> Sequence[Dims]:
-    """Cut a contiguous range out of its axis as a segment; `_every_nth` handles a range with gaps."""
+    """Cut a contiguous range out of its axis as a segment; `every_nth` handles a range with gaps."""
     if isinstance(x.abstract, Components):
         x.pin_named(equation.because("a part of an index"))
         x = Value(x, deferred=x.deferred)
@@ -221,23 +222,9 @@ def slice_rule(equation: Equation, x: Value) -> Sequence[Dims]:
             sizes = [starts[i], limits[i] - starts[i], node.size - limits[i]]
             dims.append(split(node, sizes, equation.because("the range cuts through factors"))[1])
         else:
-            dims.append(_every_nth(equation, node, shape[i], strides[i]))
+            why = equation.because(f"one position in {strides[i]}")
+            dims.append(every_nth(node, shape[i], strides[i], why))
     return [x.moved(dims)]
-
-
-def _every_nth(equation: Equation, node: Node, count: int, stride: int) -> Node:
-    """Read the axis of ``out[i] = x[stride · i + start]`` as ``[count, stride]`` if whole strides cover it.
-
-    Then the place within a stride stays put and strides move as one, as interleaved pairs do; every start
-    below the stride gives the same `count`. If whole strides do not cover the axis, it is pinned.
-    """
-    why = equation.because(f"one position in {stride}")
-    if count * stride != node.size:
-        pin(node, why, position_dependent=False)
-        return pinned(count, why, position_dependent=False)
-    strides, place = factor(node, [count, stride], why)
-    pin(place, why, position_dependent=False)
-    return strides
 
 
 @register_rule("pad", effect="moves")
@@ -273,19 +260,32 @@ def iota(equation: Equation, *_: Dims) -> Sequence[Dims]:
     return [Value(nodes, constant=nodes, abstract=Positions(nodes[equation.params["dimension"]]))]
 
 
-@register_rule("dynamic_slice", "dynamic_update_slice", effect="moves")
-def dynamic_slice(equation: Equation, x: Dims, *rest: Dims) -> Sequence[Dims]:
-    """Pass on an axis that is taken or written whole; pin one whose range starts at a computed position."""
+@register_rule("dynamic_slice", effect="moves")
+def dynamic_slice(equation: Equation, x: Value, *starts: Value) -> Sequence[Dims]:
+    """Pass on an axis that is taken whole, and cut a segment out of it if its start is static.
+
+    An axis whose range starts at a computed position is pinned.
+    """
     (shape,) = equation.shapes
-    update = rest[0] if equation.primitive == "dynamic_update_slice" else tuple(Node(size) for size in shape)
-    dims = []
-    for node, part, size in zip(x, update, shape, strict=True):
-        if node.size == part.size:
-            unite(node, part, equation.because("operands with incompatible factors"))
-            dims.append(node)
-        else:
-            why = equation.because("a range whose start depends on the data")
-            pin(node, why)
-            pin(part, why)
-            dims.append(pinned(size, why))
-    return [tuple(dims)]
+    return [tuple(_range(equation, *axis) for axis in zip(x, starts, shape, strict=True))]
+
+
+@register_rule("dynamic_update_slice", effect="moves")
+def dynamic_update_slice(equation: Equation, x: Value, update: Value, *starts: Value) -> Sequence[Dims]:
+    """Tie each axis of the update to the part of x that it overwrites, cut out as by `dynamic_slice`."""
+    for node, start, part in zip(x, starts, update, strict=True):
+        written = _range(equation, node, start, part.size)
+        unite(written, part, equation.because("operands with incompatible factors"))
+    return [tuple(x)]
+
+
+def _range(equation: Equation, node: Node, start: Value, size: int) -> Node:
+    """Return the axis of a range of `size` positions from `start`, which is clamped so that it fits."""
+    if size == node.size:
+        return node
+    if start.static is None:
+        why = equation.because("a range whose start depends on the data")
+        pin(node, why)
+        return pinned(size, why)
+    first = min(max(int(start.static), 0), node.size - size)
+    return take_range(node, first, size, equation.because("the range cuts through factors"))
