@@ -103,8 +103,13 @@ class Node:
 
     @property
     def is_position_dependent(self) -> bool:
-        """Tell whether positions meet each other, which keeps the node from being an outer group."""
-        return _settle(self.root)._position_dependent
+        """Tell whether positions meet each other, which keeps the node from being an outer group.
+
+        They do if a segment occurs twice: the axis was united with itself in another order.
+        """
+        root = _settle(self.root)
+        segments = [part.root for part in root._parts] if root._form == "sum" else []
+        return root._position_dependent or len(set(segments)) < len(segments)
 
     def __repr__(self) -> str:
         root = self.root
