@@ -27,7 +27,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-__all__ = ["Node", "concatenate", "factor", "pin", "pinned", "product", "segments", "split", "unite"]
+__all__ = ["Node", "atoms", "concatenate", "factor", "pin", "pinned", "product", "segments", "split", "unite"]
 
 # An axis that would fall into more segments than this is pinned instead: nobody could read such a spec, and
 # it costs more than it gains.
@@ -122,6 +122,14 @@ def pin(node: Node, reason: str, *, position_dependent: bool = True) -> None:
         root._position_dependent = root._position_dependent or position_dependent
         for part in root._parts:
             pin(part, reason, position_dependent=position_dependent)
+
+
+def atoms(node: Node) -> frozenset[Node]:
+    """Return the roots that a node is composed of, which have no parts themselves."""
+    root = node.root
+    if not root._parts:
+        return frozenset((root,))
+    return frozenset().union(*map(atoms, root._parts))
 
 
 def product(parts: Sequence[Node]) -> Node:

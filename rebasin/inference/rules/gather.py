@@ -108,7 +108,7 @@ def scatter(equation: Equation, x: Value, indices: Value, updates: Value, *_: Di
         for i, node in enumerate(indices[:-1]):
             if i not in numbers.scatter_indices_batching_dims:
                 pin(node, equation.because("later updates overwrite earlier ones"))
-    return [x]
+    return [tuple(x)]  # what was known of the entries of x holds no longer
 
 
 def _tie_window(node: Node, update: Node, why: str, incompatible: str) -> None:
