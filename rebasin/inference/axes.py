@@ -32,6 +32,7 @@ from rebasin.axis import Axis, Factor
 
 __all__ = [
     "Node",
+    "atoms",
     "concatenate",
     "factor",
     "factors",
@@ -151,6 +152,14 @@ def pin(node: Node, reason: str, *, position_dependent: bool = True) -> None:
         root._position_dependent = root._position_dependent or position_dependent
         for part in root._parts:
             pin(part, reason, position_dependent=position_dependent)
+
+
+def atoms(node: Node) -> frozenset[Node]:
+    """Return the roots that a node is composed of, which have no parts themselves."""
+    root = node.root
+    if not root._parts:
+        return frozenset((root,))
+    return frozenset().union(*map(atoms, root._parts))
 
 
 def product(parts: Sequence[Node]) -> Node:

@@ -8,7 +8,8 @@ Axis o may be an outer group of group d if the program keeps the positions of o 
 holds under three conditions:
 
 1. Every value that carries d carries o too, once each, in every block. (A value inside a loop over layers
-   carries the layer axis implicitly, unless it comes from the carry.)
+   carries the layer axis implicitly, unless it comes from the carry. A value whose entries name positions of
+   d counts as carrying d; one whose entries name positions of o does not carry o.)
 2. No equation with d among its operands or results has a value in which o occurs twice. Otherwise position o
    of one value would face position o' of another, as in the product of two heads,
    ``out[o, o'] = Σ_d x[o, d] y[o', d]``.
@@ -23,7 +24,7 @@ import itertools
 import math
 from collections.abc import Iterable, Sequence
 
-from rebasin.inference.axes import Node, pieces
+from rebasin.inference.axes import Node, atoms, pieces
 from rebasin.inference.values import Value, named_axes
 
 __all__ = ["Equations", "find_outer_groups"]
@@ -90,8 +91,15 @@ def _candidates(equations: Equations, groups: set[Node]) -> dict[Node, dict[Node
             if blocks is None:
                 candidates |= {group: {} for group in _all_nodes(value) & groups}
             silent = {node.root for node in value.constant}
+            if silent:
+                silent -= {atom for node in value if node not in value.constant for atom in atoms(node)}
+            # A value whose entries name positions of an axis does not carry that axis: ``argmax`` over heads
+            # compares the same dimension of every head.
+            named = collections.Counter(_named_atoms(value))
             for block in blocks or ():
-                allowed = [o for o in block if _may_be_outer(o) and o not in twice]
+                allowed = [
+                    o for o, n in block.items() if _may_be_outer(o) and n > named[o] and o not in twice
+                ]
                 for group in (block.keys() & groups) - silent:
                     fresh = {o: None for o in allowed if o is not group and group not in twice}
                     known = candidates.get(group, fresh)
@@ -106,8 +114,7 @@ def _may_be_outer(node: Node) -> bool:
 def _blocks(value: Value, cache: dict[tuple[Node, ...], list[_Counter] | None]) -> list[_Counter] | None:
     """Count how often each factor occurs in each block of a value; `None` if there are too many blocks."""
     # An axis of the context, or one whose positions the entries name, is one that every block carries.
-    named = (node for node in named_axes(value.abstract) if node not in value.constant)
-    key = tuple(node.root for node in (*value, *(value.context or ()), *named))
+    key = tuple(node.root for node in (*value, *(value.context or ()), *_named(value)))
     if key not in cache:
         axes = [pieces(node) for node in key]
         cache[key] = None
@@ -117,6 +124,15 @@ def _blocks(value: Value, cache: dict[tuple[Node, ...], list[_Counter] | None]) 
                 for choice in itertools.product(*axes)
             ]
     return cache[key]
+
+
+def _named(value: Value) -> list[Node]:
+    """Return the axes that the entries name, without those of a plain count, which follow any permutation."""
+    return [node for node in named_axes(value.abstract) if node not in value.constant]
+
+
+def _named_atoms(value: Value) -> list[Node]:
+    return [atom for node in _named(value) for atom in atoms(node)]
 
 
 def _all_nodes(nodes: Iterable[Node]) -> set[Node]:

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,9 +10,10 @@ import jax
 import rebasin.inference.rules  # noqa: F401  # registers every rule
 from rebasin.axis import Axis
 from rebasin.errors import InferenceError
-from rebasin.inference.axes import Node, factors, pin, reasons, unite, write_axis
+from rebasin.inference.axes import Node, atoms, factors, pin, reasons, unite, write_axis
 from rebasin.inference.indexing import Equations, find_outer_groups
 from rebasin.inference.interpreter import interpret
+from rebasin.inference.programs import live_program
 from rebasin.inference.rule import Equation, Rule, register_rule
 from rebasin.inference.values import Dims, Value
 from rebasin.spec import PermutationSpec, Pin
@@ -68,12 +69,16 @@ def infer_spec(
         closed, output_shapes = jax.make_jaxpr(apply_fn, return_shape=True)(params, *inputs)
     except Exception as error:  # whatever the function raises: Flax has errors of its own
         raise InferenceError(f"the function cannot be traced: {error}") from error
-    avals = [var.aval for var in closed.jaxpr.invars]
-    values = [Value.of_leaf([Node(size) for size in aval.shape], aval.dtype) for aval in avals]
+    closed = live_program(closed)
     paths = list(leaf_table(params))
+    values = []
+    for i, aval in enumerate(var.aval for var in closed.jaxpr.invars):
+        nodes = [Node(size) for size in aval.shape]
+        is_leaf = i < len(paths)
+        values.append(Value.of_leaf(nodes, aval.dtype) if is_leaf else Value(nodes, frozenset()))
+        if not is_leaf:
+            _pin_each(nodes, f"meets an axis of input {i - len(paths)}")
     of_leaf = dict(zip(paths, values, strict=False))
-    for i, value in enumerate(values[len(paths) :]):
-        _pin_each(value, f"meets an axis of input {i}")
     _pin_by_name(of_leaf, pin)
 
     seen = _Observations(of_leaf.values())
@@ -81,11 +86,10 @@ def infer_spec(
     next_values = state_leaves(state_outputs or {}, output_shapes, params)
     output_of = dict(zip(leaf_table(output_shapes), outputs, strict=True))
     _tie_outputs(output_of, {path: (leaf, of_leaf[leaf]) for path, leaf in next_values.items()})
-    for path, value in output_of.items():
-        if path not in next_values:
-            seen.use(value)  # a leaf that is itself an output is used although no equation reads it
+    seen.add_outputs(output_of, next_values)
     used = {path for path, value in of_leaf.items() if seen.first_use(value) < math.inf}
     _pin_unused(of_leaf, used, set(next_values.values()))
+    _pin_unread(of_leaf.values(), seen)
     order = sorted(of_leaf, key=lambda path: seen.first_use(of_leaf[path]))
     return _to_spec({path: of_leaf[path] for path in order}, seen.equations)
 
@@ -132,6 +136,18 @@ def _pin_each(dims: Iterable[Node], reason: str) -> None:
         pin(node, reason, position_dependent=False)
 
 
+def _pin_unread(leaves: Iterable[Value], seen: "_Observations") -> None:
+    """Pin the positions of leaves that the program drops unread, as the end of a table that it reads in part.
+
+    Another program, for inputs of another size, may read them, and nothing is known of what it does then.
+    """
+    read = seen.read_atoms()
+    for leaf in leaves:
+        for atom in frozenset().union(*map(atoms, leaf)) - read:
+            if not atom.is_pinned:
+                pin(atom, "nothing reads these positions for inputs of this size", position_dependent=False)
+
+
 class _Observations:
     """What is seen while a program is interpreted: the values of every equation, and the uses of axes."""
 
@@ -139,13 +155,42 @@ class _Observations:
         # A leaf counts as an equation of its own, since one that a loop takes apart is an operand of no
         # equation as a whole.
         self.equations: list[Sequence[Value]] = [(leaf,) for leaf in leaves]
+        self._computing: list[tuple[Sequence[Value], Sequence[Value]]] = []
         self._first_use: dict[Node, int] = {}
 
-    def add(self, operands: Sequence[Value], results: Sequence[Value]) -> None:
-        """Enter an equation."""
+    def add(self, operands: Sequence[Value], results: Sequence[Value], moves: bool) -> None:
+        """Enter an equation; `moves` tells whether it only moves entries."""
         for operand in operands:
             self.use(operand)
         self.equations.append((*operands, *results))
+        if not moves:
+            self._computing.append((operands, results))
+
+    def add_outputs(self, outputs: Mapping[str, Value], next_values: Collection[str]) -> None:
+        """Enter the outputs of the program, which are read although no equation does it.
+
+        A leaf that is itself an output is used too, but not one that is only handed on as its next value.
+        """
+        for path, value in outputs.items():
+            if path not in next_values:
+                self.use(value)
+        self._computing.append((tuple(outputs.values()), ()))
+
+    def read_atoms(self) -> set[Node]:
+        """Return the roots of the nodes whose positions meet each other or reach an output.
+
+        Each position of a value that still carries a node depends on that position of the node alone. So
+        positions are read where the node ends: in an equation that computes, or in an output. Where it ends
+        in an equation that only moves entries, as a slice does, they are dropped.
+        """
+        read: set[Node] = set()
+        for operands, results in self._computing:
+            ends = {node.root for value in operands for node in value.before_reshapes}
+            ends -= {node.root for value in results for node in value.before_reshapes}
+            if not all(node.is_pinned for node in ends):
+                kept = {atom for value in results for node in value.before_reshapes for atom in atoms(node)}
+                read |= {atom for node in ends for atom in atoms(node)} - kept
+        return read
 
     def use(self, dims: Dims) -> None:
         """Enter a value that is used."""

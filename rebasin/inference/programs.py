@@ -15,8 +15,16 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+from jax.interpreters import partial_eval
 
-__all__ = ["called_program", "inner_programs", "iter_equations", "open_program", "program_of_call"]
+__all__ = [
+    "called_program",
+    "inner_programs",
+    "iter_equations",
+    "live_program",
+    "open_program",
+    "program_of_call",
+]
 
 # Primitives whose programs are loops or branches. A scan without sequences would pass for a call otherwise.
 _LOOPS = frozenset({"scan", "while"})
@@ -32,6 +40,19 @@ _CALLED = ("jaxpr", "call_jaxpr", "fun_jaxpr", "call", "callee")
 def open_program(program: Any) -> tuple[Any, tuple[Any, ...]]:
     """Split a closed jaxpr, or a jaxpr without constants, into the jaxpr and the values of its constants."""
     return (program.jaxpr, tuple(program.consts)) if hasattr(program, "jaxpr") else (program, ())
+
+
+def live_program(closed: Any) -> Any:
+    """Return a program without the equations that no output depends on, in the programs inside it too.
+
+    Args:
+      closed: a closed jaxpr.
+
+    Returns:
+      The closed jaxpr with all inputs, constants and outputs of the original.
+    """
+    live, _ = partial_eval.dce_jaxpr(closed.jaxpr, True, instantiate=True)
+    return closed.replace(jaxpr=live)
 
 
 def inner_programs(params: Mapping[str, Any]) -> list[Any]:

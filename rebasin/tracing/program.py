@@ -13,6 +13,7 @@ from rebasin.axis import Axis, SizedFactor
 from rebasin.errors import InferenceError, problem_list
 from rebasin.inference.axes import Node, concatenate, pin, pinned, product, write_axis
 from rebasin.inference.interpreter import interpret
+from rebasin.inference.programs import live_program
 from rebasin.inference.values import Value
 from rebasin.spec import PermutationSpec
 from rebasin.trees import leaf_table
@@ -141,7 +142,8 @@ def _make_jaxpr(
     """Return the closed jaxpr of a function, and the shapes of its outputs."""
     try:
         with jax.default_matmul_precision(precision) if precision else contextlib.nullcontext():
-            return jax.make_jaxpr(apply_fn, return_shape=True)(params, *inputs)
+            closed, returned = jax.make_jaxpr(apply_fn, return_shape=True)(params, *inputs)
+            return live_program(closed), returned
     except Exception as error:  # whatever the function raises: Flax has errors of its own
         described = ", ".join(f"{name} {x.dtype}{list(x.shape)}" for name, x in _named(inputs).items())
         raise InferenceError(f"the function cannot be traced with {described}: {error}") from error

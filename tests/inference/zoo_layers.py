@@ -221,6 +221,25 @@ def optimized_lstm_and_gru(x):
     return nn.Dense(2)(nn.RNN(nn.GRUCell(6))(x).mean(1))
 
 
+@exhibit(6, 6)
+def recurrent_layers_with_one_zero_state():
+    """Both layers start from the same zeros, which say nothing about the units of either."""
+
+    def function(tree, x):
+        state = jnp.zeros((2, 6))
+        h = jnp.swapaxes(x, 0, 1)
+        for i in range(2):
+
+            def step(h, x, i=i):
+                h = jnp.tanh(x @ tree[f"w{i}"] + h @ tree[f"u{i}"])
+                return h, h
+
+            h = lax.scan(step, state, h)[1]
+        return h[-1] @ tree["out"]
+
+    return Specimen(function, shapes(w0=(6, 6), u0=(6, 6), w1=(6, 6), u1=(6, 6), out=(6, 2)), (SEQUENCES,))
+
+
 @exhibit(6)
 def recurrent_while_loop():
     def function(tree, x):

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from specimens import IMAGES, SEQUENCES, TOKENS, VECTORS, Specimen, exhibit, linen, shapes
+from specimens import IMAGES, SEQUENCES, TOKENS, VECTORS, Specimen, exhibit, linen, shape, shapes
 
 # --- attention ---------------------------------------------------------------------------------------------
 
@@ -234,6 +234,13 @@ def gpt_with_tied_embeddings(tokens):
     return embedding.logits(nn.LayerNorm()(x))
 
 
+@linen(2, 6, 10, (2, 4), (2, 4), inputs=(TOKENS,))
+def short_example(tokens):
+    """The example has five tokens and the table nine positions; the rows that are not reached stay."""
+    positions = nn.Embed(9, 6)(jnp.arange(9))[: tokens.shape[1]]
+    return nn.Dense(7)(Block()(nn.Embed(7, 6)(tokens) + positions[None]))
+
+
 @linen(2, 10, (2, 4), (2, 4), inputs=(TOKENS,))
 def sinusoidal_positions(tokens):
     """Each unit of the residual stream gets a fixed sine of a frequency of its own, and so has to stay."""
@@ -269,6 +276,7 @@ def scan_over_residual_layers(x):
 # --- experts -----------------------------------------------------------------------------------------------
 
 EXPERTS = shapes(router=(3, 4), up=(4, 3, 5), down=(4, 5, 2))
+ROUTED = EXPERTS | shapes(bias=(4,))
 
 
 def run_experts(tree, x, gates):
@@ -289,11 +297,24 @@ def top_k_mixture_of_experts():
     """The router names experts by position; the names follow the experts, and all of them move."""
 
     def function(tree, x):
-        best, which = lax.top_k(x @ tree["router"], 2)
+        best, which = lax.top_k(x @ tree["router"] + tree["bias"][None], 2)
         chosen = jax.nn.one_hot(which, 4)
         return run_experts(tree, x, jnp.einsum("bk,bke->be", jax.nn.softmax(best), chosen))
 
-    return Specimen(function, EXPERTS, (VECTORS,))
+    return Specimen(function, ROUTED, (VECTORS,))
+
+
+@exhibit((4, 5))
+def padded_mixture_of_experts():
+    """Where the mask is zero all logits are, and the first experts are chosen: experts keep their order."""
+
+    def function(tree, x, mask):
+        logits = (x @ tree["router"] + tree["bias"][None]) * mask[:, None]
+        best, which = lax.top_k(logits, 2)
+        gates = jnp.einsum("bk,bke->be", jax.nn.softmax(best), jax.nn.one_hot(which, 4))
+        return run_experts(tree, x, gates)
+
+    return Specimen(function, ROUTED, (VECTORS, shape(2)))
 
 
 @exhibit((4, 5))
@@ -315,11 +336,11 @@ def mixture_of_experts_by_gather():
     """
 
     def function(tree, x):
-        which = jnp.argmax(x @ tree["router"], axis=-1)
+        which = jnp.argmax(x @ tree["router"] + tree["bias"][None], axis=-1)
         hidden = jax.nn.relu(jnp.einsum("bi,bih->bh", x, tree["up"][which]))
         return jnp.einsum("bh,bho->bo", hidden, tree["down"][which])
 
-    return Specimen(function, EXPERTS, (VECTORS,))
+    return Specimen(function, ROUTED, (VECTORS,))
 
 
 @exhibit(6, (3, 4), (3, 4, 5))
@@ -335,7 +356,8 @@ def scan_over_layers_of_experts():
             return h + jnp.einsum("be,beh,eho->bo", gates, hidden, down), None
 
         layers = (tree["router"], tree["up"], tree["down"])
-        return lax.scan(layer, x @ tree["in"], layers)[0] @ tree["out"]
+        first = x @ tree["in"] + tree["bias"][None]  # never zero, so that the experts of no token tie
+        return lax.scan(layer, first, layers)[0] @ tree["out"]
 
     stacked = shapes(router=(3, 6, 4), up=(3, 4, 6, 5), down=(3, 4, 5, 6))
-    return Specimen(function, stacked | shapes(**{"in": (3, 6), "out": (6, 2)}), (VECTORS,))
+    return Specimen(function, stacked | shapes(**{"in": (3, 6), "bias": (6,), "out": (6, 2)}), (VECTORS,))

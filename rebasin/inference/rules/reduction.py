@@ -6,6 +6,7 @@ from typing import Any
 from rebasin.inference.axes import Node, pin, pinned, unite
 from rebasin.inference.programs import open_program
 from rebasin.inference.rule import Equation, reads_abstract_values, register_rule
+from rebasin.inference.traits import reduced
 from rebasin.inference.values import Dims, Positions, Value
 
 
@@ -16,7 +17,8 @@ from rebasin.inference.values import Dims, Positions, Value
 def reduce(equation: Equation, x: Value) -> Sequence[Dims]:
     """Drop the reduced axes, which stay free: the reduction does not depend on the order of positions."""
     kept = [i for i in range(len(x)) if i not in equation.params["axes"]]
-    return [Value((x[i] for i in kept), tie_free=(x[i] for i in kept if x.is_tie_free(i)))]
+    tie_free = [x[i] for i in kept if x.is_tie_free(i)]
+    return [Value((x[i] for i in kept), tie_free=tie_free, traits=reduced(equation.primitive, x.traits))]
 
 
 _COMMUTATIVE = frozenset(["add", "mul", "max", "min", "and", "or", "xor"])

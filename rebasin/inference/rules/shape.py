@@ -22,12 +22,11 @@ def broadcast_in_dim(equation: Equation, x: Value, *_: Dims) -> Sequence[Dims]:
     The output is also constant along an axis of size 1 that is repeated.
     """
     (shape,) = equation.shapes
-    fresh = [Node(size) for size in shape]
-    dims = list(fresh)
+    dims = [Node(size) for size in shape]
     for node, d in zip(x, equation.params["broadcast_dimensions"], strict=True):
         if node.size == shape[d]:
             dims[d] = node
-    return [x.moved(dims, constant=set(fresh) & set(dims))]
+    return [x.moved(dims)]
 
 
 @register_rule("transpose", effect="moves")
@@ -73,6 +72,10 @@ def reshape(equation: Equation, x: Value, *_: Dims) -> Sequence[Dims]:
     dims: list[Node] = [Node(1)] * len(shape)
     deferred = []
     for ins, outs in _matching_runs([node.size for node in x], shape):
+        if all(x.is_constant(i) for i in ins):
+            for o in outs:
+                dims[o] = Node(shape[o])
+            continue
         whole = product([x[i] for i in ins])
         if len(outs) == 1:
             dims[outs[0]] = whole
@@ -255,9 +258,7 @@ def iota(equation: Equation, *_: Dims) -> Sequence[Dims]:
     """Make a count along one axis: its entries name the positions of that axis, whatever their order."""
     (shape,) = equation.shapes
     nodes = [Node(size) for size in shape]
-    # Axes are called constant where a value says nothing about their permutation. That holds for the axis of
-    # the count too: it has to follow whatever permutation the axis gets.
-    return [Value(nodes, constant=nodes, abstract=Positions(nodes[equation.params["dimension"]]))]
+    return [Value(nodes, abstract=Positions(nodes[equation.params["dimension"]]))]
 
 
 @register_rule("dynamic_slice", effect="moves")
