@@ -347,17 +347,19 @@ def test_a_hundred_small_networks_are_sound(choices):
 @pytest.mark.slow
 def test_thousands_of_networks_are_sound():
     """Seeds are fixed, and what they exercise is counted."""
-    groups = indexed = structured = 0
-    for seed in range(3000):
+    groups = indexed = structured = unread = 0
+    for seed in range(10_000):
         spec = check_network(np.random.default_rng(seed).integers(0, 10**4, size=60).tolist())
         groups += len(spec.groups)
         indexed += len(spec.indexed)
         structured += sum(
             not axis.is_whole for axis in itertools.chain.from_iterable(a for _, a in spec.leaves)
         )
-    assert groups > 3000
-    assert indexed > 300
-    assert structured > 300
+        unread += sum(pin.reason.startswith("nothing reads") for pin in spec.pins)
+    assert groups > 5000
+    assert indexed > 1000
+    assert structured > 1000
+    assert unread > 1000
 
 
 class PlainNetwork(Network):
