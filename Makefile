@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-.PHONY: help demo bench test test-slow zoo-table check format clean
+.PHONY: help demo bench test test-slow zoo-table primitive-table check format clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -26,6 +26,9 @@ test-slow: $(STAMP)  ## full widths and many seeds
 
 zoo-table: $(STAMP)  ## verify the spec of every architecture of the zoo and write their table in docs/architectures.md
 	PYTHONPATH=tests/inference $(BIN)/python tests/inference/zoo_table.py
+
+primitive-table: $(STAMP)  ## write the table of docs/primitives.md, of every primitive of JAX and its rule
+	PYTHONPATH=tests/inference $(BIN)/python tests/inference/primitive_table.py
 
 check: $(STAMP)  ## lint, format and types
 	$(BIN)/ruff check

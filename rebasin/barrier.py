@@ -16,7 +16,7 @@ from jax.tree_util import Partial
 
 from rebasin.batches import Batch, check_batch_size, check_data, inputs_of, num_examples, to_batches
 from rebasin.compilation import compiler_options
-from rebasin.errors import ConfigError, DataError
+from rebasin.errors import ConfigError, DataError, NonFiniteError, problem_list
 from rebasin.trees import LeafPredicate, check_finite, check_same_shapes, interpolate, is_weight
 
 __all__ = [
@@ -173,6 +173,7 @@ class BarrierCurve(NamedTuple):
 
         Raises:
           ConfigError: the metric or the convention is unknown, or no α is ½.
+          NonFiniteError: a value of the metric is NaN or infinite.
 
         Examples:
           >>> losses = np.array([[1.0, 3.0], [6.0, 6.0], [1.0, 1.0]])
@@ -182,6 +183,10 @@ class BarrierCurve(NamedTuple):
         if metric not in self.examples:
             raise ConfigError(f"no metric {metric!r} in this curve; it has {sorted(self.examples)}")
         values = np.asarray(self.examples[metric], np.float64)
+        wrong = np.flatnonzero(~np.isfinite(values).all(axis=1))
+        if wrong.size:
+            at = ", ".join(f"{self.alphas[i]:.3g}" for i in wrong)
+            raise NonFiniteError(f"{metric!r} is not finite at alpha {at}: there is no barrier to tell")
         ends = values[[-1, 0]]
         if convention not in ("chord", "endpoint_mean", "midpoint"):
             raise ConfigError(
@@ -342,7 +347,11 @@ def build_evaluation(
         def at(point: jax.Array) -> Mapping[str, jax.Array]:
             params = combine(trees, point)
             extra = () if prepare is None else (prepare(params, point),)
-            values = jax.lax.map(lambda batch: metrics_fn(params, batch, *extra), batches)
+
+            def measure(batch: Any) -> Mapping[str, jax.Array]:
+                return _per_example(metrics_fn(params, batch, *extra), num_examples(batch))
+
+            values = jax.lax.map(measure, batches)
             return jax.tree.map(lambda x: x.reshape(-1)[:n], values)
 
         # `vmap` over points would turn convolutions into grouped ones, nine times slower on the CPU.
@@ -359,6 +368,24 @@ def build_evaluation(
         return dict(jax.device_get(values))
 
     return evaluate
+
+
+def _per_example(values: Any, size: int) -> Mapping[str, jax.Array]:
+    """Return what a `metrics_fn` returned for a batch, or raise DataError unless it is one value an example.
+
+    A mean over the batch would count the copies that fill up the last batch, and an array of another shape
+    would be cut to the wrong values; neither can be seen in the result.
+    """
+    if not isinstance(values, Mapping):
+        raise DataError(f"metrics_fn must return a dictionary of arrays [n], got {type(values).__name__}")
+    wrong = [
+        f"{name!r} has shape {jnp.shape(value)}"
+        for name, value in values.items()
+        if jnp.shape(value) != (size,)
+    ]
+    if wrong:
+        raise DataError(problem_list(f"metrics_fn must return one value for each of {size} examples:", wrong))
+    return values
 
 
 def _join_ends(between: Mapping[str, np.ndarray], ends: BarrierCurve) -> dict[str, np.ndarray]:

@@ -141,7 +141,7 @@ def _factors_beside(
 ) -> Iterator[str]:
     """Yield the factors of the same axes that neither index a group nor are indexed by it."""
     for axis in (axis for axis in axes if not axis.is_whole):
-        for segment in axis.segments:
+        for segment in axis.pieces:
             labels = [factor.group for factor in segment]
             if group not in labels:
                 continue

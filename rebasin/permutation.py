@@ -6,6 +6,8 @@ along every axis of group g, ``new[i] = old[permutation[g][i]]``. The array of a
 ``new[h, d] = old[outer[h], inner[h, d]]``.
 """
 
+import functools
+import itertools
 import json
 import math
 import pathlib
@@ -15,8 +17,9 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
-from rebasin.axis import Axis, cut, iter_blocks, join
+from rebasin.axis import Axis, SizedFactor, cut, iter_blocks, join
 from rebasin.errors import PermutationError, problem_list
 from rebasin.spec import GroupSize, PermutationSpec
 from rebasin.trees import map_leaves
@@ -39,6 +42,10 @@ __all__ = [
 ]
 
 Permutation: TypeAlias = Mapping[str, Any]  # group -> integer array [n], or [outer…, n]
+
+
+# What `save_permutation` writes into a file.
+_FORMAT, _VERSION = "rebasin.permutation", 1
 
 
 def _shape(size: GroupSize) -> tuple[int, ...]:
@@ -191,18 +198,20 @@ def _axis_index(
     axis: Axis, length: int, permutation: Permutation, outer: Mapping[str, tuple[str, ...]]
 ) -> jax.Array:
     """Return the old position of every new position along an axis, with inner groups left where they are."""
-    start, parts = 0, []
-    for segment in axis.sized(length):
-        index = jnp.zeros((1,), jnp.int32)
-        for factor in segment:
-            if factor.group is None or factor.group in outer or factor.group not in permutation:
-                digit = jnp.arange(factor.size)
-            else:
-                digit = jnp.asarray(permutation[factor.group], jnp.int32)
-            index = (index[:, None] * factor.size + digit[None, :]).reshape(-1)
-        parts.append(start + index)
-        start += index.size
-    return jnp.concatenate(parts)
+
+    def positions(factor: SizedFactor) -> jax.Array:
+        if factor.group is None or factor.group in outer or factor.group not in permutation:
+            return jnp.arange(factor.size)
+        return jnp.asarray(permutation[factor.group], jnp.int32)
+
+    def product(digits: list[jax.Array]) -> jax.Array:
+        return functools.reduce(lambda index, digit: jnp.add.outer(index * digit.size, digit).ravel(), digits)
+
+    def concatenate(parts: list[jax.Array]) -> jax.Array:
+        starts = itertools.accumulate([0, *(part.size for part in parts)])
+        return jnp.concatenate([start + part for start, part in zip(starts, parts, strict=False)])
+
+    return axis.fold(length, positions, product, concatenate)
 
 
 def _reorder_indexed(
@@ -276,11 +285,15 @@ def invert(spec: PermutationSpec, permutation: Permutation) -> dict[str, jax.Arr
     Returns:
       A permutation of int32 arrays of the same groups.
 
+    Raises:
+      PermutationError: it is no permutation of the groups of `spec`.
+
     Examples:
       >>> spec = PermutationSpec.from_axes({"bias": ("P0",)})
       >>> invert(spec, {"P0": np.array([2, 0, 1])})["P0"].tolist()
       [1, 2, 0]
     """
+    _check_rows(spec, permutation, "the permutation")
     inverse: dict[str, jax.Array] = {}
     for group in spec.outward:
         rows = jnp.argsort(jnp.asarray(permutation[group]), axis=-1).astype(jnp.int32)
@@ -302,13 +315,50 @@ def compose(spec: PermutationSpec, first: Permutation, second: Permutation) -> d
     Returns:
       A permutation of the same groups.
 
+    Raises:
+      PermutationError: one of them is no permutation of the groups of `spec`, or their sizes differ.
+
     Examples:
       >>> spec = PermutationSpec.from_axes({"bias": ("P0",)})
       >>> compose(spec, {"P0": np.array([2, 0, 1])}, {"P0": np.array([0, 2, 1])})["P0"].tolist()
       [2, 1, 0]
     """
+    _check_rows(spec, first, "the first permutation")
+    _check_rows(spec, second, "the second permutation")
+    differ = [f"group {g!r}: {np.shape(first[g])} and {np.shape(second[g])}" for g in spec.groups]
+    differ = [
+        line for line, g in zip(differ, spec.groups, strict=True) if np.shape(first[g]) != np.shape(second[g])
+    ]
+    if differ:
+        raise PermutationError(problem_list("two permutations of different sizes:", differ))
     moved = {group: _at_outer(jnp.asarray(rows), group, second, spec) for group, rows in first.items()}
     return {g: jnp.take_along_axis(row, jnp.asarray(second[g]), axis=-1) for g, row in moved.items()}
+
+
+def _check_rows(spec: PermutationSpec, permutation: Permutation, name: str) -> None:
+    """Raise `PermutationError` unless arrays are a permutation of a spec's groups, whatever their sizes.
+
+    Values are checked where they are known, which they are not under ``jit``.
+    """
+    problems = [f"group {group!r}: missing" for group in spec.groups if group not in permutation]
+    problems += [f"group {group!r}: not in the spec" for group in permutation if group not in spec.groups]
+    for group in (group for group in spec.groups if group in permutation):
+        row, outer = permutation[group], spec.outer_groups.get(group, ())
+        if np.ndim(row) != len(outer) + 1 or not jnp.issubdtype(jnp.result_type(row), jnp.integer):
+            got = f"{jnp.result_type(row)} array of shape {np.shape(row)}"
+            problems.append(f"group {group!r}: wanted an integer array with {len(outer) + 1} axes, got {got}")
+            continue
+        for axis, other in enumerate(outer):
+            if other in permutation and np.shape(row)[axis] != np.shape(permutation[other])[-1]:
+                size = np.shape(permutation[other])[-1]
+                problems.append(
+                    f"group {group!r}: {np.shape(row)[axis]} positions of group {other!r}, which has {size}"
+                )
+        n = np.shape(row)[-1]
+        if not isinstance(row, Tracer) and (np.sort(row, axis=-1) != np.arange(n)).any():
+            problems.append(f"group {group!r}: not a permutation of 0 to {n - 1}")
+    if problems:
+        raise PermutationError(problem_list(f"{name} does not fit the spec:", problems))
 
 
 def _at_outer(rows: jax.Array, group: str, permutation: Permutation, spec: PermutationSpec) -> jax.Array:
@@ -381,7 +431,7 @@ def save_permutation(path: str | pathlib.Path, spec: PermutationSpec, permutatio
       permutation: the permutation.
     """
     groups = {group: np.asarray(row).tolist() for group, row in permutation.items()}
-    data = {"format": "rebasin.permutation", "version": 1, "spec_digest": spec.digest, "groups": groups}
+    data = {"format": _FORMAT, "version": _VERSION, "spec_digest": spec.digest, "groups": groups}
     pathlib.Path(path).write_text(json.dumps(data) + "\n")
 
 
@@ -396,7 +446,8 @@ def load_permutation(path: str | pathlib.Path, spec: PermutationSpec) -> dict[st
       A permutation of int32 arrays.
 
     Raises:
-      PermutationError: the file holds something else, or was saved for another spec.
+      PermutationError: the file holds something else, is of another version, was saved for another spec, or
+        holds arrays that are no permutation.
 
     Examples:
       >>> import tempfile
@@ -408,11 +459,17 @@ def load_permutation(path: str | pathlib.Path, spec: PermutationSpec) -> dict[st
     """
     try:
         data = json.loads(pathlib.Path(path).read_text())
-        digest, groups = data["spec_digest"], data["groups"]
-    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        form, digest = (data["format"], data["version"]), data["spec_digest"]
+        permutation = {group: np.array(row) for group, row in data["groups"].items()}
+    except (KeyError, TypeError, AttributeError, ValueError) as error:  # of which JSON's errors are
         raise PermutationError(f"{path}: not a saved permutation: {error!r}") from error
+    if form != (_FORMAT, _VERSION):
+        raise PermutationError(
+            f"{path}: wanted {_FORMAT} version {_VERSION}, got {form[0]} version {form[1]}"
+        )
     if digest != spec.digest:
         raise PermutationError(
             f"{path}: saved for another spec (hash {digest[:12]}…), wanted hash {spec.digest[:12]}…"
         )
-    return {group: np.array(row, np.int32) for group, row in groups.items()}
+    _check_rows(spec, permutation, f"{path}: the permutation")
+    return {group: row.astype(np.int32) for group, row in permutation.items()}

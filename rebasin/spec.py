@@ -5,14 +5,13 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import math
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from rebasin.axis import Axis, AxisLike, Factor
+from rebasin.axis import Axis, AxisLike, Factor, Segment
 from rebasin.errors import SpecError, SpecMismatchError, problem_list
 from rebasin.explanation import UnitShares, find_ties, measure_units
 from rebasin.trees import leaf_table
@@ -217,15 +216,18 @@ class PermutationSpec:
         return _canonical(self) == _canonical(other)
 
     def to_json(self) -> str:
-        """Return the spec as JSON text with a line for each leaf."""
+        """Return the spec as JSON text with a line for each leaf.
+
+        The text has version 2 if a concatenation stands inside a product, which version 1 did not know.
+        """
         leaves = [
-            json.dumps([path, [[[list(f) for f in segment] for segment in axis.segments] for axis in axes]])
-            for path, axes in self.leaves
+            json.dumps([path, [_segments_to_lists(axis) for axis in axes]]) for path, axes in self.leaves
         ]
+        version = 2 if any(_is_nested(axis) for _, axes in self.leaves for axis in axes) else 1
         rest = {"indexed": self.indexed, "fixed": self.fixed, "pins": self.pins}
         tail = "".join(f', "{key}": {json.dumps(value)}' for key, value in rest.items())
         return (
-            '{"format": "rebasin.spec", "version": 1, "leaves": [\n'
+            f'{{"format": "rebasin.spec", "version": {version}, "leaves": [\n'
             + ",\n".join(leaves)
             + "\n]"
             + tail
@@ -243,17 +245,11 @@ class PermutationSpec:
         """
         try:
             data = json.loads(text)
-            if (data["format"], data["version"]) != ("rebasin.spec", 1):
+            if (data["format"], data["version"]) not in (("rebasin.spec", 1), ("rebasin.spec", 2)):
                 raise SpecError(
-                    f"wanted format rebasin.spec version 1, got {data['format']} {data['version']}"
+                    f"wanted format rebasin.spec version 1 or 2, got {data['format']} {data['version']}"
                 )
-            leaves = tuple(
-                (
-                    path,
-                    tuple(Axis(tuple(tuple(Factor(*f) for f in s) for s in segments)) for segments in axes),
-                )
-                for path, axes in data["leaves"]
-            )
+            leaves = tuple((path, tuple(map(_axis_of_lists, axes))) for path, axes in data["leaves"])
             indexed = tuple((group, tuple(outer)) for group, outer in data["indexed"])
             return cls(leaves, indexed, tuple(data["fixed"]), tuple(Pin(*pin) for pin in data["pins"]))
         except (KeyError, TypeError, json.JSONDecodeError) as error:
@@ -364,12 +360,10 @@ def _axis_problems(
       sizes: size of each group seen so far; changed.
       origin: the axis where each group was seen first; changed.
     """
-    segments = axis.sized(length)
-    total = sum(math.prod(factor.size for factor in segment) for segment in segments)
-    if total != length:
-        yield f"{where}: size {length}, but the spec's {axis} makes {total}"
+    if not axis.is_whole and axis.size != length:
+        yield f"{where}: size {length}, but the spec's {axis} makes {axis.size}"
         return
-    for factor in itertools.chain.from_iterable(segments):
+    for factor in axis.sized(length):
         if factor.group is None:
             continue
         first = origin.setdefault(factor.group, where)
@@ -378,6 +372,40 @@ def _axis_problems(
                 f"{where}: size {factor.size}, but group {factor.group!r} has size "
                 f"{sizes[factor.group]} from {first}"
             )
+
+
+def _is_nested(axis: Axis) -> bool:
+    """Tell whether a concatenation stands inside a product."""
+    return any(isinstance(part, Axis) for segment in axis.segments for part in segment)
+
+
+def _segments_to_lists(axis: Axis) -> list[Any]:
+    """Return the segments of an axis as lists: ``[size, group]`` for a factor, segments for an axis in it."""
+    return [
+        [_segments_to_lists(part) if isinstance(part, Axis) else list(part) for part in segment]
+        for segment in axis.segments
+    ]
+
+
+def _axis_of_lists(segments: list[Any]) -> Axis:
+    """Return the axis that `_segments_to_lists` wrote."""
+
+    def segment_of(parts: list[Any]) -> Segment:
+        return tuple(_axis_of_lists(part) if isinstance(part[0], list) else Factor(*part) for part in parts)
+
+    return Axis(tuple(map(segment_of, segments)))
+
+
+def _misplaced(axis: Axis) -> Iterator[str]:
+    """Yield every axis inside a product that has a simpler form; an axis has one form, so that == is safe."""
+    for segment in axis.segments:
+        for place, part in enumerate(segment):
+            if isinstance(part, Axis):
+                if len(part.segments) < 2 or not all(part.segments):
+                    yield f"({part}) inside a product needs two segments or more, none of them empty"
+                elif place == 0 or place + 1 < len(segment):
+                    yield f"({part}) must be the last of several factors; Axis.product distributes it"
+                yield from _misplaced(part)
 
 
 def _contradictions(spec: PermutationSpec) -> Iterator[str]:
@@ -391,10 +419,11 @@ def _contradictions(spec: PermutationSpec) -> Iterator[str]:
         for i, axis in enumerate(axes):
             if not axis.segments or not all(axis.segments):
                 yield f"{path} axis {i}: no segments, or an empty one"
-            elif not axis.is_whole and any(f.size is None for segment in axis.segments for f in segment):
+            elif not axis.is_whole and any(factor.size is None for factor in axis.factors):
                 yield f"{path} axis {i}: {axis} has several parts, so each needs its size"
-        for choice in itertools.product(*(axis.segments for axis in axes)) if outer else ():
-            carried = [f.group for segment in choice for f in segment]
+            yield from (f"{path} axis {i}: {problem}" for problem in _misplaced(axis))
+        for choice in itertools.product(*(axis.pieces for axis in axes)) if outer else ():
+            carried = [factor.group for piece in choice for factor in piece]
             for group in dict.fromkeys(g for g in carried if g in outer):
                 missing = [o for o in outer[group] if carried.count(o) != 1]
                 if missing:

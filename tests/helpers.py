@@ -71,12 +71,30 @@ class ComplexMLP(nn.Module):
         return nn.Dense(3, param_dtype=jnp.complex64)(x).real
 
 
+class FusedAttention(nn.Module):
+    """Two heads whose queries, keys and values are fused head by head; half of each query and key turns."""
+
+    @nn.compact
+    def __call__(self, x):
+        q, k, v = jnp.split(nn.Dense(24)(x).reshape(*x.shape[:-1], 2, 12), 3, axis=-1)
+        angles = jnp.arange(x.shape[-2], dtype=x.dtype)[:, None, None]
+
+        def turn(z):
+            a, b, rest = z[..., :1], z[..., 1:2], z[..., 2:]
+            cos, sin = (jnp.broadcast_to(f(angles), a.shape) for f in (jnp.cos, jnp.sin))
+            return jnp.concatenate([a * cos - b * sin, a * sin + b * cos, rest], axis=-1)
+
+        weights = nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", turn(q), turn(k)))
+        return nn.DenseGeneral(3, axis=(-2, -1))(jnp.einsum("bhqk,bkhd->bqhd", weights, v)).mean(1)
+
+
 MODELS = {
     "mlp": (lambda: MLP((9, 8), 3), (3, 2, 1)),
     "width_one": (lambda: MLP((1, 4, 1), 3), (3, 2, 1)),
     "resnet": (ResNet, (4, 4, 2)),
     "complex": (ComplexMLP, (3, 2, 1)),
     "vit": (lambda: ViT(width=8, num_classes=3, depth=1, num_heads=2), (4, 4, 1)),
+    "fused": (FusedAttention, (5, 6)),
 }
 
 

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rebasin
+from rebasin import build_sweep
 from rebasin.barrier import Barrier, BarrierCurve
 from rebasin.errors import ConfigError, DataError, NonFiniteError, TreeMismatchError
 
@@ -261,3 +262,35 @@ def test_networks_that_are_no_classifiers_are_refused_while_tracing(apply_fn, me
     batch = rebasin.Batch(jnp.ones((2, 3)), jnp.arange(2))
     with pytest.raises(DataError, match=rf"need logits of shape \[n, classes\].* .*{message}"):
         jax.eval_shape(rebasin.classification_metrics(apply_fn), {}, batch)
+
+
+@pytest.mark.parametrize(
+    ("metrics_fn", "problem"),
+    [
+        (lambda p, x: {"loss": jnp.mean(p["w"] * x)}, "'loss' has shape ()"),
+        (lambda p, x: {"loss": jnp.stack([p["w"] * x] * 3, axis=1)}, "'loss' has shape (4, 3)"),
+        (lambda p, x: {"loss": p["w"] * x, "error": x[:1]}, "'error' has shape (1,)"),
+    ],
+)
+def test_metrics_of_another_shape_than_one_value_an_example_are_refused(metrics_fn, problem):
+    """A mean over each batch gave 3.75 here in place of 4.5: the last batch is filled up with copies."""
+    a, b = {"w": jnp.ones(())}, {"w": jnp.zeros(())}
+    with pytest.raises(DataError) as info:
+        build_sweep(metrics_fn, num_alphas=3, batch_size=4)(a, b, jnp.arange(10.0))
+    lines = str(info.value).splitlines()
+    assert lines[0] == "metrics_fn must return one value for each of 4 examples:"
+    assert lines[1].strip() == problem
+
+
+def test_metrics_that_are_no_dictionary_are_refused():
+    a = {"w": jnp.ones(())}
+    with pytest.raises(DataError, match=r"must return a dictionary of arrays \[n\], got "):
+        build_sweep(lambda p, x: p["w"] * x, num_alphas=3)(a, a, jnp.arange(10.0))
+
+
+def test_a_barrier_that_is_not_a_number_says_where():
+    values = np.array([[1.0, 2.0], [np.nan, 1.0], [1.0, np.inf]])
+    curve = BarrierCurve(np.array([0.0, 0.5, 1.0]), {"loss": values})
+    with pytest.raises(NonFiniteError) as info:
+        curve.barrier("loss")
+    assert str(info.value) == "'loss' is not finite at alpha 0.5, 1: there is no barrier to tell"

@@ -17,7 +17,7 @@ TEXT = (pathlib.Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
 # What the file already imports to which an example is added.
 RULE_IMPORTS = """
 from collections.abc import Sequence
-from rebasin.inference.axes import pin, pinned
+from rebasin.inference.axes import pin, unite
 from rebasin.inference.rule import Equation, register_rule
 from rebasin.inference.values import Dims
 """
@@ -25,6 +25,8 @@ TEST_IMPORTS = """
 import jax
 import jax.numpy as jnp
 from helpers import X, build_case, check, random_tree
+from jax import lax
+from rebasin import verify_spec
 import rebasin
 
 def reasons(spec):
@@ -53,12 +55,21 @@ def load_module(monkeypatch, name, code):
 
 
 def test_the_rule():
+    tests = run(TEST_IMPORTS + example("def test_smoothing_over_tokens"))
+    names = [name for name in tests if name.startswith("test_")]
     with temporary_rules():
-        run(RULE_IMPORTS + example('@register_rule("fft"'))
-        tests = run(TEST_IMPORTS + example("def test_a_fourier_transform_over_tokens"))
-        for name in [name for name in tests if name.startswith("test_")]:
+        run(RULE_IMPORTS + example('@register_rule("tridiagonal_solve"'))
+        for name in names:
             tests[name]()
-    assert find_rule("fft") is None, "fft has a rule by now: the example needs another primitive"
+    assert find_rule("tridiagonal_solve") is find_rule("pure_callback"), "the example needs another primitive"
+
+
+def test_the_network_that_needs_the_rule():
+    names = run(TEST_IMPORTS + example("def apply_fn(t, x)"))
+    spec = rebasin.infer_spec(names["apply_fn"], names["random_tree"](w=(3, 6), v=(6, 2)), names["X"])
+    shown = re.search(r"stays put: tridiagonal_solve \(model.py:4\): (.*)\n", TEXT)
+    assert shown is not None
+    assert names["reasons"](spec)["w", 1] == shown[1]
 
 
 def test_the_method(monkeypatch):

@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 import rebasin
 from rebasin import Axis, PermutationSpec
 from rebasin.errors import PermutationError, SpecMismatchError
-from rebasin.permutation import check_permutation, compiled_permute
+from rebasin.permutation import check_permutation, compiled_permute, load_permutation, save_permutation
 
 # Every kind of axis at once: whole, segments, factors, a group on two axes, two indexed groups (one by a
 # group that stands on another axis of the leaf, one by stacked layers that never move), and a leaf that
@@ -25,6 +26,10 @@ SPEC = PermutationSpec.from_axes(
         "square": ("P1", "P1"),
         "query": ("P0", "heads", "inner"),
         "fused": (Axis.concatenate(Axis.product(1), Axis.product(("heads", 2), ("inner", 3))),),
+        "by_head": (
+            Axis.product(("heads", 2), Axis.concatenate(Axis.product(1), Axis.product(("inner", 3)))),
+            "P1",
+        ),
         "stack": ("layer", "P0", "hidden"),
         "deep": ("turn", "sub", "layer"),
         "count": (),
@@ -38,6 +43,7 @@ SHAPES = {
     "square": (3, 3),
     "query": (4, 2, 3),
     "fused": (7,),
+    "by_head": (8, 3),
     "stack": (2, 4, 3),
     "deep": (3, 4, 2),
     "count": (),
@@ -69,6 +75,9 @@ def reference(permutation, tree):
                 source = p["heads"][h], p["inner"][h, d]
                 new["query"][i, h, d] = old["query"][p["P0"][i], *source]
                 new["fused"][1 + 3 * h + d] = old["fused"][1 + 3 * source[0] + source[1]]
+                by_head = old["by_head"][:, p["P1"]]
+                new["by_head"][4 * h] = by_head[4 * source[0]]
+                new["by_head"][4 * h + 1 + d] = by_head[4 * source[0] + 1 + source[1]]
                 new["stack"][h, i, d] = old["stack"][h, p["P0"][i], p["hidden"][h, d]]
     for layer in range(2):
         for s in range(4):
@@ -144,18 +153,25 @@ import jax, numpy as np
 import rebasin
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-spec = rebasin.PermutationSpec.from_axes({"w": (None, "P0"), "v": ("P0", None)})
+from rebasin import Axis
+
+by_head = Axis.product(("H", 2), Axis.concatenate(Axis.product(2), Axis.product(("D", 2))))
+axes = {"w": (None, "P0"), "v": ("P0", None), "u": (None, by_head)}
+spec = rebasin.PermutationSpec.from_axes(axes, indexed={"D": ["H"]})
 tree = {"w": np.arange(24.0).reshape(3, 8), "v": np.arange(16.0).reshape(8, 2)}
+tree["u"] = tree["w"]
 permutation = rebasin.random_permutation(spec, tree, key=jax.random.key(0))
 row = np.asarray(permutation["P0"])
+expected = np.asarray(rebasin.permute(spec, permutation, tree)["u"])
 for kind in (AxisType.Auto, AxisType.Explicit):
     mesh = jax.make_mesh((2,), ("x",), axis_types=(kind,))
-    parts = {"w": PartitionSpec(None, "x"), "v": PartitionSpec("x")}
+    parts = {"w": PartitionSpec(None, "x"), "v": PartitionSpec("x"), "u": PartitionSpec(None, "x")}
     sharded = jax.device_put(tree, {k: NamedSharding(mesh, part) for k, part in parts.items()})
     for function in (rebasin.permute, jax.jit(rebasin.permute, static_argnums=0)):
         moved = function(spec, permutation, sharded)
         assert (np.asarray(moved["w"]) == tree["w"][:, row]).all()
         assert (np.asarray(moved["v"]) == tree["v"][row]).all()
+        assert (np.asarray(moved["u"]) == expected).all()
 print(len(jax.devices()))
 """
     environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
@@ -231,3 +247,72 @@ def test_save_and_load(tmp_path, tree):
     path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(PermutationError, match="not a saved permutation"):
         rebasin.load_permutation(path, SPEC)
+
+
+HEADS = PermutationSpec.from_axes({"w": (None, "H", "D")}, indexed={"D": ["H"]})
+
+
+@pytest.mark.parametrize(
+    ("groups", "problem"),
+    [
+        ({"P0": [0, 0, 2]}, "group 'P0': not a permutation of 0 to 2"),
+        ({"P0": [-1, 0, 1]}, "group 'P0': not a permutation of 0 to 2"),
+        ({"P0": [7, 8, 9]}, "group 'P0': not a permutation of 0 to 2"),
+        (
+            {"P0": [0.9, 1.9, 2.9]},
+            "group 'P0': wanted an integer array with 1 axes, got float32 array of shape (3,)",
+        ),
+        (
+            {"P0": [[0, 1]]},
+            "group 'P0': wanted an integer array with 1 axes, got int32 array of shape (1, 2)",
+        ),
+        ({}, "group 'P0': missing"),
+        ({"P0": [0, 1, 2], "Q": [0]}, "group 'Q': not in the spec"),
+    ],
+)
+def test_a_file_that_holds_no_permutation_is_refused(tmp_path, groups, problem):
+    spec, path = PermutationSpec.from_axes({"bias": ("P0",)}), tmp_path / "p.json"
+    save_permutation(path, spec, {"P0": np.arange(3)})
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"groups": groups}))
+    with pytest.raises(PermutationError) as info:
+        load_permutation(path, spec)
+    assert str(info.value).splitlines() == [f"{path}: the permutation does not fit the spec:", f"  {problem}"]
+
+
+@pytest.mark.parametrize("change", [{"version": 99}, {"format": "rebasin.spec"}])
+def test_a_permutation_of_another_version_or_form_is_refused(tmp_path, change):
+    spec, path = PermutationSpec.from_axes({"bias": ("P0",)}), tmp_path / "p.json"
+    save_permutation(path, spec, {"P0": np.arange(3)})
+    content = json.loads(path.read_text()) | change
+    path.write_text(json.dumps(content))
+    with pytest.raises(PermutationError) as info:
+        load_permutation(path, spec)
+    got = f"{content['format']} version {content['version']}"
+    assert str(info.value) == f"{path}: wanted rebasin.permutation version 1, got {got}"
+
+
+@pytest.mark.parametrize("text", ['{"groups": 3}', "[1, 2]", "not json", '{"groups": {"P0": [[0], [1, 2]]}}'])
+def test_a_file_of_another_kind_is_refused(tmp_path, text):
+    path = tmp_path / "p.json"
+    path.write_text(text)
+    with pytest.raises(PermutationError, match="not a saved permutation"):
+        load_permutation(path, PermutationSpec.from_axes({"bias": ("P0",)}))
+
+
+def test_invert_and_compose_refuse_what_is_no_permutation():
+    spec = PermutationSpec.from_axes({"bias": ("P0",)})
+    good, wrong = {"P0": np.arange(3)}, {"P0": np.array([0, 1, 9])}
+    with pytest.raises(
+        PermutationError, match=r"the permutation does not fit the spec:\n  group 'P0': not a"
+    ):
+        rebasin.invert(spec, wrong)
+    with pytest.raises(PermutationError, match="the second permutation does not fit the spec"):
+        rebasin.compose(spec, good, wrong)
+    with pytest.raises(
+        PermutationError, match=r"two permutations of different sizes:\n  group 'P0': \(2,\) and"
+    ):
+        rebasin.compose(spec, {"P0": np.arange(2)}, good)
+    with pytest.raises(PermutationError, match="group 'D': 2 positions of group 'H', which has 3"):
+        rebasin.invert(HEADS, {"H": np.arange(3), "D": np.zeros((2, 1), int)})
+    # Under jit the values are not known, and only the arrays are looked at.
+    assert jax.jit(lambda p: rebasin.invert(spec, p))(good)["P0"].tolist() == [0, 1, 2]

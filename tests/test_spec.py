@@ -66,6 +66,17 @@ def test_sizes_of_segments_and_factors():
         spec.group_sizes({"w": np.zeros(39), "v": np.zeros((8, 5))})
 
 
+def test_sizes_of_a_concatenation_inside_a_product():
+    axis = Axis.product(("heads", 3), Axis.concatenate(Axis.product(2), Axis.product(("passed", 4))))
+    spec = PermutationSpec.from_axes({"q": (None, axis)}, indexed={"passed": ["heads"]})
+    assert spec.group_sizes({"q": np.zeros((5, 18))}) == {"heads": 3, "passed": (3, 4)}
+    with pytest.raises(SpecMismatchError) as info:
+        spec.group_sizes({"q": np.zeros((5, 24))})
+    assert str(info.value).splitlines()[1:] == [
+        "  q axis 1: size 24, but the spec's heads:3*(2 + passed:4) makes 18"
+    ]
+
+
 def test_indexed_groups_have_shapes():
     spec = PermutationSpec.from_axes(
         {"query": (None, "heads", "inner"), "stack": ("layer", None, "hidden")},
@@ -102,6 +113,29 @@ def test_a_spec_that_contradicts_itself():
         "  v axis 0: no segments, or an empty one",
         "  group 'P0': is an outer group of itself",
     ]
+
+
+def test_a_concatenation_inside_a_product_has_one_form():
+    """Other forms would be unequal axes with the same meaning."""
+    one, two = Axis.product(("B", 2)), Axis.concatenate(Axis.product(("A", 2)), Axis.product(3))
+    factor = Factor(2, "H")
+    with pytest.raises(SpecError) as info:
+        PermutationSpec.from_axes(
+            {"w": (Axis(((factor, one),)), Axis(((factor, two, factor),)), Axis(((two,),)))}
+        )
+    assert str(info.value).splitlines() == [
+        "the spec contradicts itself:",
+        "  w axis 0: (B) inside a product needs two segments or more, none of them empty",
+        "  w axis 1: (A:2 + 3) must be the last of several factors; Axis.product distributes it",
+        "  w axis 2: (A:2 + 3) must be the last of several factors; Axis.product distributes it",
+    ]
+
+
+def test_an_indexed_group_needs_its_index_in_every_segment():
+    part = Axis.concatenate(Axis.product(("heads", 2), ("inner", 3)), Axis.product(("inner", 3)))
+    PermutationSpec.from_axes({"w": (Axis.product(("layer", 4), part),)}, indexed={"inner": ["layer"]})
+    with pytest.raises(SpecError, match=r"w: carries 'inner', but not its outer groups \['heads'\]"):
+        PermutationSpec.from_axes({"w": (Axis.product(("layer", 4), part),)}, indexed={"inner": ["heads"]})
 
 
 def test_an_indexed_group_needs_its_index_in_every_leaf():
@@ -162,6 +196,31 @@ def test_json_round_trip(tmp_path):
     assert loaded == spec
     assert loaded.pins == spec.pins
     assert loaded.digest == spec.digest
+
+
+def test_json_of_a_concatenation_inside_a_product():
+    axis = Axis.product(("H", 3), Axis.concatenate(Axis.product(2), Axis.product(("P", 4), 2)))
+    spec = PermutationSpec.from_axes({"w": (None, axis)}, indexed={"P": ["H"]})
+    loaded = PermutationSpec.from_json(spec.to_json())
+    assert loaded == spec
+    assert loaded.digest == spec.digest
+    assert spec.to_json().splitlines()[:2] == [
+        '{"format": "rebasin.spec", "version": 2, "leaves": [',
+        '["w", [[[[null, null]]], [[[3, "H"], [[[2, null]], [[4, "P"], [2, null]]]]]]]',
+    ]
+
+
+def test_json_of_version_1_is_still_read_and_written():
+    """The text that version 0.1 wrote; a saved permutation names its spec by the hash of this text."""
+    text = (
+        '{"format": "rebasin.spec", "version": 1, "leaves": [\n'
+        '["w", [[[[null, null]]], [[[2, "H"], [3, "D"]], [[4, null]]]]]\n'
+        '], "indexed": [["D", ["H"]]], "fixed": [], "pins": []}\n'
+    )
+    spec = PermutationSpec.from_json(text)
+    axis = Axis.concatenate(Axis.product(("H", 2), ("D", 3)), Axis.product(4))
+    assert spec == PermutationSpec.from_axes({"w": (None, axis)}, indexed={"D": ["H"]})
+    assert spec.to_json() == text
 
 
 @pytest.mark.parametrize(

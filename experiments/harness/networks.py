@@ -248,8 +248,14 @@ class Networks:
                 trajectory = Trajectory(directory)
                 trajectory.drop(trajectory.epochs[1:-1])
         if self.keep == "none":
-            # Empty folders, and children of a run that was killed while it trained them.
-            shutil.rmtree(self.scratch, ignore_errors=True)
+            base = run_directory(self.scratch, pair.recipe, pair.seeds[0]).parent
+            # Children of a run that was killed while it trained them. What else is there is not ours.
+            for seed in pair.seeds:
+                for child in base.glob(f"children/seed_{seed}_epoch_*_child_*"):
+                    shutil.rmtree(child, ignore_errors=True)
+            for folder in (base / "children", base, self.scratch):
+                if folder.is_dir() and not any(folder.iterdir()):
+                    folder.rmdir()
 
     def say_disk_use(self, pairs: Sequence[Pair], epochs: Sequence[int], spawned: Sequence[int] = ()) -> None:
         """Say how much disk space the networks that are still to be trained take at most.

@@ -195,7 +195,7 @@ def run_binary(
         results = experiment.run(
             config,
             load_dataset(config.recipe.dataset, data_dir=_DATA_DIR.value),
-            output_dir=pathlib.Path(_OUTPUT_DIR.value),
+            output_dir=_output_directory(),
             runs_dir=_runs_directory(),
             # 151 epochs of a VGG-16 of width 64, with momentum, are 18 GB.
             keep=_KEEP_CHECKPOINTS.value or ("ends" if _PRESET.value == "paper" else None),
@@ -208,8 +208,15 @@ def run_binary(
         sys.exit(1)
 
 
+def _output_directory() -> pathlib.Path:
+    """Return the folder for results; an empty name, which would be the current folder, is a `ConfigError`."""
+    if not _OUTPUT_DIR.value:
+        raise ConfigError("--output_dir is empty; name a folder for results.json, the CSV and the figures")
+    return pathlib.Path(_OUTPUT_DIR.value).expanduser()
+
+
 def _runs_directory() -> pathlib.Path:
     """Return the folder of trained networks, by flag, environment and preset."""
     if _PRESET.value in _SMALL and not _RUNS_DIR.value:
-        return pathlib.Path(_OUTPUT_DIR.value) / "runs"
+        return _output_directory() / "runs"
     return shared_runs(_RUNS_DIR.value)

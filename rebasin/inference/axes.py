@@ -8,9 +8,10 @@ these forms:
 - a *product* of nodes: its positions are read in mixed radix, the first part varying slowest (a reshape);
 - a *sum* of nodes: its positions are consecutive segments (a concatenation).
 
-A node can also be *pinned*: only the identity is left, and the reason is kept. A pinned node is
-*position-dependent* if the program makes its positions meet (neighbours in a convolution, steps of a running
-sum). Then no inner group can be permuted differently at each of them.
+A node can also be *pinned*: only the identity is left, and the reason is kept. A product or sum whose parts
+are all pinned is pinned too. A pinned node is *position-dependent* if the program makes its positions meet
+(neighbours in a convolution, steps of a running sum). Then no inner group can be permuted differently at each
+of them.
 
 Refining a node (whole → product or sum, any form → pinned) only ever shrinks the set of permutations that it
 allows, and nothing undoes a refinement. So constraints may come in any order, an early answer stays valid
@@ -22,16 +23,31 @@ parts.
 """
 
 import collections
-import functools
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
-__all__ = ["Node", "concatenate", "factor", "pin", "pinned", "product", "segments", "split", "unite"]
+from rebasin.axis import Axis, Factor
 
-# An axis that would fall into more segments than this is pinned instead: nobody could read such a spec, and
-# it costs more than it gains.
-_MAX_SEGMENTS = 1024
+__all__ = [
+    "Node",
+    "atoms",
+    "concatenate",
+    "factor",
+    "factors",
+    "pieces",
+    "pin",
+    "pinned",
+    "product",
+    "reasons",
+    "split",
+    "unite",
+    "write_axis",
+]
+
+# The reason of a part of an axis that is a single position, such as the gate in an interleaved gated unit.
+_SINGLE_POSITION = "a position that is taken out by itself"
 
 # A sum of shifted values, h + roll(h, 1), refines an axis once per position until only the identity is left.
 # An axis refined this often is pinned at once; otherwise Python's recursion limit would be reached first.
@@ -44,7 +60,7 @@ class Node:
     __slots__ = ("_form", "_parent", "_parts", "_position_dependent", "_reason", "size")
 
     def __init__(self, size: int) -> None:
-        self.size = size
+        self.size = int(size)  # sizes from `jnp.split` are NumPy integers, which JSON does not know
         self._parent: Node | None = None
         self._form: Literal["whole", "product", "sum"] = "whole"
         self._parts: tuple[Node, ...] = ()
@@ -74,12 +90,12 @@ class Node:
     @property
     def reason(self) -> str | None:
         """Return why the node is pinned as a whole; `None` if it is not."""
-        return self.root._reason
+        return _settle(self.root)._reason
 
     @property
     def is_pinned(self) -> bool:
         """Tell whether only the identity is left; a single position cannot move either."""
-        return self.root._reason is not None or self.size <= 1
+        return self.size <= 1 or _settle(self.root)._reason is not None
 
     @property
     def is_atomic(self) -> bool:
@@ -88,8 +104,13 @@ class Node:
 
     @property
     def is_position_dependent(self) -> bool:
-        """Tell whether positions meet each other, which keeps the node from being an outer group."""
-        return self.root._position_dependent
+        """Tell whether positions meet each other, which keeps the node from being an outer group.
+
+        They do if a segment occurs twice: the axis was united with itself in another order.
+        """
+        root = _settle(self.root)
+        segments = [part.root for part in root._parts] if root._form == "sum" else []
+        return root._position_dependent or len(set(segments)) < len(segments)
 
     def __repr__(self) -> str:
         root = self.root
@@ -98,6 +119,15 @@ class Node:
         if root._form == "whole":
             return f"{root.size}"
         return "(" + {"product": "*", "sum": "+"}[root._form].join(map(repr, root._parts)) + ")"
+
+
+def _settle(root: Node) -> Node:
+    """Mark a root as pinned if all its parts have been pinned since it was made; return it."""
+    if root._reason is None and root._parts and all(part.is_pinned for part in root._parts):
+        known = (part.reason for part in root._parts)
+        root._reason = next((reason for reason in known if reason is not None), _SINGLE_POSITION)
+        root._position_dependent = any(part.is_position_dependent for part in root._parts)
+    return root
 
 
 def pinned(size: int, reason: str, *, position_dependent: bool = True) -> Node:
@@ -124,6 +154,14 @@ def pin(node: Node, reason: str, *, position_dependent: bool = True) -> None:
             pin(part, reason, position_dependent=position_dependent)
 
 
+def atoms(node: Node) -> frozenset[Node]:
+    """Return the roots that a node is composed of, which have no parts themselves."""
+    root = node.root
+    if not root._parts:
+        return frozenset((root,))
+    return frozenset().union(*map(atoms, root._parts))
+
+
 def product(parts: Sequence[Node]) -> Node:
     """Make the node whose positions are read in mixed radix over `parts`."""
     return _compound(
@@ -142,10 +180,6 @@ def _compound(form: Literal["product", "sum"], parts: list[Node], size: int) -> 
     node = Node(size)
     if parts and size:
         node._form, node._parts = form, tuple(parts)
-        reasons = [part.reason for part in parts if part.size > 1]
-        if reasons and None not in reasons:
-            node._reason = reasons[0]
-            node._position_dependent = any(part.is_position_dependent for part in parts)
     return node
 
 
@@ -158,7 +192,7 @@ def unite(x: Node, y: Node, reason: str, *, depth: int = 0) -> None:
       reason: the reason to give if their refinements have nothing in common and both are pinned.
       depth: number of nested calls that led here.
     """
-    x, y = x.root, y.root
+    x, y = _settle(x.root), _settle(y.root)
     if x is y:
         return
     if depth > _MAX_DEPTH:
@@ -203,23 +237,22 @@ def factor(node: Node, sizes: Sequence[int], reason: str) -> list[Node]:
     Returns:
       One node for each size.
     """
-    root = node.root
+    root = _settle(node.root)
     assert math.prod(sizes) == root.size, f"{root.size} positions do not factor into {list(sizes)}"
     proper = [size for size in sizes if size != 1]
     if len(proper) <= 1 or not root.size:
         parts = [root] if len(proper) == 1 else [Node(size) for size in proper]
+    elif root._form == "product":
+        parts = _refine(root._parts, proper, _quotient, factor, product, reason)
     elif root._reason is not None:
         parts = _pinned_like(root, root._reason, proper)
     elif root._form == "whole":
         parts = [Node(size) for size in proper]
         root._form, root._parts = "product", tuple(parts)
-    elif root._form == "product":
-        parts = _refine(root._parts, proper, _quotient, factor, product, reason)
     else:
         parts = _factor_sum(root, proper, reason)
     if parts is None:
-        pin(root, reason)
-        parts = [pinned(size, reason) for size in proper]
+        parts = _pin_clash(root, reason, proper)
     queue = iter(parts)
     return [Node(1) if size == 1 else next(queue) for size in sizes]
 
@@ -235,25 +268,31 @@ def split(node: Node, sizes: Sequence[int], reason: str) -> list[Node]:
     Returns:
       One node for each size.
     """
-    root = node.root
+    root = _settle(node.root)
     assert sum(sizes) == root.size, f"{root.size} positions do not split into {list(sizes)}"
     proper = [size for size in sizes if size]
     if len(proper) <= 1:
         parts = [root] if proper else []
+    elif root._form == "sum":
+        parts = _refine(root._parts, proper, _difference, split, concatenate, reason)
     elif root._reason is not None:
         parts = _pinned_like(root, root._reason, proper)
     elif root._form == "whole":
         parts = [Node(size) for size in proper]
         root._form, root._parts = "sum", tuple(parts)
-    elif root._form == "sum":
-        parts = _refine(root._parts, proper, _difference, split, concatenate, reason)
     else:
         parts = _split_product(root, proper, reason)
     if parts is None:
-        pin(root, reason)
-        parts = [pinned(size, reason) for size in proper]
+        parts = _pin_clash(root, reason, proper)
     queue = iter(parts)
     return [next(queue) if size else Node(0) for size in sizes]
+
+
+def _pin_clash(root: Node, reason: str, sizes: Sequence[int]) -> list[Node]:
+    """Pin a node whose parts do not fit `sizes`; return a pinned node of each size."""
+    if root._reason is None:
+        pin(root, reason)
+    return _pinned_like(root, root._reason or reason, sizes)
 
 
 def _pinned_like(root: Node, reason: str, sizes: Sequence[int]) -> list[Node]:
@@ -341,52 +380,54 @@ def _size(parts: Sequence[Node]) -> int:
     return math.prod(part.size for part in parts)
 
 
-def _pin_around(outer: Sequence[Node], repeated: Node, count: int) -> bool:
-    """Pin the factors around a sum, so that its segments can be repeated for each of their positions."""
-    for node in outer:
-        pin(node, "it repeats a concatenated axis, which no spec can express")
-    if count > _MAX_SEGMENTS:
-        pin(repeated, f"it would fall into {count} segments")
-    return count <= _MAX_SEGMENTS
+def reasons(node: Node) -> list[str]:
+    """Return why an axis, or parts of it, stay put; nothing for an axis of one position."""
+    found = (f.reason or (_SINGLE_POSITION if f.size == 1 < node.size else None) for f in factors(node))
+    return [reason for reason in dict.fromkeys(found) if reason is not None]
 
 
-def segments(
+def factors(node: Node) -> Iterator[Node]:
+    """Yield the roots that a node is made of, at every depth: each is whole or pinned."""
+    root = node.root
+    if root.is_atomic:
+        yield root
+        return
+    for part in root._parts:
+        yield from factors(part)
+
+
+def pieces(node: Node) -> list[list[Node]]:
+    """Return the factors of each choice of one segment wherever a node is a sum, as `Axis.pieces` does."""
+    root = node.root
+    if root.is_atomic:
+        return [[root]]
+    parts = [pieces(part) for part in root._parts]
+    if root._form == "sum":
+        return list(itertools.chain.from_iterable(parts))
+    return [list(itertools.chain.from_iterable(choice)) for choice in itertools.product(*parts)]
+
+
+def write_axis(
     node: Node,
+    label: Callable[[Node], str | None],
     *,
     is_factor: Callable[[Node], bool] = lambda node: node.is_atomic,
-    may_repeat: Callable[[Sequence[Node], Node, int], bool] = _pin_around,
-) -> list[list[Node]]:
-    """Write a node as a list of segments, each a list of factors, as `rebasin.axis.Axis` does.
-
-    A sum inside a product has no such form, unless the segments of the sum are repeated for every position of
-    the factors before it. `may_repeat` decides about that, since repeating is right only if those factors do
-    not move. By default they are pinned; as that may change the segments of other nodes, callers repeat until
-    nothing changes.
+) -> Axis:
+    """Write a node as an axis; neighbours without a label are joined into one.
 
     Args:
       node: the node.
+      label: returns the group of a root, `None` for one that stays put.
       is_factor: tells whether a root is to be one factor, whatever its parts.
-      may_repeat: called with the factors before a sum, the sum itself, and the number of segments that the
-        product would have up to there. If it returns false, the product as a whole is one factor.
 
     Returns:
-      The segments, first to last. By default every factor is whole or pinned.
+      The axis; all its factors have sizes.
     """
-    root = node.root
-    if is_factor(root):
-        return [[root]]
-    inner_segments = functools.partial(segments, is_factor=is_factor, may_repeat=may_repeat)
-    if root._form == "sum":
-        return [segment for part in root._parts for segment in inner_segments(part)]
-    result: list[list[Node]] = [[]]
-    for part in root._parts:
-        inner = inner_segments(part)
-        if len(inner) == 1:
-            result = [segment + inner[0] for segment in result]
-            continue
-        copies = sum(_size(segment) for segment in result)
-        if not may_repeat([node for segment in result for node in segment], part, copies * len(inner)):
-            # If `may_repeat` has pinned the sum instead, then the sum is one factor by now.
-            return inner_segments(root) if is_factor(part.root) else [[root]]
-        result = [list(segment) for _ in range(copies) for segment in inner]
-    return result
+
+    def write(root: Node) -> Axis:
+        if is_factor(root):
+            return Axis(((Factor(root.size, label(root)),),))
+        join = Axis.product if root._form == "product" else Axis.concatenate
+        return join(*(write(part.root) for part in root._parts))
+
+    return write(node.root).simplify()

@@ -7,8 +7,9 @@ or layers is then the *outer group*; it may also be an axis that stays.
 Axis o may be an outer group of group d if the program keeps the positions of o apart wherever d occurs. That
 holds under three conditions:
 
-1. Every value that carries d carries o too, once each, in every segment. (A value inside a loop over layers
-   carries the layer axis implicitly, unless it comes from the carry.)
+1. Every value that carries d carries o too, once each, in every block. (A value inside a loop over layers
+   carries the layer axis implicitly, unless it comes from the carry. A value whose entries name positions of
+   d counts as carrying d; one whose entries name positions of o does not carry o.)
 2. No equation with d among its operands or results has a value in which o occurs twice. Otherwise position o
    of one value would face position o' of another, as in the product of two heads,
    ``out[o, o'] = Σ_d x[o, d] y[o', d]``.
@@ -20,9 +21,10 @@ and the argument for one permutation of d holds position by position.
 
 import collections
 import itertools
+import math
 from collections.abc import Iterable, Sequence
 
-from rebasin.inference.axes import Node, segments
+from rebasin.inference.axes import Node, atoms, pieces
 from rebasin.inference.values import Value, named_axes
 
 __all__ = ["Equations", "find_outer_groups"]
@@ -89,8 +91,15 @@ def _candidates(equations: Equations, groups: set[Node]) -> dict[Node, dict[Node
             if blocks is None:
                 candidates |= {group: {} for group in _all_nodes(value) & groups}
             silent = {node.root for node in value.constant}
+            if silent:
+                silent -= {atom for node in value if node not in value.constant for atom in atoms(node)}
+            # A value whose entries name positions of an axis does not carry that axis: ``argmax`` over heads
+            # compares the same dimension of every head.
+            named = collections.Counter(_named_atoms(value))
             for block in blocks or ():
-                allowed = [o for o in block if _may_be_outer(o) and o not in twice]
+                allowed = [
+                    o for o, n in block.items() if _may_be_outer(o) and n > named[o] and o not in twice
+                ]
                 for group in (block.keys() & groups) - silent:
                     fresh = {o: None for o in allowed if o is not group and group not in twice}
                     known = candidates.get(group, fresh)
@@ -103,29 +112,27 @@ def _may_be_outer(node: Node) -> bool:
 
 
 def _blocks(value: Value, cache: dict[tuple[Node, ...], list[_Counter] | None]) -> list[_Counter] | None:
-    """Count how often each factor occurs in each choice of segments; `None` for a value without that form."""
+    """Count how often each factor occurs in each block of a value; `None` if there are too many blocks."""
     # An axis of the context, or one whose positions the entries name, is one that every block carries.
-    named = (node for node in named_axes(value.abstract) if node not in value.constant)
-    key = tuple(node.root for node in (*value, *(value.context or ()), *named))
+    key = tuple(node.root for node in (*value, *(value.context or ()), *_named(value)))
     if key not in cache:
-        axes = [_segments(node) for node in key]
+        axes = [pieces(node) for node in key]
         cache[key] = None
-        if all(axis is not None for axis in axes):
-            choices = list(
-                itertools.islice(itertools.product(*(axis or () for axis in axes)), _MAX_BLOCKS + 1)
-            )
-            if len(choices) <= _MAX_BLOCKS:
-                cache[key] = [
-                    collections.Counter(itertools.chain.from_iterable(choice)) for choice in choices
-                ]
+        if math.prod(map(len, axes)) <= _MAX_BLOCKS:
+            cache[key] = [
+                collections.Counter(itertools.chain.from_iterable(choice))
+                for choice in itertools.product(*axes)
+            ]
     return cache[key]
 
 
-def _segments(node: Node) -> list[list[Node]] | None:
-    """Return the segments of an axis without pinning anything; `None` for a sum behind other factors."""
-    found = segments(node, may_repeat=lambda outer, repeated, count: not outer)
-    is_written = all(factor.is_atomic for segment in found for factor in segment)
-    return found if is_written else None
+def _named(value: Value) -> list[Node]:
+    """Return the axes that the entries name, without those of a plain count, which follow any permutation."""
+    return [node for node in named_axes(value.abstract) if node not in value.constant]
+
+
+def _named_atoms(value: Value) -> list[Node]:
+    return [atom for node in _named(value) for atom in atoms(node)]
 
 
 def _all_nodes(nodes: Iterable[Node]) -> set[Node]:

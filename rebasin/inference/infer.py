@@ -2,17 +2,18 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 
 import rebasin.inference.rules  # noqa: F401  # registers every rule
-from rebasin.axis import Axis, Factor, SizedFactor
+from rebasin.axis import Axis
 from rebasin.errors import InferenceError
-from rebasin.inference.axes import Node, pin, segments, unite
+from rebasin.inference.axes import Node, atoms, factors, pin, reasons, unite, write_axis
 from rebasin.inference.indexing import Equations, find_outer_groups
 from rebasin.inference.interpreter import interpret
+from rebasin.inference.programs import live_program
 from rebasin.inference.rule import Equation, Rule, register_rule
 from rebasin.inference.values import Dims, Value
 from rebasin.spec import PermutationSpec, Pin
@@ -68,12 +69,16 @@ def infer_spec(
         closed, output_shapes = jax.make_jaxpr(apply_fn, return_shape=True)(params, *inputs)
     except Exception as error:  # whatever the function raises: Flax has errors of its own
         raise InferenceError(f"the function cannot be traced: {error}") from error
-    avals = [var.aval for var in closed.jaxpr.invars]
-    values = [Value.of_leaf([Node(size) for size in aval.shape], aval.dtype) for aval in avals]
+    closed = live_program(closed)
     paths = list(leaf_table(params))
+    values = []
+    for i, aval in enumerate(var.aval for var in closed.jaxpr.invars):
+        nodes = [Node(size) for size in aval.shape]
+        is_leaf = i < len(paths)
+        values.append(Value.of_leaf(nodes, aval.dtype) if is_leaf else Value(nodes, frozenset()))
+        if not is_leaf:
+            _pin_each(nodes, f"meets an axis of input {i - len(paths)}")
     of_leaf = dict(zip(paths, values, strict=False))
-    for i, value in enumerate(values[len(paths) :]):
-        _pin_each(value, f"meets an axis of input {i}")
     _pin_by_name(of_leaf, pin)
 
     seen = _Observations(of_leaf.values())
@@ -81,11 +86,10 @@ def infer_spec(
     next_values = state_leaves(state_outputs or {}, output_shapes, params)
     output_of = dict(zip(leaf_table(output_shapes), outputs, strict=True))
     _tie_outputs(output_of, {path: (leaf, of_leaf[leaf]) for path, leaf in next_values.items()})
-    for value in outputs:
-        seen.use(value)  # a leaf that is itself an output is used although no equation reads it
-    for value in of_leaf.values():
-        if seen.first_use(value) == math.inf:
-            _pin_each(value, "the function does not use this leaf")
+    seen.add_outputs(output_of, next_values)
+    used = {path for path, value in of_leaf.items() if seen.first_use(value) < math.inf}
+    _pin_unused(of_leaf, used, set(next_values.values()))
+    _pin_unread(of_leaf.values(), seen)
     order = sorted(of_leaf, key=lambda path: seen.first_use(of_leaf[path]))
     return _to_spec({path: of_leaf[path] for path in order}, seen.equations)
 
@@ -100,9 +104,48 @@ def _pin_by_name(of_leaf: Mapping[str, Dims], names: Sequence[str]) -> None:
             _pin_each(dims, "pinned by the caller")
 
 
-def _pin_each(dims: Dims, reason: str) -> None:
+def _pin_unused(of_leaf: Mapping[str, Dims], used: set[str], written: set[str]) -> None:
+    """Pin the leaves that the function does not use.
+
+    A leaf that is only written, such as a bias-corrected average, has the axes of its next value. Those that
+    no used leaf carries stay put, since nothing tells what their positions mean.
+
+    Args:
+      of_leaf: axes of every leaf, tied to those of its next value if it has one.
+      used: paths of the leaves that are read, or that are themselves outputs.
+      written: paths of the leaves that have a next value.
+    """
+    carried = {node.root for path in used for node in _with_parts(of_leaf[path])}
+    for path, dims in of_leaf.items():
+        if path in used:
+            continue
+        nodes = [node for node in _with_parts(dims) if node.is_atomic] if path in written else dims
+        _pin_each([node for node in nodes if node.root not in carried], "the function does not use this leaf")
+
+
+def _with_parts(nodes: Iterable[Node]) -> list[Node]:
+    """Return some nodes and their parts at every depth."""
+    found = []
+    for node in nodes:
+        found += [node, *_with_parts(node.parts)]
+    return found
+
+
+def _pin_each(dims: Iterable[Node], reason: str) -> None:
     for node in dims:
         pin(node, reason, position_dependent=False)
+
+
+def _pin_unread(leaves: Iterable[Value], seen: "_Observations") -> None:
+    """Pin the positions of leaves that the program drops unread, as the end of a table that it reads in part.
+
+    Another program, for inputs of another size, may read them, and nothing is known of what it does then.
+    """
+    read = seen.read_atoms()
+    for leaf in leaves:
+        for atom in frozenset().union(*map(atoms, leaf)) - read:
+            if not atom.is_pinned:
+                pin(atom, "nothing reads these positions for inputs of this size", position_dependent=False)
 
 
 class _Observations:
@@ -112,13 +155,42 @@ class _Observations:
         # A leaf counts as an equation of its own, since one that a loop takes apart is an operand of no
         # equation as a whole.
         self.equations: list[Sequence[Value]] = [(leaf,) for leaf in leaves]
+        self._computing: list[tuple[Sequence[Value], Sequence[Value]]] = []
         self._first_use: dict[Node, int] = {}
 
-    def add(self, operands: Sequence[Value], results: Sequence[Value]) -> None:
-        """Enter an equation."""
+    def add(self, operands: Sequence[Value], results: Sequence[Value], moves: bool) -> None:
+        """Enter an equation; `moves` tells whether it only moves entries."""
         for operand in operands:
             self.use(operand)
         self.equations.append((*operands, *results))
+        if not moves:
+            self._computing.append((operands, results))
+
+    def add_outputs(self, outputs: Mapping[str, Value], next_values: Collection[str]) -> None:
+        """Enter the outputs of the program, which are read although no equation does it.
+
+        A leaf that is itself an output is used too, but not one that is only handed on as its next value.
+        """
+        for path, value in outputs.items():
+            if path not in next_values:
+                self.use(value)
+        self._computing.append((tuple(outputs.values()), ()))
+
+    def read_atoms(self) -> set[Node]:
+        """Return the roots of the nodes whose positions meet each other or reach an output.
+
+        Each position of a value that still carries a node depends on that position of the node alone. So
+        positions are read where the node ends: in an equation that computes, or in an output. Where it ends
+        in an equation that only moves entries, as a slice does, they are dropped.
+        """
+        read: set[Node] = set()
+        for operands, results in self._computing:
+            ends = {node.root for value in operands for node in value.before_reshapes}
+            ends -= {node.root for value in results for node in value.before_reshapes}
+            if not all(node.is_pinned for node in ends):
+                kept = {atom for value in results for node in value.before_reshapes for atom in atoms(node)}
+                read |= {atom for node in ends for atom in atoms(node)} - kept
+        return read
 
     def use(self, dims: Dims) -> None:
         """Enter a value that is used."""
@@ -153,8 +225,7 @@ def _tie_outputs(outputs: Mapping[str, Value], next_values: Mapping[str, tuple[s
 
 def _to_spec(of_leaf: Mapping[str, Dims], equations: Equations) -> PermutationSpec:
     """Name the groups and write down the axes of every leaf."""
-    table = _settled_segments(of_leaf)
-    names = _group_names(table)
+    names = _group_names(of_leaf)
     # The parts of a reshape that is still deferred are in no group, so values count as they were before it.
     before_reshapes = [[value.before_reshapes for value in values] for values in equations]
     outer = find_outer_groups(before_reshapes, list(names))
@@ -162,65 +233,29 @@ def _to_spec(of_leaf: Mapping[str, Dims], equations: Equations) -> PermutationSp
     fixed = dict.fromkeys(node for nodes in outer.values() for node in nodes if node.is_pinned)
     labels = names | {node: f"index_{i}" for i, node in enumerate(fixed)}
     indexed = tuple((names[group], tuple(labels[node] for node in nodes)) for group, nodes in outer.items())
-    leaves = tuple((path, tuple(_axis(axis, labels) for axis in axes)) for path, axes in table.items())
+    leaves = tuple((path, tuple(_axis(node, labels) for node in dims)) for path, dims in of_leaf.items())
     pins = tuple(
         Pin(path, i, reason)
-        for path, axes in table.items()
-        for i, axis in enumerate(axes)
-        for reason in dict.fromkeys(f.reason for segment in axis for f in segment if f.reason is not None)
+        for path, dims in of_leaf.items()
+        for i, node in enumerate(dims)
+        for reason in reasons(node)
     )
     return PermutationSpec(leaves, indexed, tuple(labels[node] for node in fixed), pins)
 
 
-def _settled_segments(of_leaf: Mapping[str, Dims]) -> dict[str, list[list[list[Node]]]]:
-    """Write every axis as segments, again and again until that pins nothing more."""
-    while True:
-        before = [node.is_pinned for dims in of_leaf.values() for node in _with_parts(dims)]
-        table = {path: [segments(node) for node in dims] for path, dims in of_leaf.items()}
-        if before == [node.is_pinned for dims in of_leaf.values() for node in _with_parts(dims)]:
-            return table
-
-
-def _with_parts(nodes: Dims) -> list[Node]:
-    """Return some nodes and their parts at every depth."""
-    found = []
-    for node in nodes:
-        found += [node, *_with_parts(node.parts)]
-    return found
-
-
-def _group_names(table: Mapping[str, list[list[list[Node]]]]) -> dict[Node, str]:
+def _group_names(of_leaf: Mapping[str, Dims]) -> dict[Node, str]:
     """Name each group after the first leaf that carries it; later groups of a leaf are numbered from 2."""
     names: dict[Node, str] = {}
-    for path, axes in table.items():
-        factors = (factor for axis in axes for segment in axis for factor in segment)
-        roots = dict.fromkeys(factor.root for factor in factors if not factor.is_pinned)
+    for path, dims in of_leaf.items():
+        roots = dict.fromkeys(f for node in dims for f in factors(node) if not f.is_pinned)
         numbers = itertools.count(2)
         for i, node in enumerate([root for root in roots if root not in names]):
             later = (f"{path}#{n}" for n in numbers)
-            names[node] = path if i == 0 else next(name for name in later if name not in table)
+            names[node] = path if i == 0 else next(name for name in later if name not in of_leaf)
     return names
 
 
-def _axis(axis: list[list[Node]], names: dict[Node, str]) -> Axis:
-    """Make an axis of the spec, joining neighbouring pinned factors and neighbouring pinned segments."""
-    parts: list[list[SizedFactor]] = []
-    for segment in axis:
-        factors: list[SizedFactor] = []
-        for node in segment:
-            group = names.get(node.root)
-            if group is None and factors and factors[-1].group is None:
-                factors[-1] = SizedFactor(factors[-1].size * node.size, None)
-            elif node.size > 1 or len(segment) == 1:
-                factors.append(SizedFactor(node.size, group))
-        if parts and _stays(parts[-1]) and _stays(factors):
-            parts[-1] = [SizedFactor(parts[-1][0].size + factors[0].size, None)]
-        else:
-            parts.append(factors)
-    if len(parts) == 1 and len(parts[0]) == 1:
-        return Axis.whole(parts[0][0].group)
-    return Axis(tuple(tuple(Factor(*factor) for factor in segment) for segment in parts))
-
-
-def _stays(segment: list[SizedFactor]) -> bool:
-    return len(segment) == 1 and segment[0].group is None
+def _axis(node: Node, labels: Mapping[Node, str]) -> Axis:
+    """Write an axis of a leaf; one that is a single factor gets no size."""
+    axis = write_axis(node, labels.get)
+    return Axis.whole(next(axis.factors).group) if axis.is_whole else axis

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+from jax.interpreters import partial_eval
 
 __all__ = [
     "bind",
@@ -24,6 +25,7 @@ __all__ = [
     "inner_programs",
     "is_program",
     "iter_equations",
+    "live_program",
     "open_program",
     "program_of_call",
 ]
@@ -32,8 +34,11 @@ __all__ = [
 _LOOPS = frozenset({"scan", "while"})
 _CONTROL = _LOOPS | {"cond"}
 
+# The program of a `shard_map` names the axes of a mesh, so it cannot run outside of it, even on one device.
+_NOT_CALLS = _CONTROL | {"shard_map"}
+
 # The parameter that holds the program of a call, in whatever version of JAX.
-_CALLED = ("jaxpr", "call_jaxpr", "fun_jaxpr")
+_CALLED = ("jaxpr", "call_jaxpr", "fun_jaxpr", "call", "callee")
 
 
 def open_program(program: Any) -> tuple[Any, tuple[Any, ...]]:
@@ -53,6 +58,19 @@ def bind(eqn: Any, operands: Sequence[Any], params: Mapping[str, Any] | None = N
     functions, prepared = prepared if isinstance(prepared, tuple) else ((), prepared)
     results = eqn.primitive.bind(*functions, *operands, **prepared)
     return list(results) if eqn.primitive.multiple_results else [results]
+
+
+def live_program(closed: Any) -> Any:
+    """Return a program without the equations that no output depends on, in the programs inside it too.
+
+    Args:
+      closed: a closed jaxpr.
+
+    Returns:
+      The closed jaxpr with all inputs, constants and outputs of the original.
+    """
+    live, _ = partial_eval.dce_jaxpr(closed.jaxpr, True, instantiate=True)
+    return closed.replace(jaxpr=live)
 
 
 def inner_programs(params: Mapping[str, Any]) -> list[Any]:
@@ -75,9 +93,9 @@ def called_program(eqn: Any) -> Any | None:
       eqn: the equation.
 
     Returns:
-      The program; `None` for any other equation, loops and branches included.
+      The program; `None` for any other equation, loops, branches and `shard_map` included.
     """
-    if eqn.primitive.name in _CONTROL:
+    if eqn.primitive.name in _NOT_CALLS:
         return None
     program = program_of_call(eqn.params)
     if not is_program(program):

@@ -17,6 +17,7 @@ __all__ = [
     "prepare",
     "reads_abstract_values",
     "register_rule",
+    "registered_primitives",
     "temporary_rules",
 ]
 
@@ -46,7 +47,9 @@ class Equation(NamedTuple):
 # A rule ``(equation, *inputs) -> outputs`` says how a primitive ties axes together. Given the axes of the
 # inputs it unites, refines and pins them, and returns the axes of the outputs, such that: *if every input is
 # permuted along its axes as their nodes say, then every output is permuted as its own nodes say.* That
-# sentence is all there is to check in a rule.
+# sentence is all there is to check in a rule. It has a consequence for new nodes: permuting a node that no
+# operand has changes no operand, and so no result. Therefore a rule returns a new node only for an axis along
+# which its result is constant, and pins whatever else it does not follow. The interpreter relies on this.
 Rule: TypeAlias = Callable[..., Sequence[Dims]]
 
 # What a primitive does to a value that carries a group; `rebasin.tracing.sites` builds on it.
@@ -131,6 +134,11 @@ def find_rule(primitive: str) -> Rule | None:
     """Return the rule of a primitive, `None` if it has none."""
     entry = _TABLE.get(primitive)
     return None if entry is None else entry.rule
+
+
+def registered_primitives() -> list[str]:
+    """Return the names of all primitives that have a rule, those that rules pin on purpose included."""
+    return sorted(_TABLE)
 
 
 def find_effect(primitive: str) -> Effect:

@@ -22,7 +22,7 @@ from rebasin.batches import Batches, Sum, batch_shapes, check_data, inputs_of, n
 from rebasin.errors import ConfigError, InferenceError, NonFiniteError, problem_list
 from rebasin.inference.programs import bind
 from rebasin.matching.assignment import best_inner_match, maximise_assignments
-from rebasin.matching.method import Method, check_at_least, check_networks
+from rebasin.matching.method import Method, build_method, check_at_least, check_networks
 from rebasin.matching.result import MatchResult
 from rebasin.permutation import Permutation, compiled_permute, identity_permutation
 from rebasin.spec import PermutationSpec
@@ -40,7 +40,7 @@ Similarity: TypeAlias = Literal["inner", "correlation"]
 _CONSTANT = 1e-6
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class ActivationMatching(Method):
     """Activation matching, together with its options.
 
@@ -149,7 +149,7 @@ def activation_matching(
       >>> match.permutation["P0"].tolist()
       [1, 2, 0]
     """
-    method = ActivationMatching(**options)
+    method = build_method(ActivationMatching, options)
     return method.match(spec, params_a, params_b, apply_fn=apply_fn, data=data)
 
 

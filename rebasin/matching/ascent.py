@@ -17,13 +17,19 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rebasin.matching.assignment import best_inner_match, maximise_assignments
-from rebasin.matching.blocks import PairBlock, UnitRows, lay_out_units, other_rows, source_rows
+from rebasin.matching.assignment import maximise_assignments
+from rebasin.matching.blocks import PairBlock, UnitRows, lay_out_units
+from rebasin.matching.inner import (
+    InnerGroup,
+    inner_groups,
+    match_inner,
+    rows_of_pairs,
+    usable_inner,
+)
 from rebasin.matching.similarity import (
     RowStack,
     Similarity,
     gathers_on_device,
-    pair_products,
     sorted_similarity,
     stack_rows,
     update_similarity,
@@ -32,7 +38,6 @@ from rebasin.permutation import Permutation
 from rebasin.spec import PermutationSpec
 
 __all__ = [
-    "InnerGroup",
     "Problem",
     "State",
     "Work",
@@ -44,23 +49,6 @@ __all__ = [
 ]
 
 _Rows = dict[str, np.ndarray]
-
-
-class InnerGroup(NamedTuple):
-    """An inner group, seen from one of the outer groups that index it.
-
-    Attributes:
-      name: the inner group.
-      layouts: its layouts that count. A layout that also holds another inner group of the same outer group
-        has no best match of one of them alone, and does not count.
-      outer_groups: all groups that index the inner group.
-      axis: the position of the outer group among them.
-    """
-
-    name: str
-    layouts: tuple[UnitRows, ...]
-    outer_groups: tuple[str, ...]
-    axis: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +63,8 @@ class Problem:
       moving_blocks: all blocks that carry a group.
       constant: the part of the objective in which nothing moves.
       layouts: for each group its layouts; blocks that hold inner groups of it are compared through those.
-      inner: for each group the inner groups that it indexes.
+      inner: for each group the inner groups right below it, which hold those below them.
+      inner_names: for each group the names of all inner groups that it indexes, at every depth.
       neighbours: for each group the groups that share a leaf with it, itself included.
       bound: the objective that no permutation can exceed, by the Cauchy–Schwarz inequality.
       rounding: rounding error of the objective; smaller gains are ignored.
@@ -92,6 +81,7 @@ class Problem:
     constant: float
     layouts: Mapping[str, tuple[UnitRows, ...]]
     inner: Mapping[str, tuple[InnerGroup, ...]]
+    inner_names: Mapping[str, tuple[str, ...]]
     neighbours: Mapping[str, frozenset[str]]
     bound: float
     rounding: float
@@ -165,7 +155,7 @@ def lay_out(
     moving = tuple(block for block in every if not set(groups).isdisjoint(block.labels))
     of_group = {group: tuple(b for b in moving if group in b.labels) for group in groups}
     names = {
-        group: [g for g in sorted(groups) if group in outer_groups.get(g, ()) and of_group[g]]
+        group: tuple(g for g in sorted(groups) if group in outer_groups.get(g, ()) and of_group[g])
         for group in groups
     }
     layouts = {group: _lay_out_group(group, of_group[group], names[group]) for group in groups}
@@ -180,7 +170,8 @@ def lay_out(
         moving_blocks=moving,
         constant=constant,
         layouts=layouts,
-        inner={group: _inner_groups(group, names[group], layouts, outer_groups) for group in groups},
+        inner={group: inner_groups((group,), names[group], of_group, outer_groups) for group in groups},
+        inner_names=names,
         neighbours={
             group: frozenset(label for b in of_group[group] for label in b.labels if label in of_group)
             for group in groups
@@ -201,21 +192,6 @@ def _lay_out_group(group: str, blocks: Sequence[PairBlock], inner: Sequence[str]
         for dim, label in enumerate(block.labels)
         if label == group
     )
-
-
-def _inner_groups(
-    group: str,
-    names: Sequence[str],
-    layouts: Mapping[str, tuple[UnitRows, ...]],
-    outer_groups: Mapping[str, tuple[str, ...]],
-) -> tuple[InnerGroup, ...]:
-    """Return the inner groups that a group indexes."""
-    found = []
-    for name in names:
-        siblings = set(names) - {name}
-        alone = tuple(units for units in layouts[name] if siblings.isdisjoint(units.block.labels))
-        found.append(InnerGroup(name, alone, outer_groups[name], outer_groups[name].index(group)))
-    return tuple(found)
 
 
 def _choose_kept(identity: Mapping[str, np.ndarray], budget: float) -> frozenset[str]:
@@ -263,7 +239,7 @@ def improve(problem: Problem, work: Work, state: State, group: str) -> State:
     moved, gain, corrections = _solve(problem, work, group, state.permutation)
     if not moved:
         return state
-    linear = not problem.inner[group] and all(b.labels.count(group) == 1 for b in problem.blocks[group])
+    linear = not problem.inner_names[group] and all(b.labels.count(group) == 1 for b in problem.blocks[group])
     permutation = state.permutation | moved
     if not linear:
         with work.timed("objective"):
@@ -295,12 +271,12 @@ def assign_in_order(
     wanted = problem.groups if order is None else order
     with_outer = itertools.chain.from_iterable((*problem.outer_groups.get(g, ()), g) for g in wanted)
     # Inner groups are assigned with their outer group, but for those that met nothing known at that time.
-    left = (inner.name for group in wanted for inner in problem.inner[group])
+    left = (name for group in wanted for name in problem.inner_names[group])
     for group in (*with_outer, *left):
         if group in rows or group not in problem.blocks:
             continue
         if problem.blocks[group]:
-            free = {group, *(inner.name for inner in problem.inner[group])} - rows.keys()
+            free = {group, *problem.inner_names[group]} - rows.keys()
             rows |= _solve(problem, work, group, rows, free)[0]
         else:
             rows[group] = problem.identity[group]
@@ -323,20 +299,17 @@ def _solve(
       New permutations, none where the present ones are optimal; the gain in the sum of similarities; and the
       number of corrections since the similarities were computed as a whole.
     """
-    inner_layouts = [
-        (inner, layouts)
-        for inner in problem.inner[group]
-        if (layouts := _usable(problem, inner.layouts, permutation, free))
-        and (free is None or inner.name in free)
+    inner = [
+        usable
+        for below in problem.inner[group]
+        if (usable := usable_inner(below, problem.blocks.keys(), permutation, free))
     ]
-    matrix, corrections = _similarity_of(problem, work, group, permutation, free, alone=not inner_layouts)
-    inner_rows: dict[str, tuple[InnerGroup, np.ndarray]] = {}
-    for inner, layouts in inner_layouts:
-        values, rows = _match_inner(problem, work, group, inner, layouts, permutation)
-        inner_rows[inner.name] = inner, rows
-        matrix = matrix + values
+    matrix, corrections = _similarity_of(problem, work, group, permutation, free, alone=not inner)
+    matches = [match_inner(problem, work, below, permutation) for below in inner]
+    for match in matches:
+        matrix = matrix + match.values
     current = permutation[group] if free is None else None
-    if current is not None and not inner_rows:
+    if current is not None and not inner:
         chosen = np.take_along_axis(matrix, current[..., None], axis=-1)[..., 0]
         if (chosen >= matrix.max(axis=-1)).all():  # every unit is paired with its most similar one
             work.certificates += 1
@@ -345,8 +318,8 @@ def _solve(
         rows = maximise_assignments(matrix)
     work.assignments += math.prod(rows.shape[:-1])
     moved = {group: rows}
-    for name, (inner, matches) in inner_rows.items():
-        moved[name] = _at_pairs(problem, group, inner, matches, rows)
+    for below, match in zip(inner, matches, strict=True):
+        moved |= rows_of_pairs(problem, below, match, moved)
     if current is None:
         return moved, 0.0, corrections
     new, old = (np.take_along_axis(matrix, r[..., None], axis=-1)[..., 0] for r in (rows, current))
@@ -399,68 +372,3 @@ def _usable(
         if once and all(g in known or g in free for g in labels if g in problem.blocks):
             usable.append(units)
     return usable
-
-
-def _match_inner(
-    problem: Problem,
-    work: Work,
-    outer: str,
-    inner: InnerGroup,
-    layouts: Sequence[UnitRows],
-    permutation: Permutation,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Match the inner units of every pair of outer units.
-
-    Returns:
-      The value of the best match for A's outer units and B's, ``[outer groups of the outer group…, n, n]``;
-      and its rows ``[outer groups of the inner group…, n, m]``, in which the axis of the outer group is A's
-      unit and the last but one axis is B's.
-    """
-    fixed = {g: row for g, row in permutation.items() if g not in (outer, inner.name)}
-    shape = problem.identity[inner.name].shape
-    batch = tuple(size for axis, size in enumerate(shape[:-1]) if axis != inner.axis)
-    with work.timed("similarity"):
-        stacked_a, stacked_b = [], []
-        for units in layouts:
-            moved = units.b[source_rows(units, other_rows(units, fixed))]
-            stacked_a.append(_by_outer_unit(units.a, units.batch, inner.axis))
-            stacked_b.append(_by_outer_unit(moved, units.batch, inner.axis))
-        a, b = (np.concatenate(parts, axis=2) for parts in (stacked_a, stacked_b))
-    values, found = [], []
-    for unit in range(a.shape[1]):
-        with work.timed("similarity"):
-            products = pair_products(a[:, unit], b)
-        with work.timed("assignment"):
-            rows, value = best_inner_match(products.reshape(*batch, *products.shape[1:]))
-        work.assignments += value.size
-        values.append(value)
-        found.append(rows)
-    names = [name for name in inner.outer_groups if name != outer]
-    above = problem.outer_groups.get(outer, ())
-    summed = tuple(i for i, name in enumerate(names) if name not in above)
-    return np.stack(values, axis=-2).sum(axis=summed), np.stack(found, axis=inner.axis)
-
-
-def _by_outer_unit(matrix: np.ndarray, batch: tuple[int, ...], axis: int) -> np.ndarray:
-    """Return a layout's matrix as ``[other outer positions, outer units, k, n]``."""
-    blocks = matrix.reshape(*batch, -1, matrix.shape[-1])
-    blocks = np.moveaxis(blocks, axis, len(batch) - 1)
-    return blocks.reshape(-1, batch[axis], *blocks.shape[-2:])
-
-
-def _at_pairs(
-    problem: Problem, outer: str, inner: InnerGroup, matches: np.ndarray, pairs: np.ndarray
-) -> np.ndarray:
-    """Of the matches for all pairs of outer units, return those of the pairs that were chosen.
-
-    Args:
-      problem: the networks.
-      outer: the outer group.
-      inner: the inner group.
-      matches: rows from `_match_inner`.
-      pairs: B's outer unit for each of A's, ``[outer groups of the outer group…, n]``.
-    """
-    shape = [1] * matches.ndim
-    for name, size in zip((*problem.outer_groups.get(outer, ()), outer), pairs.shape, strict=True):
-        shape[inner.outer_groups.index(name)] = size
-    return np.take_along_axis(matches, pairs.reshape(shape), axis=-2)[..., 0, :]

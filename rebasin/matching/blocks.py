@@ -50,10 +50,11 @@ class PairBlock(NamedTuple):
     def bound(self) -> float:
         """‖A‖‖B‖, which ⟨A, P[B]⟩ cannot exceed."""
         rows = (x.reshape(-1, x.shape[-1]) if x.ndim else x.reshape(1, 1) for x in (self.a, self.b))
-        return math.prod(math.sqrt(np.vecdot(x, x).sum(dtype=np.float64)) for x in rows)
+        with np.errstate(over="ignore"):  # infinity says that the networks have to be rescaled
+            return math.prod(math.sqrt(np.vecdot(x, x).sum(dtype=np.float64)) for x in rows)
 
-    def value(self, permutation: Permutation) -> float:
-        """Return ⟨A, P[B]⟩ over this block, in float64."""
+    def permuted_b(self, permutation: Permutation) -> np.ndarray:
+        """Return the block of B permuted along the dimensions whose group has a permutation."""
         b = self.b
         # An inner group is indexed by new outer positions, so outer groups are permuted first.
         for dim in sorted(range(b.ndim), key=lambda d: len(self.outer_dims[d])):
@@ -65,7 +66,11 @@ class PairBlock(NamedTuple):
                 b = np.take_along_axis(b, _aligned(rows, self.outer_dims[dim], dim, b.shape), axis=dim)
             elif (rows != np.arange(len(rows))).any():
                 b = np.take(b, rows, axis=dim)
-        return _inner_product(self.a, b)
+        return b
+
+    def value(self, permutation: Permutation) -> float:
+        """Return ⟨A, P[B]⟩ over this block, in float64."""
+        return _inner_product(self.a, self.permuted_b(permutation))
 
 
 def pair_blocks(
@@ -89,7 +94,7 @@ def pair_blocks(
             a = a * a.dtype.type(weight)
         for block in iter_blocks(axes, a.shape):
             outer_dims = tuple(() if g is None else index_dims(block.labels, g, spec) for g in block.labels)
-            block_a, block_b = (real_parts(leaf[block.slices].reshape(block.shape)) for leaf in (a, b))
+            block_a, block_b = (real_parts(block.read(leaf)) for leaf in (a, b))
             added = block_a.ndim - len(block.shape)
             yield PairBlock(
                 path, block_a, block_b, (*block.labels, *[None] * added), (*outer_dims, *[()] * added)

@@ -23,7 +23,7 @@ from rebasin.axis import Axis
 from rebasin.batches import Batches, Sum, batch_shapes, check_data, inputs_of, sum_batches
 from rebasin.errors import ConfigError
 from rebasin.inference.programs import bind
-from rebasin.matching.method import Method, check_at_least, check_networks
+from rebasin.matching.method import Method, build_method, check_at_least, check_networks
 from rebasin.matching.result import MatchResult
 from rebasin.matching.weights import weight_matching
 from rebasin.permutation import Permutation, compiled_permute, identity_permutation
@@ -54,7 +54,7 @@ __all__ = [
 Order: TypeAlias = Literal["ascent", "depth"]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class CovarianceMatching(Method):
     """Covariance matching, together with its options.
 
@@ -166,7 +166,7 @@ def covariance_matching(
       >>> covariance_matching(spec, a, b, network, x, key=jax.random.key(0)).permutation["P0"].tolist()
       [1, 2, 0]
     """
-    method = CovarianceMatching(**options)
+    method = build_method(CovarianceMatching, options)
     return method.match(spec, params_a, params_b, key=key, apply_fn=apply_fn, data=data)
 
 
@@ -433,12 +433,7 @@ def _restrict(spec: PermutationSpec, groups: set[str]) -> PermutationSpec:
     kept = groups | set(spec.fixed)
 
     def restricted(axis: Axis) -> Axis:
-        return Axis(
-            tuple(
-                tuple(f if f.group in kept else f._replace(group=None) for f in segment)
-                for segment in axis.segments
-            )
-        )
+        return axis.rename({group: group if group in kept else None for group in axis.groups})
 
     leaves = tuple((path, tuple(map(restricted, axes))) for path, axes in spec.leaves)
     return PermutationSpec(leaves, tuple(x for x in spec.indexed if x[0] in groups), spec.fixed)

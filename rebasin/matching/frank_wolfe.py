@@ -25,7 +25,7 @@ import numpy as np
 
 from rebasin.axis import cut, iter_blocks
 from rebasin.errors import ConfigError
-from rebasin.matching.method import Method, check_at_least, check_networks
+from rebasin.matching.method import Method, build_method, check_at_least, check_networks
 from rebasin.matching.result import MatchResult
 from rebasin.matching.soft import (
     BlockMove,
@@ -57,7 +57,7 @@ FrankWolfeStart: TypeAlias = Literal["barycentre", "identity"]
 _Softs: TypeAlias = tuple[SoftPermutation, ...]  # one for each network but the first
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class FrankWolfeMatching(Method):
     """Frank–Wolfe matching with its options.
 
@@ -131,7 +131,7 @@ def frank_wolfe_matching(spec: PermutationSpec, params_a: Any, params_b: Any, **
       >>> frank_wolfe_matching(spec, a, b).permutation["P0"].tolist()
       [1, 2, 0]
     """
-    return FrankWolfeMatching(**options).match(spec, params_a, params_b)
+    return build_method(FrankWolfeMatching, options).match(spec, params_a, params_b)
 
 
 class JointAscent(NamedTuple):

@@ -21,7 +21,7 @@ import numpy as np
 
 from rebasin.errors import ConfigError, PermutationError
 from rebasin.matching.frank_wolfe import FrankWolfeMatching, FrankWolfeStart, joint_ascent, joint_objective
-from rebasin.matching.method import Method, check_at_least, check_networks
+from rebasin.matching.method import Method, build_method, check_at_least, check_networks
 from rebasin.matching.registry import as_method
 from rebasin.matching.result import same_permutation
 from rebasin.matching.weights import weight_matching
@@ -133,7 +133,7 @@ def universe_matching(
     else:
         given = _others(spec, trees, reference, start)
     networks = {f"network {i}": trees[i] for i in order}
-    ascent = joint_ascent(spec, networks, FrankWolfeMatching(**options), start=given)
+    ascent = joint_ascent(spec, networks, build_method(FrankWolfeMatching, options), start=given)
     found = dict(zip(order, ascent.permutations, strict=True))
     return UniverseResult(
         tuple(found[i] for i in range(len(trees))),

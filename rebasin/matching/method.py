@@ -77,9 +77,22 @@ class Method:
             )
         return self._match(spec, params_a, params_b, **{name: given[name] for name in self.needs})
 
+    def __repr__(self) -> str:
+        """Return the method with those options that are not the default, functions by their name."""
+        options = [
+            f"{field.name}={_show(getattr(self, field.name))}"
+            for field in dataclasses.fields(self)
+            if _show(getattr(self, field.name)) != _show(field.default)
+        ]
+        return f"{type(self).__name__}({', '.join(options)})"
+
     def _match(self, spec: PermutationSpec, params_a: Any, params_b: Any, **needed: Any) -> MatchResult:
         """Find the permutation; `needed` holds the arguments that `needs` names."""
         raise NotImplementedError
+
+
+def _show(value: Any) -> str:
+    return getattr(value, "__name__", None) or repr(value)
 
 
 def build_method(method: type[M], options: Mapping[str, Any]) -> M:

@@ -1,13 +1,14 @@
 """Matching a network with units of a wider one, and widening a network without changing its function."""
 
-from collections.abc import Callable
-from typing import Any
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rebasin.axis import SizedFactor
+from rebasin.axis import Axis, SizedFactor
 from rebasin.errors import TreeMismatchError, VerificationError, problem_list
 from rebasin.matching.result import MatchResult
 from rebasin.matching.weights import weight_matching
@@ -159,18 +160,18 @@ def _pad(
             return leaf
         places, shape = [], []
         for dim, axis in enumerate(axes):
-            segments, wide_segments = axis.sized(leaf.shape[dim]), wide_axes[dim].sized(wide[dim])
-            if [[f.group for f in s] for s in segments] != [[f.group for f in s] for s in wide_segments]:
+            if _shape_of(axis) != _shape_of(wide_axes[dim]):
                 problems.append(f"{path} axis {dim}: {axis} in A, {wide_axes[dim]} in B")
                 return leaf
-            pairs = [list(zip(s, w, strict=True)) for s, w in zip(segments, wide_segments, strict=True)]
-            for old, new in (pair for segment in pairs for pair in segment):
+            new_factors = wide_axes[dim].sized(wide[dim])
+            for old, new in zip(axis.sized(leaf.shape[dim]), new_factors, strict=True):
                 if old.size > new.size or (old.size != new.size and old.group not in moving):
                     name = "what stays" if old.group not in moving else f"group {old.group!r}"
                     problems.append(f"{path} axis {dim}: {name} has size {old.size} in A, {new.size} in B")
-            place, length = _places(pairs, only)
-            places.append(place)
-            shape.append(length)
+            sizes = {f.group: f.size for f in new_factors if only in (None, f.group)}
+            where = _places(axis, leaf.shape[dim], sizes)
+            places.append(where.positions)
+            shape.append(where.length)
         if problems:
             return leaf
         padded = np.zeros(shape, leaf.dtype)
@@ -183,28 +184,51 @@ def _pad(
     return padded
 
 
-def _places(
-    segments: list[list[tuple[SizedFactor, SizedFactor]]], only: str | None
-) -> tuple[np.ndarray, int]:
+def _shape_of(axis: Axis) -> Any:
+    """Return the structure of an axis without its sizes."""
+    return [
+        [_shape_of(part) if isinstance(part, Axis) else part.group for part in segment]
+        for segment in axis.segments
+    ]
+
+
+class _Places(NamedTuple):
+    """Where the positions of a part of A lie in the padded part.
+
+    Attributes:
+      positions: the position in the padded part of each position of A's.
+      length: length of the padded part.
+    """
+
+    positions: np.ndarray
+    length: int
+
+
+def _places(axis: Axis, length: int, sizes: Mapping[str | None, int]) -> _Places:
     """Find where the positions of an axis of A lie in the padded axis.
 
     Args:
-      segments: the factors of each segment of the axis, in A and in B.
-      only: the group to pad; `None` pads all groups.
-
-    Returns:
-      The position in the padded axis of each position of A's axis, and the length of the padded axis.
+      axis: the axis of A.
+      length: its length.
+      sizes: sizes of the groups to pad, in B.
     """
-    parts, start = [], 0
-    for segment in segments:
-        place, length = np.zeros(1, int), 1
-        for old, new in segment:
-            size = new.size if only in (None, old.group) else old.size
-            place = (place[:, None] * size + np.arange(old.size)).reshape(-1)
-            length *= size
-        parts.append(start + place)
-        start += length
-    return np.concatenate(parts), start
+
+    def factor(old: SizedFactor) -> _Places:
+        wide = old.size if old.group is None else sizes.get(old.group, old.size)
+        return _Places(np.arange(old.size), wide)
+
+    def product(parts: list[_Places]) -> _Places:
+        positions = np.zeros(1, int)
+        for part in parts:
+            positions = np.add.outer(positions * part.length, part.positions).ravel()
+        return _Places(positions, math.prod(part.length for part in parts))
+
+    def concatenate(parts: list[_Places]) -> _Places:
+        starts = np.cumsum([0, *(part.length for part in parts)])
+        shifted = [start + part.positions for start, part in zip(starts, parts, strict=False)]
+        return _Places(np.concatenate(shifted), int(starts[-1]))
+
+    return axis.fold(length, factor, product, concatenate)
 
 
 def rest_in_order(rows: np.ndarray, narrow: tuple[int, ...]) -> np.ndarray:

@@ -35,7 +35,7 @@ from rebasin.matching.learned import (
     iter_batches,
     mean_loss,
 )
-from rebasin.matching.method import Method, check_at_least, check_networks
+from rebasin.matching.method import Method, build_method, check_at_least, check_networks
 from rebasin.matching.result import MatchResult
 from rebasin.matching.soft import SoftPermutation, harden, soft_permute, soften, uniform_soft
 from rebasin.matching.weights import weight_matching
@@ -66,7 +66,7 @@ _RIDGE = 1e-6
 _RANDOM_ALPHAS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class SinkhornMatching(Method):
     """Sinkhorn re-basin with its options.
 
@@ -241,7 +241,7 @@ def sinkhorn_matching(
       PermutationError: `start` is a permutation that does not fit.
       ConfigError: an option has a value that cannot work, or `metrics_fn` or `data` is missing.
     """
-    method = SinkhornMatching(**options)
+    method = build_method(SinkhornMatching, options)
     if method.loss != "l2" and (metrics_fn is None or data is None):
         raise ConfigError(f"loss={method.loss!r} needs metrics_fn and data; only loss='l2' does without")
     return method.match(spec, params_a, params_b, key=key, metrics_fn=metrics_fn, data=data)

@@ -29,7 +29,7 @@ from rebasin.matching.learned import (
     weights_of,
     with_weights,
 )
-from rebasin.matching.method import Method, check_at_least, check_networks
+from rebasin.matching.method import Method, build_method, check_at_least, check_networks
 from rebasin.matching.result import MatchResult
 from rebasin.matching.weights import weight_matching
 from rebasin.permutation import Permutation, compiled_permute
@@ -39,7 +39,7 @@ from rebasin.trees import LeafPredicate, interpolate, is_weight
 __all__ = ["StraightThroughMatching", "midpoint_gradient", "straight_through_matching"]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class StraightThroughMatching(Method):
     """The straight-through estimator with its options.
 
@@ -170,7 +170,7 @@ def straight_through_matching(
       PermutationError: `start` is a permutation that does not fit.
       ConfigError: an option has a value that cannot work.
     """
-    method = StraightThroughMatching(**options)
+    method = build_method(StraightThroughMatching, options)
     return method.match(spec, params_a, params_b, key=key, metrics_fn=metrics_fn, data=data)
 
 

@@ -37,8 +37,12 @@ __all__ = ["AscentStart", "WeightMatching", "joint_weight_matching", "weight_mat
 
 AscentStart: TypeAlias = Literal["depth", "identity"]
 
+# Products of weights so small that they sum up to less than this would underflow in float32, and products as
+# much above one would overflow: such networks are rescaled first.
+_SMALLEST = 1e-24
 
-@dataclasses.dataclass(frozen=True)
+
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class WeightMatching(Method):
     """Weight matching, with its options.
 
@@ -106,7 +110,11 @@ class WeightMatching(Method):
         blocks = _check_and_cut(self, spec, trees_a, trees_b)
         work = Work()
         with work.timed("layout"):
-            problem = lay_out(spec, blocks, identity_permutation(spec, trees_a[0]))
+            identity = identity_permutation(spec, trees_a[0])
+            problem, scale = lay_out(spec, blocks, identity), 1.0
+            if not _SMALLEST < problem.bound < 1 / _SMALLEST:
+                blocks, scale = _rescaled(blocks)
+                problem = lay_out(spec, blocks, identity)
         seed = np.asarray(jax.random.key_data(key)).ravel().tolist()
         state, history, chosen = _ascend(self, problem, work, seed)
         for number in range(self.restarts):
@@ -122,7 +130,8 @@ class WeightMatching(Method):
             "seconds": time.perf_counter() - began,
             **{f"seconds_{part}": seconds for part, seconds in work.seconds.items()},
         }
-        return MatchResult(state.permutation, np.array(history), len(history) - 1, not state.stale, stats)
+        values = np.array(history) * scale
+        return MatchResult(state.permutation, values, len(history) - 1, not state.stale, stats)
 
 
 def weight_matching(
@@ -135,7 +144,8 @@ def weight_matching(
     assignment solves it exactly. A group whose neighbours have not changed since its last assignment is not
     solved again; the ascent ends when none is left. A new permutation is taken only for a gain above the
     rounding error of S, so the objective never falls. An outer group, such as the heads of attention, is
-    solved together with its inner groups: its units are paired by the value of their best inner match.
+    solved together with its inner groups, to any depth: its units are paired by the value of their best inner
+    match.
 
     From ``start="depth"``, without restarts, the order of B's units does not matter: permuting B beforehand
     gives the same aligned network, up to ties and rounding, unless the identity has to stand in.
@@ -252,6 +262,22 @@ def _check_and_cut(
     return blocks
 
 
+def _rescaled(blocks: Sequence[PairBlock]) -> tuple[list[PairBlock], float]:
+    """Scale both networks by powers of two, which is exact, so that the largest weight of each is about one.
+
+    Returns:
+      The scaled blocks, and the number by which their objective has to be multiplied.
+    """
+    sides = [[block.a for block in blocks], [block.b for block in blocks]]
+    largest = [max((float(np.abs(x).max()) for x in side if x.size), default=0.0) for side in sides]
+    exponents = [-int(np.frexp(value)[1]) for value in largest]
+    scaled = [
+        block._replace(a=np.ldexp(block.a, exponents[0]), b=np.ldexp(block.b, exponents[1]))
+        for block in blocks
+    ]
+    return scaled, 2.0 ** -sum(exponents)
+
+
 def _check_pair(
     method: WeightMatching, spec: PermutationSpec, params_a: Any, params_b: Any, names: tuple[str, str]
 ) -> LeafPairs:
@@ -326,7 +352,7 @@ def _restart(
       The better of the two states, and the number of iterations made.
     """
     order = _draw_coupled(problem, np.random.default_rng([*seed, 0]))
-    free = {g for group in order for g in (group, *(inner.name for inner in problem.inner[group]))}
+    free = {g for group in order for g in (group, *problem.inner_names[group])}
     known = {g: rows for g, rows in state.permutation.items() if g not in free}
     found = assign_in_order(problem, work, order, known)
     changed = {group for group in free if not np.array_equal(found[group], state.permutation[group])}

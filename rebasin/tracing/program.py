@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -10,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rebasin.axis import Axis, Factor, SizedFactor
+from rebasin.axis import Axis, SizedFactor
 from rebasin.errors import InferenceError, problem_list
-from rebasin.inference.axes import Node, concatenate, pin, pinned, product, segments
+from rebasin.inference.axes import Node, concatenate, pin, pinned, product, write_axis
 from rebasin.inference.interpreter import interpret
+from rebasin.inference.programs import live_program
 from rebasin.inference.values import Value
 from rebasin.spec import PermutationSpec
 from rebasin.trees import leaf_table
@@ -25,9 +25,6 @@ __all__ = ["Address", "Axes", "Program", "Static", "trace_program"]
 Address: TypeAlias = tuple[int, ...]
 
 Axes: TypeAlias = tuple[Axis, ...]  # one for each axis of a value, like the axes of a leaf in a spec
-
-# An axis that would fall into more segments than this carries no labels.
-_MAX_SEGMENTS = 256
 
 
 class Program(NamedTuple):
@@ -145,7 +142,8 @@ def _make_jaxpr(
     """Return the closed jaxpr of a function, and the shapes of its outputs."""
     try:
         with jax.default_matmul_precision(precision) if precision else contextlib.nullcontext():
-            return jax.make_jaxpr(apply_fn, return_shape=True)(params, *inputs)
+            closed, returned = jax.make_jaxpr(apply_fn, return_shape=True)(params, *inputs)
+            return live_program(closed), returned
     except Exception as error:  # whatever the function raises: Flax has errors of its own
         described = ", ".join(f"{name} {x.dtype}{list(x.shape)}" for name, x in _named(inputs).items())
         raise InferenceError(f"the function cannot be traced with {described}: {error}") from error
@@ -165,7 +163,7 @@ def _group_nodes(spec: PermutationSpec, params: Any) -> dict[str, Node]:
         factor.group: factor.size
         for path, axes in spec.leaves
         for axis, length in zip(axes, shapes[path], strict=True)
-        for factor in itertools.chain.from_iterable(axis.sized(length))
+        for factor in axis.sized(length)
         if factor.group is not None
     }
     nodes = {group: Node(length) for group, length in lengths.items()}
@@ -202,7 +200,7 @@ def _node(axis: Axis, length: int, nodes: Mapping[str, Node]) -> Node:
             return nodes[factor.group]
         return pinned(factor.size, "the spec keeps it", position_dependent=False)
 
-    return concatenate([product([part(factor) for factor in segment]) for segment in axis.sized(length)])
+    return axis.fold(length, part, product, concatenate)
 
 
 def _check_groups(spec: PermutationSpec, nodes: Mapping[str, Node]) -> None:
@@ -223,19 +221,8 @@ def _check_groups(spec: PermutationSpec, nodes: Mapping[str, Node]) -> None:
 
 
 def _labelled(node: Node, labels: Mapping[Node, str], cache: dict[Node, Axis]) -> Axis:
-    """Write a node as an axis whose factors have the labels of their groups.
-
-    A part that cannot be written so is one factor without a label: a sum behind factors that move, or one
-    that would fall into too many segments.
-    """
+    """Write a node as an axis whose factors have the labels of their groups."""
     root = node.root
     if root not in cache:
-
-        def may_repeat(outer: Sequence[Node], repeated: Node, count: int) -> bool:
-            return count <= _MAX_SEGMENTS and not any(factor in labels for factor in outer)
-
-        found = segments(root, is_factor=lambda node: node in labels or not node.parts, may_repeat=may_repeat)
-        cache[root] = Axis(
-            tuple(tuple(Factor(factor.size, labels.get(factor)) for factor in segment) for segment in found)
-        )
+        cache[root] = write_axis(root, labels.get, is_factor=lambda node: node in labels or not node.parts)
     return cache[root]

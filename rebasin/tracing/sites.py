@@ -448,4 +448,4 @@ class _Walk:
 
 
 def _shape(axes: Axes) -> tuple[int, ...]:
-    return tuple(sum(math.prod(f.size or 0 for f in segment) for segment in axis.segments) for axis in axes)
+    return tuple(axis.size or 0 for axis in axes)

@@ -6,6 +6,7 @@ named by its number. `open_run` begins or reopens a run in order to train it; `T
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import logging
 import os
@@ -46,6 +47,8 @@ _ITEM = "state"
 
 # The name of the leaves' checksums among the metrics of an epoch on disk.
 _CHECKSUMS = "crc32"
+# The name under which the epoch and the digest of the run stand there: exchanged folders are found out.
+_ORIGIN = "origin"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +74,13 @@ class RunRecord:
     def first_epoch(self) -> int:
         """The epoch of the tree that the run starts from."""
         return 0 if self.start is None else self.start["epoch"]
+
+    @property
+    def digest(self) -> str:
+        """A hash of recipe, seed and start of the run, which is stored with every epoch."""
+        fields = {name: value for name, value in dataclasses.asdict(self).items() if name != "leaves"}
+        text = json.dumps(fields, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def differences(self, wanted: "RunRecord") -> list[str]:
         """Return one line for each field in which this stored record differs from the one wanted."""
@@ -130,7 +140,7 @@ class Trajectory:
     """
 
     def __init__(self, directory: str | os.PathLike[str]):
-        self.directory = pathlib.Path(directory).absolute()
+        self.directory = _resolve(directory)
         self.record = RunRecord.read(self.directory)
         # Saving is synchronous. The 20 to 30 ms of a small network are processor time, which a background
         # thread would only take from the next epoch; and no epoch should be reported before it is on disk.
@@ -196,7 +206,8 @@ class Trajectory:
         """Read the training metrics of an epoch; the tree that the run started from has none."""
         self._check_stored(epoch)
         with self._reading(epoch):
-            return {name: value for name, value in self._metadata(epoch).items() if name != _CHECKSUMS}
+            stored = self._metadata(epoch)
+            return {name: value for name, value in stored.items() if name not in (_CHECKSUMS, _ORIGIN)}
 
     def save(self, epoch: int, state: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
         """Store the state of one epoch, as one transaction: a killed process leaves all of it or none.
@@ -208,10 +219,10 @@ class Trajectory:
         """
         state = jax.device_get(dict(state))
         arguments = ocp.args.Composite(**{_ITEM: ocp.args.PyTreeSave(state)})
+        origin = {"epoch": epoch, "run": self.record.digest}
+        notes = {**metrics, _CHECKSUMS: _checksums(state), _ORIGIN: origin}
         with _quiet():
-            self._manager.save(
-                epoch, args=arguments, custom_metadata={**metrics, _CHECKSUMS: _checksums(state)}
-            )
+            self._manager.save(epoch, args=arguments, custom_metadata=notes)
 
     def drop(self, epochs: Iterable[int]) -> None:
         """Delete stored epochs to free their disk space, and ignore epochs that are not stored.
@@ -244,10 +255,12 @@ class Trajectory:
           A tree like `wanted`, of NumPy arrays.
 
         Raises:
-          TrajectoryError: the epoch is not stored, has other leaves, shapes or dtypes, or is damaged.
+          TrajectoryError: the epoch is not stored, was saved for another epoch or run, has other leaves,
+            shapes or dtypes, or is damaged.
         """
         self._check_stored(epoch)
         self._check_leaves(epoch, wanted)
+        self._check_origin(epoch)
         target = dict(wanted)
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), target)
         arguments = ocp.args.PyTreeRestore(item=target, restore_args=as_numpy, partial_restore=True)
@@ -261,6 +274,21 @@ class Trajectory:
         if epoch not in self:
             stored = _ranges(self.epochs) or "none"
             raise TrajectoryError(f"epoch {epoch} of {self.directory} is not stored; stored epochs: {stored}")
+
+    def _check_origin(self, epoch: int) -> None:
+        """Raise `TrajectoryError` if a checkpoint was saved for another epoch or by another run.
+
+        Checkpoints of earlier versions do not say where they come from, and are accepted unchecked.
+        """
+        with self._reading(epoch):
+            origin = self._metadata(epoch).get(_ORIGIN)
+        expected = {"epoch": epoch, "run": self.record.digest}
+        if origin is not None and dict(origin) != expected:
+            other = f"epoch {origin['epoch']}" if origin["epoch"] != epoch else "another run"
+            raise TrajectoryError(
+                f"the checkpoint in {self.directory / str(epoch)} was saved for {other}; folders of epochs "
+                "must not be moved or copied between runs"
+            )
 
     def _check_leaves(self, epoch: int, wanted: Mapping[str, Any]) -> None:
         """Raise `TrajectoryError` unless the stored leaves are there with the shapes and dtypes wanted."""
@@ -310,10 +338,10 @@ def open_run(directory: str | os.PathLike[str], record: RunRecord, *, resume: bo
       there is nothing left to train.
 
     Raises:
-      TrajectoryError: the folder holds something else, another run, or an unfinished one without `resume`.
-        Nothing in the folder is changed then.
+      TrajectoryError: the folder holds something else, another run, or an unfinished one without `resume`, or
+        has a name in which checkpoints cannot be read again. Nothing in the folder is changed then.
     """
-    directory = pathlib.Path(directory).absolute()
+    directory = _resolve(directory)
     directory.mkdir(parents=True, exist_ok=True)
     # A process that is killed before the run has begun leaves an empty folder, or the partial file alone.
     if all(path.name == _PARTIAL_RUN_FILE for path in directory.iterdir()):
@@ -331,6 +359,29 @@ def open_run(directory: str | os.PathLike[str], record: RunRecord, *, resume: bo
             f"{record.recipe.epochs}); pass resume=True to go on with it, or choose another folder"
         )
     return trajectory
+
+
+# What Orbax and TensorStore take for a pattern, an escape or a protocol: checkpoints are written below such a
+# path, or somewhere else, and cannot be read again.
+_UNREADABLE = ("[", "]", "\\", "**", "gs:", "s3:")
+
+
+def _resolve(directory: str | os.PathLike[str]) -> pathlib.Path:
+    """Return the folder of a run as an absolute path without ``..``, with ``~`` for the home folder.
+
+    Raises:
+      TrajectoryError: checkpoints below this path could not be read again.
+    """
+    if not os.fspath(directory):
+        raise TrajectoryError("the folder of a run has an empty name")
+    path = pathlib.Path(directory).expanduser().resolve()
+    found = [part for part in _UNREADABLE if part in str(path)]
+    if found:
+        raise TrajectoryError(
+            f"{path}: checkpoints below a folder with {' and '.join(map(repr, found))} in its path cannot be "
+            "read again; choose another folder"
+        )
+    return path
 
 
 def describe_leaves(tree: Any) -> dict[str, str]:

@@ -163,10 +163,19 @@ def test_epochs_by_flag_and_preset(seen):
     assert seen.pop()[1].epochs == (0, 1, 2, 3, 4, 5, 6)
 
 
+def test_a_tilde_in_the_output_folder_is_the_home_folder(seen, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert call(compare_methods, "--output_dir=~/x") == 0
+    options = seen.pop()[3]
+    assert options["output_dir"] == pathlib.Path("/home/somebody/x")
+    assert options["runs_dir"] == pathlib.Path("/home/somebody/x/runs")
+
+
 def test_what_the_user_gets_wrong_is_one_message(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for binary, arguments, message in (
         (training_trajectories, ["--dataset=imagenet"], "error: unknown dataset 'imagenet'"),
+        (compare_methods, ["--output_dir="], "error: --output_dir is empty; name a folder for results.json"),
         (
             compare_methods,
             ["--preset=cpu", f"--data_dir={tmp_path}"],

@@ -319,6 +319,16 @@ def test_networks_are_dropped_and_the_numbers_stay(finished, tmp_path, keep, lef
         assert [trajectory.epochs for trajectory in stored] == [left, left]
 
 
+def test_files_of_the_user_beside_dropped_networks_stay(tmp_path):
+    output = tmp_path / "out"
+    (output / "networks").mkdir(parents=True)
+    (output / "networks/thesis.txt").write_text("mine")
+    config = small_config(replicates=1, methods=("weights",), epochs=(4,), match_epochs=(4,))
+    arguments = {"output_dir": output, "runs_dir": tmp_path / "runs", "keep": "none"}
+    EXPERIMENT.run(config, load_dataset("digits"), **arguments, reporter=quiet())
+    assert [path.name for path in (output / "networks").iterdir()] == ["thesis.txt"]
+
+
 def test_networks_found_elsewhere_are_never_dropped(finished, tmp_path):
     _, folder, _ = finished
     config = small_config(replicates=1, methods=("weights",))

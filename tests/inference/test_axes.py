@@ -8,7 +8,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rebasin.inference.axes import Node, concatenate, factor, pin, product, segments, split, unite
+from rebasin import Axis
+from rebasin.inference.axes import (
+    Node,
+    concatenate,
+    factor,
+    factors,
+    pieces,
+    pin,
+    product,
+    reasons,
+    split,
+    unite,
+    write_axis,
+)
 
 WHY = "test"
 
@@ -96,24 +109,39 @@ def test_every_relation_outlives_later_refinements(program, seed):
         np.testing.assert_array_equal(realise(whole, permutation_of), expected)
 
 
+def named(node):
+    """A name for each factor that moves, and the other way round."""
+    names = {root: f"P{i}" for i, root in enumerate(dict.fromkeys(factors(node))) if not root.is_pinned}
+    return names, {name: root for root, name in names.items()}
+
+
 @given(operations(), st.integers(0, 10**6))
-def test_segments_describe_the_same_permutation(program, seed):
+def test_the_axis_written_describes_the_same_permutation(program, seed):
     node = Node(24)
-    pieces = [node]
+    parts = [node]
     for name, number in program:
         rng = np.random.default_rng(number)
-        target = pieces[rng.integers(len(pieces))]
+        target = parts[rng.integers(len(parts))]
         if name == "factor":
             outer = int(rng.choice(divisors(target.size)))
-            pieces += factor(target, [outer, target.size // outer], WHY)
+            parts += factor(target, [outer, target.size // outer], WHY)
         elif name == "split":
             cut = int(rng.integers(0, target.size + 1))
-            pieces += [part for part in split(target, [cut, target.size - cut], WHY) if part.size]
-    flat = segments(node)  # may pin; so everything is drawn afterwards
+            parts += [part for part in split(target, [cut, target.size - cut], WHY) if part.size]
+        elif name == "pin" and number % 3 == 0:
+            pin(target, WHY)
+    names, roots = named(node)
+    axis = write_axis(node, names.get)
     permutation_of = draw_permutations(seed)
-    parts = [join("product", [realise(factor, permutation_of) for factor in segment]) for segment in flat]
-    np.testing.assert_array_equal(join("sum", parts), realise(node, permutation_of))
-    assert all(factor.is_pinned or factor.form == "whole" for segment in flat for factor in segment)
+    written = axis.fold(
+        24,
+        lambda f: np.arange(f.size) if f.group is None else realise(roots[f.group], permutation_of),
+        lambda perms: join("product", perms),
+        lambda perms: join("sum", perms),
+    )
+    np.testing.assert_array_equal(written, realise(node, permutation_of))
+    assert all(root.is_atomic for piece in pieces(node) for root in piece)
+    assert sum(math.prod(root.size for root in piece) for piece in pieces(node)) == 24
 
 
 def test_flattened_convolution_then_concatenation():
@@ -123,7 +151,7 @@ def test_flattened_convolution_then_concatenation():
     joined = concatenate([flat, Node(6)])
     first, second = split(joined, [32, 6], WHY)
     assert first.root is flat.root
-    assert [[factor.size for factor in segment] for segment in segments(joined)] == [[4, 8], [6]]
+    assert str(write_axis(joined, {channels: "c", second.root: "d"}.get)) == "4*c:8 + d:6"
     assert not channels.is_pinned
     assert not second.is_pinned
 
@@ -131,8 +159,8 @@ def test_flattened_convolution_then_concatenation():
 def test_common_refinement_of_two_products():
     x = Node(24)
     left, right = factor(x, [2, 12], WHY), factor(x, [8, 3], WHY)
-    assert [[node.size for node in segment] for segment in segments(x)] == [[2, 4, 3]]
-    assert segments(left[1])[0][1].root is segments(right[1])[0][0].root
+    assert [[node.size for node in piece] for piece in pieces(x)] == [[2, 4, 3]]
+    assert pieces(left[1])[0][1] is pieces(right[1])[0][0]
 
 
 def test_incompatible_factors_pin():
@@ -152,47 +180,80 @@ def test_sum_read_as_product_ties_the_inner_factors():
     assert k.parts[1].root is inner.root
 
 
-def test_segments_of_a_product_over_a_sum_unroll_pinned_positions():
-    """Two positions of channels a + b, flattened: a, b, a, b."""
-    a, b = Node(3), Node(5)
-    positions = Node(2)
-    pin(positions, "positions")
-    flat = segments(product([positions, concatenate([a, b])]))
-    assert [segment[-1].root for segment in flat] == [a, b, a, b]
-
-
-def test_segments_pin_a_moving_factor_around_a_sum():
-    heads = Node(2)
-    segments(product([heads, concatenate([Node(3), Node(5)])]))
-    assert heads.reason == "it repeats a concatenated axis, which no spec can express"
-
-
-def test_segments_can_leave_a_product_around_a_sum_as_one_factor():
-    heads, dims, rest = Node(2), concatenate([Node(3), Node(5)]), Node(4)
-    asked = []
-
-    def refuse(outer, repeated, count):
-        asked.append((outer, repeated, count))
-        return False
-
-    whole = product([heads, dims])
-    assert segments(concatenate([whole, rest]), may_repeat=refuse) == [[whole], [rest]]
-    assert asked == [([heads], dims, 4)]
+def test_a_sum_behind_a_factor_that_moves_is_a_factor_of_the_axis():
+    """Two heads, each with three dimensions of one group and five of another."""
+    heads, a, b = Node(2), Node(3), Node(5)
+    whole = product([heads, concatenate([a, b])])
+    assert pieces(whole) == [[heads, a], [heads, b]]
+    assert list(factors(whole)) == [heads, a, b]
+    assert str(write_axis(whole, {heads: "H", a: "A", b: "B"}.get)) == "H:2*(A:3 + B:5)"
     assert not heads.is_pinned
 
 
-def test_segments_can_stop_at_chosen_nodes():
+def test_a_sum_before_other_factors_is_distributed_over_them():
+    a, b, inner = Node(2), Node(3), Node(4)
+    whole = product([concatenate([a, b]), inner])
+    assert str(write_axis(whole, {a: "A", inner: "I"}.get)) == "A:2*I:4 + 3*I:4"
+
+
+def test_what_stays_is_joined_into_one_factor():
+    """Rotary embeddings by halves: both halves of each head are pinned, so the whole head dimension is."""
+    heads, dims = Node(3), Node(4)
+    whole = product([heads, dims])
+    first, second = split(dims, [2, 2], WHY)
+    pin(first, "turned")
+    assert str(write_axis(whole, {heads: "H", second: "D"}.get)) == "H:3*(2 + D:2)"
+    pin(second, "turned as well")
+    assert (dims.is_pinned, dims.reason) == (True, "turned")
+    assert str(write_axis(whole, {heads: "H"}.get)) == "H:3*4"
+
+
+def test_an_axis_of_single_positions_stays():
+    """The gate and the value of an interleaved gated unit are taken out one by one."""
+    units, pair = factor(Node(12), [6, 2], WHY)
+    split(pair, [1, 1], WHY)
+    assert pair.reason == "a position that is taken out by itself"
+    assert not pair.is_position_dependent
+    assert not units.is_pinned
+
+
+def test_reasons_of_single_positions():
+    whole = concatenate([Node(1), Node(4)])
+    assert reasons(whole) == ["a position that is taken out by itself"]
+    assert reasons(Node(1)) == []
+
+
+def test_what_is_pinned_by_its_parts_keeps_them():
+    """An axis of stacked layers is found again in a product whose other factor is pinned later."""
+    layers, rest = Node(3), Node(4)
+    pin(layers, "layers", position_dependent=False)
+    whole = product([layers, rest])
+    pin(rest, "neighbours")
+    assert whole.is_position_dependent
+    assert not layers.is_position_dependent
+    assert factor(whole, [3, 4], WHY)[0].root is layers
+
+
+def test_what_is_united_with_pinned_parts_stays():
+    parts, other = [Node(2), Node(3)], Node(5)
+    whole = concatenate(parts)
+    for part in parts:
+        pin(part, "first")
+    unite(other, whole, WHY)
+    assert other.reason == "first"
+
+
+def test_writing_can_stop_at_chosen_nodes():
     node = Node(24)
     outer, inner = factor(node, [4, 6], WHY)
     split(inner, [2, 4], WHY)
-    assert segments(node, is_factor=lambda x: x is inner.root or not x.parts) == [[outer, inner]]
+    labels = {outer: "O", inner: "I"}
+    assert write_axis(node, labels.get, is_factor=labels.__contains__) == Axis.product(("O", 4), ("I", 6))
 
 
-def test_too_many_segments_pin_the_sum():
-    positions, pieces = Node(600), concatenate([Node(3), Node(5)])
-    pin(positions, "positions")
-    assert segments(product([positions, pieces])) == [[positions, pieces]]
-    assert pieces.reason == "it would fall into 1200 segments"
+def test_sizes_are_plain_integers():
+    """`jnp.split` cuts into pieces of NumPy integers, which cannot be written as JSON."""
+    assert all(type(part.size) is int for part in split(Node(6), list(np.array([2, 4])), WHY))
 
 
 def test_pinning_spreads_to_all_that_is_united_and_keeps_the_first_reason():

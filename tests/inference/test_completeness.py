@@ -74,7 +74,7 @@ def residual(xp, w, x):
 
 def routed(xp, w, x):
     """The best of three experts, looked up by its position."""
-    which = (x @ w("router", 2, 3)).argmax(1)
+    which = (x @ w("router", 2, 3) + w("bias", 3)[None]).argmax(1)
     return xp.einsum("bi,bio->bo", x, w("experts", 3, 2, 1)[which])
 
 

@@ -17,13 +17,14 @@ from jax import lax
 
 import rebasin
 
-BATCH, CHANNELS = 2, 4
+BATCH, CHANNELS, LONGEST = 2, 4, 7  # networks are inferred with a batch of 2
 # fmt: off
 STEPS = [
     "dense", "dense", "dense", "bias", "scale", "tanh", "split_axis", "merge_axes", "swap_axes",
     "concatenate", "halve", "add", "multiply", "norm", "mean", "attend", "tied", "running", "reverse",
     "stack_scan", "sort", "head_bias", "maxout", "gram", "repeat", "route", "pick",
-    "take_apart",
+    "take_apart", "take_apart_each", "attend_by_head", "turn_part", "patch", "fourier", "short_read",
+    "short_read", "shared_ones", "shared_ones", "shared_zeros", "mask", "mask", "unmask", "identity", "drop",
 ]
 # fmt: on
 
@@ -40,12 +41,14 @@ class Network:
         self.xp = jnp if isinstance(x, jax.Array) else np
         self.weights, self.count, self.numbers = weights, 0, iter(self.choices)
         self.pool = [x]
+        self.length, self.shared = x.shape[0], {}
+        self.is_token = (abs(x).sum(1) > 0).astype(x.dtype)  # false for padding, which is zero
         for name in [STEPS[n % len(STEPS)] for n in self._take(self._next() % 9 + 3)]:
             value = self.pool[-1 - self._next() % min(3, len(self.pool))]
             result = getattr(self, name)(value)
             if result is not None and result.size <= 4096:
                 self.pool.append(result)
-        return self.dense(self.pool[-1].reshape(BATCH, -1), 3)
+        return self.dense(self.pool[-1].reshape(self.length, -1), 3)
 
     def _next(self):
         return next(self.numbers, 1)
@@ -101,6 +104,44 @@ class Network:
         if self._next() % 2 and copies > 2:
             return parts[:, :-1].sum(1) * parts[:, -1]
         return parts[:, 0] * self.xp.tanh(parts[:, -1])
+
+    def take_apart_each(self, x):
+        """Takes parts out of every position of the slowest factor, such as gate and value of each unit."""
+        n = x.shape[-1]
+        units = next((d for d in (2, 3, 5) if n % d == 0 and n > d), None)
+        if units is None or x.ndim > 3:
+            return None
+        parts = x.reshape(*x.shape[:-1], units, -1)
+        first = self._next() % (n // units)
+        if self._next() % 2:
+            self.pool.append(parts)
+        product = parts[..., : first + 1] * self.xp.tanh(parts[..., -1:])
+        return product if self._next() % 2 else product.reshape(*x.shape[:-1], -1)
+
+    def turn_part(self, x):
+        """Scales some positions behind every position of the slowest factor, each by a number of its own."""
+        n = x.shape[-1]
+        heads = next((d for d in (2, 3, 5) if n % d == 0 and n > d), 1)
+        z = x.reshape(*x.shape[:-1], heads, -1)
+        count = self._next() % z.shape[-1] + 1
+        turned = z[..., :count] * self.xp.arange(1.0, count + 1).reshape((1,) * (z.ndim - 1) + (-1,)) / count
+        z = self.xp.concatenate([turned, z[..., count:]], axis=-1)
+        return z if self._next() % 2 and x.ndim < 4 else z.reshape(x.shape)
+
+    def attend_by_head(self, x):
+        """A fused projection ``[heads, 2·dims + values]`` of queries, keys and values, read in two ways."""
+        heads, dims = self._next() % 2 + 2, self._next() % 3 + 1
+        fused = x @ self.weight(x.shape[-1], heads * 3 * dims)
+        if self._next() % 2:
+            fused = fused.reshape(*x.shape[:-1], heads, 3, dims)
+            q, k, v = (fused[..., i, :] for i in range(3))
+        else:
+            q, k, v = self.xp.split(fused.reshape(*x.shape[:-1], heads, -1), 3, axis=-1)
+        if self._next() % 2:
+            q, k = self.turn_part(q), self.turn_part(k)
+            q, k = q.reshape(v.shape), k.reshape(v.shape)
+        says = self.xp.tanh((q * k).sum(-1, keepdims=True))
+        return says * v if self._next() % 2 and x.ndim < 4 else (says * v).reshape(*x.shape[:-1], -1)
 
     def merge_axes(self, x):
         return x.reshape(*x.shape[:-2], -1) if x.ndim > 2 else None
@@ -165,7 +206,7 @@ class Network:
     def route(self, x):
         """The two best experts of three, chosen by one-hot codes and weighted by their logits."""
         logits, experts = x @ self.weight(x.shape[-1], 3), self.weight(3, x.shape[-1], 2)
-        order = self.xp.argsort(-logits, axis=-1)[..., :2]
+        order = self.xp.argsort(-logits, axis=-1, stable=True)[..., :2]
         gates = (order[..., None] == self.xp.arange(3).reshape((1,) * x.ndim + (3,))).sum(-2)
         return self.xp.einsum("...c,...e,eck->...k", x, gates * self.xp.tanh(logits), experts)
 
@@ -174,6 +215,75 @@ class Network:
         x = (x, self.xp.tanh(x), self.xp.maximum(x, 0), self.xp.round(x))[self._next() % 4]
         axis = 1 + self._next() % (x.ndim - 1)
         return self.weight(x.shape[axis], 3)[x.argmax(axis)]
+
+    def patch(self, x):
+        """Looks up, adds to or overwrites a range, a stride or a list of units."""
+        n = x.shape[-1]
+        start, stride = self._next() % n, self._next() % 2 + 1
+        stop = start + 1 + self._next() % (n - start)
+        places = [range(start, stop), range(start % stride, n, stride), [*range(start, n), *range(start)]]
+        index = np.array(places[self._next() % 3])
+        if self._next() % 3 == 0:
+            return x[..., index]
+        new, adds = self.dense(x, len(index)), self._next() % 2
+        if self.xp is jnp:
+            if np.array_equal(index, np.arange(start, stop)):
+                origin = (0,) * (x.ndim - 1) + (start,)
+                return lax.dynamic_update_slice(x, new + adds * x[..., start:stop], origin)
+            return x.at[..., index].add(new) if adds else x.at[..., index].set(new)
+        changed = x.copy()
+        changed[..., index] = new + adds * x[..., index]
+        return changed
+
+    def fourier(self, x):
+        axis = 1 + self._next() % (x.ndim - 1)
+        return self.xp.fft.fft(x, axis=axis).real / math.sqrt(x.shape[axis])
+
+    def constant(self, make, *shape):
+        """A constant array, one for all steps that ask for the same."""
+        key = (make, shape)
+        if key not in self.shared:
+            self.shared[key] = getattr(self.xp, make)(*((shape,) if make != "eye" else shape))
+        return self.shared[key]
+
+    def short_read(self, x):
+        """A table of which inputs of more examples read more rows."""
+        rows = self.weight(LONGEST, x.shape[-1])
+        rows = (rows, self.xp.tanh(rows), rows * self.weight(x.shape[-1])[None])[self._next() % 3]
+        rows = rows[: self.length] if self._next() % 2 else self.xp.split(rows, [self.length])[0]
+        return x + rows.reshape(self.length, *(1,) * (x.ndim - 2), -1)
+
+    def drop(self, x):
+        """A part of the positions; the others are read by later steps only, if at all."""
+        n = self._next() % x.shape[-1] + 1
+        return x[..., :n] if self._next() % 2 else x[..., -n:]
+
+    def shared_ones(self, x):
+        ones = self.constant("ones", 2, x.shape[-1])[self._next() % 2]
+        return x * ones[(None,) * (x.ndim - 1)]
+
+    def shared_zeros(self, x):
+        """A recurrent layer over the examples; all such layers start from the same zeros."""
+        width = self._next() % 3 + 2
+        w, u = self.weight(x.shape[-1], width), self.weight(width, width)
+        state = self.constant("zeros", *x.shape[1:-1], width)
+        if self.xp is jnp:
+            return lax.scan(lambda h, row: (jnp.tanh(row @ w + h @ u),) * 2, state, x)[1]
+        rows = []
+        for row in x:
+            state = np.tanh(row @ w + state @ u)
+            rows.append(state)
+        return np.stack(rows)
+
+    def identity(self, x):
+        return x @ self.constant("eye", x.shape[-1])
+
+    def mask(self, x):
+        return x * self.is_token.reshape(-1, *(1,) * (x.ndim - 1))
+
+    def unmask(self, x):
+        """A mask that adds a number so large that it leaves nothing else."""
+        return self.xp.tanh(x) + ((1 - self.is_token) * -1e30).reshape(-1, *(1,) * (x.ndim - 1))
 
     def stack_scan(self, x):
         """A loop over stacked layers with a residual stream and inner widths."""
@@ -205,15 +315,24 @@ def check_network(choices):
     spec = rebasin.infer_spec(network, shapes, jax.ShapeDtypeStruct(x.shape, jnp.float32))
     rng = np.random.default_rng(1)
     weights = draw_weights(network.shapes, rng)
-    before = network(weights, x)
-    assert np.isfinite(before).all()
     identity = rebasin.identity_permutation(spec, shapes)
     shuffled = {group: rng.permuted(row, axis=-1) for group, row in identity.items()}
-    for permutation in (shuffled, *(identity | {group: row} for group, row in shuffled.items())):
-        np.testing.assert_allclose(
-            network(permuted(spec, permutation, weights), x), before, rtol=1e-9, atol=1e-9
-        )
+    permutations = (shuffled, *(identity | {group: row} for group, row in shuffled.items()))
+    moved = [permuted(spec, permutation, weights) for permutation in permutations]
+    for inputs in (x, *other_inputs()):
+        before = network(weights, inputs)
+        assert np.isfinite(before).all()
+        for others in moved:
+            np.testing.assert_allclose(network(others, inputs), before, rtol=1e-9, atol=1e-9)
     return spec
+
+
+def other_inputs():
+    """Inputs of other lengths and values than those that specs are inferred with: padding, equal rows."""
+    rng = np.random.default_rng(2)
+    padded, longest = rng.normal(size=(5, CHANNELS)), rng.normal(size=(LONGEST, CHANNELS)) * 3
+    padded[[1, 4]] = 0.0
+    return padded, longest, np.ones((3, CHANNELS)), np.zeros((1, CHANNELS))
 
 
 networks = st.lists(st.integers(0, 10**4), min_size=8, max_size=60)
@@ -228,17 +347,19 @@ def test_a_hundred_small_networks_are_sound(choices):
 @pytest.mark.slow
 def test_thousands_of_networks_are_sound():
     """Seeds are fixed, and what they exercise is counted."""
-    groups = indexed = structured = 0
-    for seed in range(3000):
+    groups = indexed = structured = unread = 0
+    for seed in range(10_000):
         spec = check_network(np.random.default_rng(seed).integers(0, 10**4, size=60).tolist())
         groups += len(spec.groups)
         indexed += len(spec.indexed)
         structured += sum(
             not axis.is_whole for axis in itertools.chain.from_iterable(a for _, a in spec.leaves)
         )
-    assert groups > 3000
-    assert indexed > 300
-    assert structured > 300
+        unread += sum(pin.reason.startswith("nothing reads") for pin in spec.pins)
+    assert groups > 5000
+    assert indexed > 1000
+    assert structured > 1000
+    assert unread > 1000
 
 
 class PlainNetwork(Network):

@@ -79,10 +79,11 @@ def test_scatter_keeps_the_rows_and_moves_the_units(method):
     check(function, random_tree(w=(3, 6), u=(3, 6), v=(6, 2)), X, w=(None, "P"), u=(None, "P"), v=("P", None))
 
 
-def test_overwriting_in_part_pins_what_is_written_in_part():
+def test_overwriting_at_a_computed_place_pins_what_is_written_in_part():
     def function(t, x):
         h = jnp.tanh(x @ t["w"])
-        return h.at[:, :2].set(t["u"]) @ t["v"] + h.at[0].set(0.0) @ t["v"]
+        start = (x[0, 0] > 0).astype(int)
+        return h.at[:, start + jnp.arange(2)].set(t["u"]) @ t["v"] + h.at[0].set(0.0) @ t["v"]
 
     params = random_tree(w=(3, 6), u=(5, 2), v=(6, 2))
     spec = check(function, params, X, w=(None, None), u=(None, None), v=(None, None))
@@ -118,28 +119,28 @@ def test_sorted_values_are_symmetric_but_argsort_is_not():
 
 def test_sort_of_several_operands():
     def function(t, x):
-        keys, values = lax.sort((x @ t["w"], jnp.tanh(x @ t["u"])), dimension=1, num_keys=1)
+        keys, values = lax.sort((x @ t["w"] + t["s"][None], jnp.tanh(x @ t["u"])), dimension=1, num_keys=1)
         rounded, carried = lax.sort((jnp.round(x @ t["c"]), x @ t["d"]), dimension=1, num_keys=1)
         both = lax.sort((x @ t["a"], x @ t["b"]), dimension=1, num_keys=2)
         return keys + values, rounded + carried, both
 
-    params = random_tree(w=(3, 6), u=(3, 6), a=(3, 7), b=(3, 7), c=(3, 5), d=(3, 5))
-    free = {"w": (None, "W"), "u": (None, "W"), "a": (None, "P"), "b": (None, "P")}
+    params = random_tree(w=(3, 6), s=(6,), u=(3, 6), a=(3, 7), b=(3, 7), c=(3, 5), d=(3, 5))
+    free = {"w": (None, "W"), "s": ("W",), "u": (None, "W"), "a": (None, "P"), "b": (None, "P")}
     spec = check(function, params, X, **free, c=(None, None), d=(None, None))
     assert reasons(spec)["c", 1] == "equal keys are sorted by position"
 
 
 def test_positions_of_the_best_are_followed_to_what_they_look_up():
     def function(t, x):
-        best, which = lax.top_k(jax.nn.softmax(x @ t["router"]), 2)
+        best, which = lax.top_k(jax.nn.softmax(x @ t["router"] + t["bias"][None]), 2)
         code = jax.nn.one_hot(which, 4)  # compared with a count
         found = t["table"][which]  # looked up
         own = jnp.take_along_axis(x @ t["own"], which, axis=1)
         mask = jnp.zeros((5, 4)).at[jnp.arange(5)[:, None], which].set(best)  # written
         return jnp.einsum("bke,ed->bkd", code, t["coded"]), found, own, mask @ t["masked"]
 
-    params = random_tree(router=(3, 4), table=(4, 2), own=(3, 4), coded=(4, 2), masked=(4, 2))
-    experts = {"table": ("E", None), "coded": ("E", None), "masked": ("E", None)}
+    params = random_tree(router=(3, 4), bias=(4,), table=(4, 2), own=(3, 4), coded=(4, 2), masked=(4, 2))
+    experts = {"bias": ("E",), "table": ("E", None), "coded": ("E", None), "masked": ("E", None)}
     check(function, params, X, router=(None, "E"), own=(None, "E"), **experts)
 
 
@@ -165,10 +166,10 @@ def test_a_repeated_value_ties_with_itself():
 
 def test_positions_that_are_computed_with_stay():
     def function(t, x):
-        which = jnp.argmax(x @ t["router"], axis=1)
+        which = jnp.argmax(x @ t["router"] + t["bias"], axis=1)
         return t["table"][3 - which], t["other"][which]
 
-    params = random_tree(router=(3, 4), table=(4, 2), other=(4, 2))
+    params = random_tree(router=(3, 4), bias=(1, 4), table=(4, 2), other=(4, 2))
     pins = dict.fromkeys(params, (None, None))
     spec = check(function, params, X, **pins)
     assert reasons(spec)["other", 0] == "positions along it are computed with"
@@ -176,20 +177,23 @@ def test_positions_that_are_computed_with_stay():
 
 def test_positions_that_are_an_output_or_carried_by_a_loop_stay():
     def function(t, x):
-        which = jnp.argmax(x @ t["router"], axis=1)
-        carried = lax.fori_loop(0, 2, lambda _, w: w[::-1], jnp.argmax(x @ t["again"], axis=1))
+        which = jnp.argmax(x @ t["router"] + t["bias"], axis=1)
+        again = jnp.argmax(x @ t["again"] + t["bias"], axis=1)
+        carried = lax.fori_loop(0, 2, lambda _, w: w[::-1], again)
         return which, t["table"][carried]
 
-    params = random_tree(router=(3, 4), again=(3, 4), table=(4, 2))
+    params = random_tree(router=(3, 4), again=(3, 4), bias=(1, 4), table=(4, 2))
     check(function, params, X, **dict.fromkeys(params, (None, None)))
 
 
 def test_top_k_moves_along_other_axes():
     def function(t, x):
-        values, places = lax.top_k(jnp.einsum("bi,ihk->bhk", x, t["w"]), 2)
+        values, places = lax.top_k(jnp.einsum("bi,ihk->bhk", x, t["w"]) + t["b"], 2)
         return jnp.einsum("bhk,bhk,hko->bo", values, places.astype(jnp.float32), t["v"])
 
-    spec = check(function, random_tree(w=(3, 6, 4), v=(6, 2, 2)), X, w=(None, "H", None), v=("H", None, None))
+    params = random_tree(w=(3, 6, 4), b=(1, 6, 4), v=(6, 2, 2))
+    heads = {"w": (None, "H", None), "b": (None, "H", None), "v": ("H", None, None)}
+    spec = check(function, params, X, **heads)
     assert reasons(spec)["w", 2] == "positions along it are computed with"
 
 
@@ -405,10 +409,10 @@ def test_dimensions_of_heads_that_meet_are_permuted_alike(name):
     """Alone, four dimensions would move in each of three heads by themselves; here heads see each other."""
 
     def function(t, x):
-        h = jnp.tanh(jnp.einsum("bi,ihd->bhd", x, t["w"]))
+        h = jnp.tanh(jnp.einsum("bi,ihd->bhd", x, t["w"]) + t["b"])
         return jnp.einsum("bhd,hdo->bo", jnp.tanh(h + MIXERS[name](h)), t["v"])
 
-    params = random_tree(w=(3, 3, 4), v=(3, 4, 2))
+    params = random_tree(w=(3, 3, 4), b=(1, 3, 4), v=(3, 4, 2))
     spec = infer_spec(function, params, X)
     dimensions = dict(spec.leaves)["w"][2].groups
     assert not spec.outer_groups.keys() & set(dimensions)

@@ -108,3 +108,47 @@ def test_a_leaf_that_is_not_there_cannot_be_pinned():
     )
     with pytest.raises(InferenceError, match=message):
         rebasin.infer_spec(normalise, TREE, X, pin=["params/W", "params/w"])
+
+
+def test_a_leaf_that_is_only_written_moves_with_its_next_value():
+    """The average that BatchNorm corrects for its first steps is written at every step and never read."""
+
+    def step(tree, x):
+        h = x @ tree["w"]
+        hidden = 0.9 * tree["stats"]["hidden"] + 0.1 * h.mean(0)
+        stats = {"hidden": hidden, "average": hidden / 0.19, "count": jnp.zeros((4,))}
+        return jnp.tanh(h - h.mean(0)[None]) @ tree["v"], stats
+
+    stats = {"hidden": jnp.zeros((6,)), "average": jnp.zeros((6,)), "count": jnp.zeros((4,))}
+    tree = {"w": jnp.ones((3, 6)), "v": jnp.ones((6, 2)), "stats": stats}
+    spec = infer_spec(step, tree, X, state_outputs=STATE)
+    table = {"w": (None, "P"), "v": ("P", None), "stats/hidden": ("P",), "stats/average": ("P",)}
+    assert spec.equivalent(PermutationSpec.from_axes({**table, "stats/count": (None,)}))
+    reasons = {pin.path: pin.reason for pin in spec.pins}
+    assert reasons["stats/count"] == "the function does not use this leaf"
+    longer = jax.random.normal(jax.random.key(7), (9, 3))
+    verify_spec(spec, step, tree, longer, state_outputs=STATE)
+
+
+def test_a_leaf_that_is_only_handed_on_stays():
+    def step(tree, x):
+        return jnp.tanh(x @ tree["w"]) @ tree["v"], {"spare": tree["stats"]["spare"]}
+
+    tree = {"w": jnp.ones((3, 6)), "v": jnp.ones((6, 2)), "stats": {"spare": jnp.ones((6, 4))}}
+    spec = infer_spec(step, tree, X, state_outputs=STATE)
+    table = {"w": (None, "P"), "v": ("P", None), "stats/spare": (None, None)}
+    assert spec.equivalent(PermutationSpec.from_axes(table))
+
+
+def test_a_leaf_that_is_only_written_keeps_what_no_other_leaf_carries():
+    """The last hidden values and a padding of zeros, side by side."""
+
+    def step(tree, x):
+        h = jnp.tanh(x @ tree["w"])
+        return h @ tree["v"], {"last": jnp.concatenate([h.mean(0), jnp.zeros((4,))])}
+
+    tree = {"w": jnp.ones((3, 6)), "v": jnp.ones((6, 2)), "stats": {"last": jnp.zeros((10,))}}
+    spec = infer_spec(step, tree, X, state_outputs=STATE)
+    last = rebasin.Axis.concatenate(rebasin.Axis.product(("P", 6)), rebasin.Axis.product(4))
+    table = {"w": (None, "P"), "v": ("P", None), "stats/last": (last,)}
+    assert spec.equivalent(PermutationSpec.from_axes(table)), str(spec)

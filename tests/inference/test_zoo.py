@@ -8,7 +8,6 @@ from zoo import ZOO, arrays, sort_key
 from zoo_table import ARCHITECTURES, row, section
 
 import rebasin
-from rebasin import Axis
 from rebasin.errors import SpecError, VerificationError
 
 LIBRARIES = ("equinox", "haiku")
@@ -49,8 +48,7 @@ def without(spec, group, path):
     """The spec with a group left out of one leaf; `None` if it is the outer group of another one there."""
 
     def pinned(axis):
-        factors = [[f._replace(group=None) if f.group == group else f for f in s] for s in axis.segments]
-        return Axis(tuple(map(tuple, factors)))
+        return axis.rename({name: None if name == group else name for name in axis.groups})
 
     leaves = tuple((p, tuple(map(pinned, axes)) if p == path else axes) for p, axes in spec.leaves)
     try:

@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
-from specimens import IMAGES, KEY, SEQUENCES, VECTORS, Specimen, exhibit, linen, shapes
+from specimens import IMAGES, KEY, SEQUENCES, VECTORS, Specimen, exhibit, linen, shape, shapes
 
 # --- dense layers ------------------------------------------------------------------------------------------
 
@@ -34,6 +34,13 @@ def glu(x):
 @linen(6, inputs=(VECTORS,))
 def swiglu(x):
     return nn.Dense(2, use_bias=False)(nn.silu(nn.Dense(6)(x)) * nn.Dense(6)(x))
+
+
+@linen(6, inputs=(VECTORS,))
+def interleaved_gate(x):
+    """Gate and value of each of six units stand beside each other, and move as a pair."""
+    pairs = nn.Dense(12)(x).reshape(-1, 6, 2)
+    return nn.Dense(2)(nn.silu(pairs[..., 0]) * pairs[..., 1])
 
 
 @linen(6, (6, 2), inputs=(VECTORS,))
@@ -183,6 +190,23 @@ def channel_shuffle(x):
     return nn.Dense(2)(x.mean((1, 2)))
 
 
+@exhibit(5, 6)
+def fourier_operator():
+    """A layer of a Fourier operator on 8 points: the modes of a transform stay, channels move."""
+
+    def layer(h, re, im, skip):
+        modes = jnp.einsum("bcw,cow->bow", jnp.fft.rfft(h)[..., :3], re + 1j * im)
+        return jnp.tanh(jnp.fft.irfft(modes, 8) + jnp.einsum("bcn,co->bon", h, skip))
+
+    def function(tree, x):
+        h = jnp.einsum("bcn,co->bon", x, tree["lift"])
+        h = layer(h, tree["re"], tree["im"], tree["skip"])
+        return jnp.einsum("bcn,co->bon", h, tree["out"])
+
+    tree = shapes(lift=(3, 5), re=(5, 6, 3), im=(5, 6, 3), skip=(5, 6), out=(6, 2))
+    return Specimen(function, tree, (shape(2, 3, 8),))
+
+
 # --- recurrent cells ---------------------------------------------------------------------------------------
 
 
@@ -195,6 +219,25 @@ def lstm(x):
 def optimized_lstm_and_gru(x):
     x = nn.RNN(nn.OptimizedLSTMCell(5))(x)
     return nn.Dense(2)(nn.RNN(nn.GRUCell(6))(x).mean(1))
+
+
+@exhibit(6, 6)
+def recurrent_layers_with_one_zero_state():
+    """Both layers start from the same zeros, which say nothing about the units of either."""
+
+    def function(tree, x):
+        state = jnp.zeros((2, 6))
+        h = jnp.swapaxes(x, 0, 1)
+        for i in range(2):
+
+            def step(h, x, i=i):
+                h = jnp.tanh(x @ tree[f"w{i}"] + h @ tree[f"u{i}"])
+                return h, h
+
+            h = lax.scan(step, state, h)[1]
+        return h[-1] @ tree["out"]
+
+    return Specimen(function, shapes(w0=(6, 6), u0=(6, 6), w1=(6, 6), u1=(6, 6), out=(6, 2)), (SEQUENCES,))
 
 
 @exhibit(6)

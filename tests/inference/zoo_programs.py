@@ -220,6 +220,23 @@ def attention_in_haiku():
     return haiku_specimen(forward, SEQUENCES)
 
 
+@exhibit(6)
+def batch_norm_in_training_in_haiku():
+    """Its averages are corrected for the first steps, written at every step, and never read."""
+    import haiku as hk
+
+    def forward(x):
+        norm = hk.BatchNorm(create_scale=True, create_offset=True, decay_rate=0.9)
+        return hk.Linear(2)(jax.nn.relu(norm(hk.Linear(6)(x), is_training=True)))
+
+    model = hk.without_apply_rng(hk.transform_with_state(forward))
+    params, state = jax.eval_shape(model.init, KEY, VECTORS)
+    tree = {"params": params, "state": state}
+    return Specimen(
+        lambda tree, x: model.apply(tree["params"], tree["state"], x), tree, (VECTORS,), {"1": "state"}
+    )
+
+
 @exhibit(*MLP_SIZES)
 def mlp_in_plain_jax():
     def norm(x, scale, bias):

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from specimens import IMAGES, SEQUENCES, TOKENS, VECTORS, Specimen, exhibit, linen, shapes
+from specimens import IMAGES, SEQUENCES, TOKENS, VECTORS, Specimen, exhibit, linen, shape, shapes
 
 # --- attention ---------------------------------------------------------------------------------------------
 
@@ -54,6 +54,20 @@ def fused_projections_reshaped(x):
 def fused_projections_in_one_kernel(x):
     """A kernel of shape ``[3, heads, dims]``: three axes of a leaf, each with one group; a known limit."""
     q, k, v = jnp.moveaxis(nn.DenseGeneral((3, 2, 4))(x), 2, 0)
+    return nn.DenseGeneral(3, axis=(-2, -1))(jax.nn.dot_product_attention(q, k, v))
+
+
+@linen(2, (2, 4), (2, 4), inputs=(SEQUENCES,))
+def fused_projections_head_by_head(x):
+    """``[heads, 3 * dims]`` as in GPT-NeoX and BLOOM: an axis of heads of queries, keys and values."""
+    q, k, v = jnp.split(nn.Dense(24)(x).reshape(2, 5, 2, 12), 3, axis=-1)
+    return nn.DenseGeneral(3, axis=(-2, -1))(jax.nn.dot_product_attention(q, k, v))
+
+
+@linen(2, (2, 4), (2, 4), inputs=(SEQUENCES,))
+def fused_projections_head_by_head_reshaped(x):
+    """The same read as ``[heads, 3, dims]``, as in Megatron."""
+    q, k, v = jnp.moveaxis(nn.Dense(24)(x).reshape(2, 5, 2, 3, 4), 3, 0)
     return nn.DenseGeneral(3, axis=(-2, -1))(jax.nn.dot_product_attention(q, k, v))
 
 
@@ -114,6 +128,36 @@ def rotary_attention_with_interleaved_pairs():
     return Specimen(function, PROJECTIONS, (SEQUENCES,))
 
 
+FLAT_PROJECTIONS = shapes(q=(6, 8), k=(6, 8), v=(6, 8), out=(2, 4, 3))
+
+
+def flat_rotary_attention(turned):
+    """Kernels ``[in, heads * dims]``; of each head the first `turned` dimensions turn, the others pass."""
+    angles = np.arange(5)[:, None] / 10.0 ** np.arange(turned // 2)
+    cos, sin = (np.asarray(f(angles), np.float32)[None, :, None] for f in (np.cos, np.sin))
+
+    def rotate(x):
+        a, b, rest = jnp.split(x, [turned // 2, turned], axis=-1)
+        return jnp.concatenate([a * cos - b * sin, a * sin + b * cos, rest], axis=-1)
+
+    def function(tree, x):
+        q, k, v = ((x @ tree[name]).reshape(2, 5, 2, 4) for name in "qkv")
+        return softmax_attention(rotate(q), rotate(k), v, tree["out"])
+
+    return Specimen(function, FLAT_PROJECTIONS, (SEQUENCES,))
+
+
+@exhibit(2, (2, 4))
+def rotary_attention_on_flat_kernels():
+    return flat_rotary_attention(4)
+
+
+@exhibit(2, (2, 2), (2, 4))
+def partial_rotary_attention():
+    """As in GPT-J, GPT-NeoX and Phi: dimensions that pass move in each head, heads move whole."""
+    return flat_rotary_attention(2)
+
+
 @exhibit(2, (2, 4), (2, 4))
 def dot_product_attention_with_bias_for_each_head():
     def function(tree, x):
@@ -149,6 +193,30 @@ class Embedding(nn.Module):
         return self.table.attend(x)
 
 
+@exhibit(2, 7, (2, 4), (2, 4))
+def swin_v2_attention():
+    """Cosine attention, a scale for each head, a bias made from offsets, keys whose bias is set to zero."""
+    offsets = np.linspace(-1, 1, 9, dtype=np.float32)[:, None]
+    which = (np.arange(5)[:, None] - np.arange(5) + 4).astype(
+        np.int32
+    )  # the offset of each query from each key
+
+    def unit(x):
+        return x / jnp.sqrt((x**2).sum(-1, keepdims=True) + 1e-6)
+
+    def function(tree, x):
+        fused = x @ tree["qkv"] + tree["bias"].at[8:16].set(0.0)[None, None]
+        q, k, v = jnp.moveaxis(fused.reshape(2, 5, 3, 2, 4), 2, 0)
+        scale = jnp.exp(jnp.minimum(tree["logit_scale"], np.log(100)))
+        table = jax.nn.relu(offsets @ tree["offset_in"]) @ tree["offset_out"]
+        scores = jnp.einsum("bqhd,bkhd->bhqk", unit(q), unit(k)) * scale[None]
+        weights = jax.nn.softmax(scores + 16 * jax.nn.sigmoid(jnp.moveaxis(table[which], -1, 0))[None])
+        return jnp.einsum("bhqk,bkhd->bqhd", weights, v).reshape(2, 5, 8) @ tree["out"]
+
+    tree = shapes(qkv=(6, 24), bias=(24,), logit_scale=(2, 1, 1), out=(8, 3))
+    return Specimen(function, tree | shapes(offset_in=(1, 7), offset_out=(7, 2)), (SEQUENCES,))
+
+
 @linen(2, 6, 10, (2, 4), (2, 4), inputs=(IMAGES,))
 def vision_transformer(x):
     x = nn.Conv(6, (4, 4), (4, 4))(x).reshape(2, 4, 6)
@@ -164,6 +232,13 @@ def gpt_with_tied_embeddings(tokens):
     x = embedding(tokens) + nn.Embed(5, 6)(jnp.arange(5))[None]
     x = Block()(x, nn.make_causal_mask(tokens))
     return embedding.logits(nn.LayerNorm()(x))
+
+
+@linen(2, 6, 10, (2, 4), (2, 4), inputs=(TOKENS,))
+def short_example(tokens):
+    """The example has five tokens and the table nine positions; the rows that are not reached stay."""
+    positions = nn.Embed(9, 6)(jnp.arange(9))[: tokens.shape[1]]
+    return nn.Dense(7)(Block()(nn.Embed(7, 6)(tokens) + positions[None]))
 
 
 @linen(2, 10, (2, 4), (2, 4), inputs=(TOKENS,))
@@ -201,6 +276,7 @@ def scan_over_residual_layers(x):
 # --- experts -----------------------------------------------------------------------------------------------
 
 EXPERTS = shapes(router=(3, 4), up=(4, 3, 5), down=(4, 5, 2))
+ROUTED = EXPERTS | shapes(bias=(4,))
 
 
 def run_experts(tree, x, gates):
@@ -221,11 +297,24 @@ def top_k_mixture_of_experts():
     """The router names experts by position; the names follow the experts, and all of them move."""
 
     def function(tree, x):
-        best, which = lax.top_k(x @ tree["router"], 2)
+        best, which = lax.top_k(x @ tree["router"] + tree["bias"][None], 2)
         chosen = jax.nn.one_hot(which, 4)
         return run_experts(tree, x, jnp.einsum("bk,bke->be", jax.nn.softmax(best), chosen))
 
-    return Specimen(function, EXPERTS, (VECTORS,))
+    return Specimen(function, ROUTED, (VECTORS,))
+
+
+@exhibit((4, 5))
+def padded_mixture_of_experts():
+    """Where the mask is zero all logits are, and the first experts are chosen: experts keep their order."""
+
+    def function(tree, x, mask):
+        logits = (x @ tree["router"] + tree["bias"][None]) * mask[:, None]
+        best, which = lax.top_k(logits, 2)
+        gates = jnp.einsum("bk,bke->be", jax.nn.softmax(best), jax.nn.one_hot(which, 4))
+        return run_experts(tree, x, gates)
+
+    return Specimen(function, ROUTED, (VECTORS, shape(2)))
 
 
 @exhibit((4, 5))
@@ -247,11 +336,11 @@ def mixture_of_experts_by_gather():
     """
 
     def function(tree, x):
-        which = jnp.argmax(x @ tree["router"], axis=-1)
+        which = jnp.argmax(x @ tree["router"] + tree["bias"][None], axis=-1)
         hidden = jax.nn.relu(jnp.einsum("bi,bih->bh", x, tree["up"][which]))
         return jnp.einsum("bh,bho->bo", hidden, tree["down"][which])
 
-    return Specimen(function, EXPERTS, (VECTORS,))
+    return Specimen(function, ROUTED, (VECTORS,))
 
 
 @exhibit(6, (3, 4), (3, 4, 5))
@@ -267,7 +356,8 @@ def scan_over_layers_of_experts():
             return h + jnp.einsum("be,beh,eho->bo", gates, hidden, down), None
 
         layers = (tree["router"], tree["up"], tree["down"])
-        return lax.scan(layer, x @ tree["in"], layers)[0] @ tree["out"]
+        first = x @ tree["in"] + tree["bias"][None]  # never zero, so that the experts of no token tie
+        return lax.scan(layer, first, layers)[0] @ tree["out"]
 
     stacked = shapes(router=(3, 6, 4), up=(3, 4, 6, 5), down=(3, 4, 5, 6))
-    return Specimen(function, stacked | shapes(**{"in": (3, 6), "out": (6, 2)}), (VECTORS,))
+    return Specimen(function, stacked | shapes(**{"in": (3, 6), "bias": (6,), "out": (6, 2)}), (VECTORS,))

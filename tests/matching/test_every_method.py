@@ -40,12 +40,7 @@ def run(method, case, params_a, params_b, **changes):
 @every_method
 @pytest.mark.parametrize(
     "name",
-    [
-        "mlp",
-        "complex",
-        pytest.param("resnet", marks=pytest.mark.slow),
-        pytest.param("vit", marks=pytest.mark.slow),
-    ],
+    ["mlp", "complex", *(pytest.param(n, marks=pytest.mark.slow) for n in ("resnet", "vit", "fused"))],
 )
 def test_a_planted_permutation_is_recovered(method, name):
     """Exactly, unless the method compares activations, which are all zero for some units."""

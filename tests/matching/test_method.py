@@ -51,3 +51,14 @@ def test_calls_that_cannot_work_are_explained():
         "the method 'straight_through' takes start, num_steps, learning_rate, batch_size, predicate:",
         "  learning_speed: not known",
     ]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_function_of_a_method_refuses_unknown_options_as_the_method_does(method):
+    case = build_case("mlp")
+    function = getattr(rebasin, f"{method.removesuffix('s')}_matching")
+    given = {"key": KEY} if "key" in METHODS[method]().needs else {}
+    needs = METHODS[method]().needs
+    positional = [getattr(case, name) for name in needs if name in ("apply_fn", "metrics_fn", "data")]
+    with pytest.raises(ConfigError, match=rf"the method '{method}' takes .*:\n  speed: not known"):
+        function(case.spec, case.params_a, case.params_b, *positional, **given, speed=1)

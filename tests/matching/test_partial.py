@@ -100,6 +100,25 @@ def test_axes_of_several_parts_are_padded_where_their_units_are():
     assert match.permutation["P"].shape == (4,)
 
 
+def by_head_spec(heads, dims):
+    """Heads, each of one dimension that stays and of some that move."""
+    axis = Axis.product(("H", heads), Axis.concatenate(Axis.product(1), Axis.product(("D", dims))))
+    return PermutationSpec.from_axes({"w": (axis, None)}, indexed={"D": ["H"]})
+
+
+def test_concatenations_inside_products_are_padded_where_their_units_are():
+    a, b = {"w": np.arange(1.0, 7.0)[:, None]}, {"w": np.ones((12, 1))}
+
+    def function(tree, x):
+        return x @ jnp.sort(tree["w"], axis=0)[-6:]  # stands for any function that zeros do not change
+
+    widened = widen(by_head_spec(3, 3), a, b, function, jnp.ones((1, 6)), spec_a=by_head_spec(2, 2))
+    assert widened["w"][:, 0].tolist() == [1, 2, 3, 0, 4, 5, 6, 0, 0, 0, 0, 0]
+    flat = PermutationSpec.from_axes({"w": (Axis.product(("H", 2), ("D", 6)), None)})
+    with pytest.raises(TreeMismatchError, match=r"w axis 0: H:2\*\(1 \+ D:2\) in A, H:2\*D:6 in B"):
+        partial_weight_matching(flat, a, b, key=KEY, spec_a=by_head_spec(2, 2))
+
+
 def test_widening_keeps_the_function_and_shapes():
     a, b = network(0, 8, 9), network(1, 12, 9)
     x = np.random.default_rng(0).normal(size=(3, 6)).astype(np.float32)

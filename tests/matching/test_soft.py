@@ -16,6 +16,7 @@ SPEC = PermutationSpec.from_axes(
         "recurrent": ("P", "P"),
         "query": ("P", "H", "D"),
         "bias": (Axis.product(("H", 3), ("D", 2)),),
+        "by_head": (Axis.product(("H", 3), Axis.concatenate(Axis.product(1), Axis.product(("D", 2)))), "Q"),
         "stacked": ("E", "layer", "G", None),
         "gate": ("layer", "G"),
         "step": (None,),
@@ -28,6 +29,7 @@ SHAPES = {
     "recurrent": (3, 3),
     "query": (3, 3, 2),
     "bias": (6,),
+    "by_head": (9, 4),
     "stacked": (2, 2, 3, 2),
     "gate": (2, 3),
 }

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import count_compilations
+from helpers import build_case, count_compilations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,7 +17,7 @@ from rebasin.matching import ascent, weights
 from rebasin.matching.ascent import lay_out
 from rebasin.matching.blocks import pair_blocks
 from rebasin.matching.weights import WeightMatching
-from rebasin.trees import inner_product, leaf_table
+from rebasin.trees import inner_product, is_weight, leaf_table
 
 KEY = jax.random.key(0)
 
@@ -157,6 +157,17 @@ def test_segments_and_factors_are_matched():
     chex.assert_trees_all_equal(rebasin.permute(spec, match.permutation, b), a)
 
 
+def test_heads_of_fused_projections_are_matched():
+    """Queries, keys and values head by head: each block is a strided part of the kernel."""
+    case = build_case("fused")
+    assert [str(axis) for axis in case.spec.table["params/Dense_0/kernel"]][1].count("+") == 4
+    match = rebasin.weight_matching(case.spec, case.params_a, case.planted, key=KEY)
+    chex.assert_trees_all_equal(
+        rebasin.permute(case.spec, match.permutation, case.planted),
+        jax.tree.map(jnp.asarray, case.params_a),
+    )
+
+
 def test_deterministic_for_a_key():
     spec, a, b = chain_spec(3), chain_tree(0, [6, 20, 20, 20, 3]), chain_tree(1, [6, 20, 20, 20, 3])
     first, second = (rebasin.weight_matching(spec, a, b, key=KEY) for _ in range(2))
@@ -256,7 +267,7 @@ def test_groups_of_one_width_share_one_compiled_program():
     a, b = chain_tree(0, widths), chain_tree(1, widths)
     with count_compilations() as first:
         rebasin.weight_matching(chain_spec(5), a, b, key=KEY)
-    assert len(first) == 1
+    assert len(first) <= 1  # none if another test has compiled for this width before
     c, d = (chain_tree(seed, [9, 37, 37, 2]) for seed in (0, 1))
     with count_compilations() as second:
         rebasin.weight_matching(chain_spec(2), c, d, key=KEY)
@@ -410,7 +421,8 @@ def test_options_are_a_value():
     method = WeightMatching(restarts=3, leaf_weights={"Dense_0/bias": 2.0})
     assert method == WeightMatching(restarts=3, leaf_weights=(("Dense_0/bias", 2.0),))
     assert len({method, WeightMatching(restarts=3, leaf_weights={"Dense_0/bias": 2.0})}) == 1
-    assert "restarts=3" in repr(method)
+    assert repr(method) == "WeightMatching(restarts=3, leaf_weights=(('Dense_0/bias', 2.0),))"
+    assert repr(WeightMatching(predicate=is_weight)) == "WeightMatching()"
     spec, a, b = chain_spec(2), chain_tree(0, [6, 20, 20, 3]), chain_tree(1, [6, 20, 20, 3])
     by_function = rebasin.weight_matching(spec, a, b, key=KEY, restarts=3, leaf_weights={"Dense_0/bias": 2.0})
     assert method.match(spec, a, b, key=KEY) == by_function
@@ -423,3 +435,15 @@ def test_options_are_a_value():
     ]
     with pytest.raises(ConfigError, match=r"the method 'weights' needs key:\n  key: missing"):
         method.match(spec, a, b)
+
+
+@pytest.mark.parametrize("exponent", [-100, -66, -40, 40, 66, 120])
+def test_the_scale_of_the_networks_does_not_matter(exponent):
+    """Products of weights of 1e-20 underflow in float32, and those of 1e20 overflow."""
+    spec, widths = chain_spec(2), [6, 20, 16, 3]
+    a, b = chain_tree(0, widths), chain_tree(1, widths)
+    plain = rebasin.weight_matching(spec, a, b, key=KEY, restarts=3)
+    scaled = (jax.tree.map(lambda x: np.ldexp(np.asarray(x), exponent), tree) for tree in (a, b))
+    match = rebasin.weight_matching(spec, *scaled, key=KEY, restarts=3)
+    chex.assert_trees_all_equal(match.permutation, plain.permutation)
+    np.testing.assert_allclose(match.objective, np.ldexp(plain.objective, 2 * exponent), rtol=1e-12)

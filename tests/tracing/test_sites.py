@@ -388,6 +388,7 @@ SPECIMENS = [
     "group_norm",
     "lstm",
     "fused_projections_split",
+    "fused_projections_head_by_head",
     "scan_over_transformer_blocks",
     "vmap_remat_cond_and_custom_derivatives",
     "recurrent_while_loop",

@@ -1,6 +1,8 @@
 """Errors of trajectories whose files are missing, damaged, or of another run."""
 
+import dataclasses
 import json
+import shutil
 
 import chex
 import numpy as np
@@ -128,3 +130,31 @@ def test_stored_trees_must_fit_run_json(copied):
         "  variables/params/Dense_9/bias: nothing stored, float32[10] wanted",
         "  variables/params/Dense_3/bias: float32[10] stored, nothing wanted",
     ]
+
+
+def test_epochs_that_changed_places_are_refused(copied):
+    (copied / "1").rename(copied / "elsewhere")
+    (copied / "2").rename(copied / "1")
+    (copied / "elsewhere").rename(copied / "2")
+    trajectory = Trajectory(copied)
+    for epoch, other in ((1, 2), (2, 1)):
+        with pytest.raises(TrajectoryError) as info:
+            trajectory[epoch]
+        folder = copied / str(epoch)
+        assert str(info.value) == (
+            f"the checkpoint in {folder} was saved for epoch {other}; folders of epochs must not be moved or "
+            "copied between runs"
+        )
+    trajectory[3]
+
+
+def test_an_epoch_of_another_run_is_refused(copied, finished, tmp_path):
+    recipe = dataclasses.replace(finished.recipe, epochs=2)
+    for other in (
+        train(finished.recipe, load_dataset("digits"), seed=1, directory=tmp_path / "seed"),
+        train(recipe, load_dataset("digits"), seed=0, directory=tmp_path / "recipe"),
+    ):
+        shutil.rmtree(copied / "2")
+        shutil.copytree(other.directory / "2", copied / "2")
+        with pytest.raises(TrajectoryError, match=r"was saved for another run; folders of epochs must not"):
+            Trajectory(copied)[2]

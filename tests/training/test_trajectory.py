@@ -275,3 +275,35 @@ def test_an_unfinished_run_needs_resume(copied, unfinished):
         "with it, or choose another folder"
     )
     assert contents(copied) == before
+
+
+@pytest.mark.parametrize("name", ["../up", "a/../b", "x*y", "a#b c", "ünï 文件", "a{b}c", "$HOME"])
+def test_networks_in_folders_with_odd_names_are_read_again(name, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    trajectory = train(RECIPE, DIGITS, seed=0, directory=name)
+    assert trajectory.directory == (tmp_path / "here" / name).resolve()
+    for epoch in trajectory.epochs:
+        chex.assert_trees_all_equal(Trajectory(name)[epoch], trajectory[epoch])
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [("[red]x", "'[' and ']'"), ("a**b", "'**'"), ("gs:/x", "'gs:'"), ("a\\b", r"'\\'")],
+)
+def test_folders_whose_networks_could_not_be_read_again_are_refused(name, found, tmp_path):
+    with pytest.raises(TrajectoryError) as info:
+        train(RECIPE, DIGITS, seed=0, directory=tmp_path / name)
+    assert str(info.value) == (
+        f"{tmp_path / name}: checkpoints below a folder with {found} in its path cannot be read again; "
+        "choose another folder"
+    )
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(TrajectoryError, match="the folder of a run has an empty name"):
+        train(RECIPE, DIGITS, seed=0, directory="")
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    train(RECIPE, DIGITS, seed=0, directory="~/run")
+    assert Trajectory(tmp_path / "run").complete

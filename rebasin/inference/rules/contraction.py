@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from rebasin.inference.axes import Node, factor, pin, pinned, product, unite
 from rebasin.inference.rule import Equation, register_rule
+from rebasin.inference.traits import contract
 from rebasin.inference.values import Dims, Value
 
 
@@ -16,8 +17,26 @@ def dot_general(equation: Equation, x: Value, y: Value, *_: Dims) -> Sequence[Di
     free_x = [i for i in range(len(x)) if i not in (*contract_x, *batch_x)]
     free_y = [j for j in range(len(y)) if j not in (*contract_y, *batch_y)]
     dims = [*(x[i] for i in (*batch_x, *free_x)), *(y[j] for j in free_y)]
-    tie_free = [*(x[i] for i in free_x if x.is_tie_free(i)), *(y[j] for j in free_y if y.is_tie_free(j))]
-    return [Value(dims, tie_free=tie_free)]
+    traits, x_stays, y_stays = contract(x, y, contract_x, contract_y)
+    tie_free = [x[i] for i in free_x if x_stays and x.is_tie_free(i)]
+    tie_free += [y[j] for j in free_y if y_stays and y.is_tie_free(j)]
+    return [Value(dims, tie_free=tie_free, traits=traits)]
+
+
+@register_rule("scaled_dot", "scaled_matmul", "scaled_matmul_wrapper", effect="contracts")
+def scaled_product(equation: Equation, x: Value, y: Value, x_scale: Dims, y_scale: Dims) -> Sequence[Dims]:
+    """Tie the axes of a product of ``x · x_scale`` and ``y · y_scale``, each scale being that of a block.
+
+    Along a contracted axis a block is a run of neighbours, so the axis is (blocks, positions in a block).
+    """
+    matmul = (((2,), (2,)), ((0,), (0,)))
+    numbers = equation.params.get("dimension_numbers", matmul)
+    incompatible = equation.because("operands with incompatible factors")
+    for dims, scale in ((x, x_scale), (y, y_scale)):
+        for node, block in zip(dims, scale, strict=True):
+            blocks, _ = factor(node, [block.size, node.size // block.size], incompatible)
+            unite(blocks, block, incompatible)
+    return dot_general(equation._replace(params={"dimension_numbers": numbers}), x, y)
 
 
 @register_rule("conv_general_dilated", effect="contracts")
@@ -57,8 +76,9 @@ def convolution(equation: Equation, x: Value, kernel: Value) -> Sequence[Dims]:
     out[out_channels] = product([k_group, k_inner])
     for axis, node, pointwise in zip(out_space, x_space, untouched, strict=True):
         out[axis] = node if pointwise else pinned(shape[axis], why)
-    k_axis = numbers.rhs_spec[0]
-    return [Value(out, tie_free=[out[out_channels]] if groups == 1 and kernel.is_tie_free(k_axis) else ())]
+    traits, _, kernel_stays = contract(x, kernel, numbers.lhs_spec[1:2], numbers.rhs_spec[1:])
+    is_tie_free = groups == 1 and kernel_stays and kernel.is_tie_free(numbers.rhs_spec[0])
+    return [Value(out, tie_free=[out[out_channels]] if is_tie_free else (), traits=traits)]
 
 
 def _is_pointwise(equation: Equation, i: int, window: int) -> bool:

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 
 from rebasin.inference.axes import Node, pin, pinned, unite
 from rebasin.inference.rule import Equation, reads_abstract_values, register_rule
+from rebasin.inference.traits import combine
 from rebasin.inference.values import NEVER, AbstractValue, Dims, Never, Number, Positions, Value
 
 # fmt: off
@@ -28,14 +29,6 @@ _MANY = [
     "or", "polygamma", "pow", "regularized_incomplete_beta", "rem", "select_n", "shift_left",
     "shift_right_arithmetic", "shift_right_logical", "sub", "xor", "zeta",
 ]
-
-# Operations under which different numbers stay different, unless weights happen to be equal: no rounding,
-# clipping or comparing. (A sum whose terms cancel everywhere, such as x − x, is not recognised.)
-_ANALYTIC = frozenset([
-    "acos", "acosh", "add", "add_any", "asin", "asinh", "atan", "atanh", "cbrt", "copy", "cos", "cosh", "div",
-    "erf", "erfc", "exp", "exp2", "expm1", "integer_pow", "log", "log1p", "logistic", "mul", "name", "neg",
-    "pow", "rsqrt", "sin", "sinh", "sqrt", "square", "stop_gradient", "sub", "tan", "tanh",
-])
 # fmt: on
 
 
@@ -50,25 +43,15 @@ def elementwise(equation: Equation, *inputs: Value) -> Sequence[Dims]:
     """
     (shape,) = equation.shapes
     assert all(len(x) in (0, len(shape)) for x in inputs), f"{equation.where}: not elementwise"
+    traits, tie_free = combine(equation.primitive, equation.params, inputs)
     abstract = _abstract_value(equation, inputs)
-    dims, tie_free = [], []
+    dims = []
     for axis, size in enumerate(shape):
         tied = [x for x in inputs if len(x) == len(shape) and x[axis].size == size]
         for x in tied[1:]:
             unite(tied[0][axis], x[axis], equation.because("operands with incompatible factors"))
         dims.append(tied[0][axis] if tied else Node(size))
-        varying = [x.is_tie_free(axis) for x in tied if x[axis] not in x.constant]
-        if varying and all(varying):
-            tie_free.append(dims[-1])
-    return [Value(dims, abstract=abstract, tie_free=tie_free if _is_analytic(equation) else ())]
-
-
-def _is_analytic(equation: Equation) -> bool:
-    """Tell whether different numbers stay different; a conversion to few digits makes ties likely."""
-    if equation.primitive == "convert_element_type":
-        kind = equation.params["new_dtype"]
-        return jnp.issubdtype(kind, jnp.floating) and jnp.finfo(kind).bits >= 32
-    return equation.primitive in _ANALYTIC
+    return [Value(dims, abstract=abstract, tie_free=[dims[axis] for axis in tie_free], traits=traits)]
 
 
 def _abstract_value(equation: Equation, inputs: Sequence[Value]) -> AbstractValue:
@@ -85,6 +68,8 @@ def _abstract_value(equation: Equation, inputs: Sequence[Value]) -> AbstractValu
         # cases see through that.
         case "lt", [Positions(_, beyond=False), Number(value)] if value <= 0:
             return NEVER
+        case "add", [Positions() as known, Number(value)] if value == 0:  # `jnp.eye` adds its offset
+            return known
         case "add", [Positions(axis), Number()]:
             return Positions(axis, beyond=True)
         case "select_n", [Never(), known, _]:

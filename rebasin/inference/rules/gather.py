@@ -1,9 +1,14 @@
 """Primitives that read or write positions given by an array of indices."""
 
+import math
 from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
 
 from rebasin.inference.axes import Node, pin, pinned, unite
 from rebasin.inference.rule import Equation, reads_abstract_values, register_rule
+from rebasin.inference.rules.ranges import take_positions, take_range
 from rebasin.inference.values import AbstractValue, Components, Dims, Positions, Value
 
 
@@ -13,7 +18,8 @@ def gather(equation: Equation, x: Value, indices: Value) -> Sequence[Dims]:
     """Pin the axes that ``out[b, w] = x[indices[b] + w]`` looks up, unless the indices name their positions.
 
     Where an index is known to be a position along some axis, that axis is united with the one looked up: what
-    is found is the same however the two are permuted, as long as they are permuted alike.
+    is found is the same however the two are permuted, as long as they are permuted alike. Static indices cut
+    the axis into the segments that they read.
 
     The window w spans ``slice_sizes``. An axis whose window is the whole axis passes through, as its only
     index is 0 (any other index puts the whole window out of bounds, whatever the order of the positions). The
@@ -22,12 +28,16 @@ def gather(equation: Equation, x: Value, indices: Value) -> Sequence[Dims]:
     """
     numbers = equation.params["dimension_numbers"]
     (shape,) = equation.shapes
+    sizes = equation.params["slice_sizes"]
     why = equation.because("positions are looked up by index")
+    if not numbers.operand_batching_dims:
+        places = _static_places([node.size for node in x], sizes, indices.static, numbers.start_index_map)
+        if places is not None:
+            return [_gather_static(equation, x, places, why)]
     for axis, i in zip(numbers.operand_batching_dims, numbers.start_indices_batching_dims, strict=True):
         unite(x[axis], indices[i], equation.because("operands with incompatible factors"))
     pin(indices[-1], equation.because("the components of an index"))
     x.pin_named(equation.because("positions along it are looked up"))
-    sizes = equation.params["slice_sizes"]
     named = _tie_named(
         equation, x, indices, numbers.start_index_map, {i for i, size in enumerate(sizes) if size == 1}
     )
@@ -42,6 +52,80 @@ def gather(equation: Equation, x: Value, indices: Value) -> Sequence[Dims]:
             windows.append(node if whole else pinned(size, why))
     window, index = iter(windows), iter(indices[:-1])
     return [tuple(next(window) if o in numbers.offset_dims else next(index) for o in range(len(shape)))]
+
+
+class _Place(NamedTuple):
+    """Where a gather or a scatter reads or writes one axis, if its indices are static.
+
+    Attributes:
+      start: the first position of the window, if it is the same for all indices.
+      batch: the axis of the indices along which the position varies, otherwise.
+      positions: the position for each index along that axis.
+    """
+
+    start: int = 0
+    batch: int | None = None
+    positions: tuple[int, ...] = ()
+
+
+def _static_places(
+    sizes: Sequence[int], window: Sequence[int], indices: np.ndarray | None, components: Sequence[int]
+) -> list[_Place] | None:
+    """Return where each axis is read or written, one axis independently of the others.
+
+    Args:
+      sizes: sizes of the axes that are read or written.
+      window: how many positions along each axis belong to one index.
+      indices: the static indices, if they are; their last axis holds the components of an index.
+      components: the axis that each component indexes.
+
+    Returns:
+      A place for each axis. `None` if the indices are not static, or if some are out of bounds; if a window
+      of several positions is at another place for each index; or if the axes do not vary independently.
+    """
+    if indices is None:
+        return None
+    places = [_Place()] * len(sizes)
+    for axis, column in zip(components, np.moveaxis(indices, -1, 0), strict=True):
+        if column.size == 0 or column.min() < 0 or column.max() > sizes[axis] - window[axis]:
+            return None
+        varying = [b for b in range(column.ndim) if (column != column.take([0], axis=b)).any()]
+        if not varying:
+            places[axis] = _Place(start=int(column.flat[0]))
+        elif len(varying) == 1 and window[axis] == 1:
+            along = column[tuple(slice(None) if b in varying else 0 for b in range(column.ndim))]
+            places[axis] = _Place(batch=varying[0], positions=tuple(along.tolist()))
+        else:
+            return None
+    batches = [place.batch for place in places if place.batch is not None]
+    return places if len(batches) == len(set(batches)) else None
+
+
+def _gather_static(equation: Equation, x: Value, places: Sequence[_Place], why: str) -> Value:
+    """Return the value of a gather at static places; it is constant along the other axes of the indices."""
+    numbers, sizes = equation.params["dimension_numbers"], equation.params["slice_sizes"]
+    (shape,) = equation.shapes
+    x.pin_named(equation.because("positions along it are looked up"))
+    windows, by_batch = [], {}
+    for axis, (node, size, place) in enumerate(zip(x, sizes, places, strict=True)):
+        if place.batch is None:
+            window = take_range(node, place.start, size, why)
+        else:
+            window, by_batch[place.batch] = Node(1), take_positions(node, place.positions, why)
+        if axis not in numbers.collapsed_slice_dims:
+            windows.append(window)
+    dims, fresh = [], []
+    window, batch = iter(windows), iter(range(len(shape)))
+    for o, size in enumerate(shape):
+        if o in numbers.offset_dims:
+            dims.append(next(window))
+            continue
+        node = by_batch.get(next(batch))
+        if node is None:
+            node = Node(size)
+            fresh.append(node)
+        dims.append(node)
+    return Value(dims, constant=fresh)
 
 
 def _tie_named(
@@ -81,14 +165,17 @@ def scatter(equation: Equation, x: Value, indices: Value, updates: Value, *_: Di
     """Tie the axes of ``out = x``, then ``out[indices[b] + w] ∘= updates[b, w]`` for every b.
 
     This is the counterpart of `gather`. A window axis that is written whole moves with its updates; an axis
-    that is written in part is pinned. Updates move with the indices that place them, in any order if ∘
-    commutes. Overwriting keeps the last update, so the order counts there unless all indices differ.
+    that is written in part is pinned, unless static indices cut it into segments. Updates move with the
+    indices that place them, in any order if ∘ commutes. Overwriting keeps the last update, so the order
+    counts there unless all indices differ.
     """
     numbers = equation.params["dimension_numbers"]
     incompatible = equation.because("operands with incompatible factors")
     why = equation.because("positions are written by index")
     skipped = (*numbers.inserted_window_dims, *numbers.operand_batching_dims)
     windows = [axis for axis in range(len(x)) if axis not in skipped]
+    if not numbers.operand_batching_dims and _scatter_static(equation, x, indices, updates, windows):
+        return [tuple(x)]
     for axis, u in zip(windows, numbers.update_window_dims, strict=True):
         _tie_window(x[axis], updates[u], why, incompatible)
     for value in (x, updates):
@@ -108,7 +195,48 @@ def scatter(equation: Equation, x: Value, indices: Value, updates: Value, *_: Di
         for i, node in enumerate(indices[:-1]):
             if i not in numbers.scatter_indices_batching_dims:
                 pin(node, equation.because("later updates overwrite earlier ones"))
-    return [x]
+    return [tuple(x)]
+
+
+def _scatter_static(
+    equation: Equation, x: Value, indices: Value, updates: Value, windows: Sequence[int]
+) -> bool:
+    """Tie updates to the parts of x that they are written to.
+
+    Args:
+      equation: the scatter.
+      x: the array that is written.
+      indices: the places.
+      updates: what is written.
+      windows: the axes of x that the windows of the updates span, in their order.
+
+    Returns:
+      Whether this was done. It is not if the places are not static, or if some are written more than once.
+    """
+    numbers = equation.params["dimension_numbers"]
+    update_of = {a: updates[u] for a, u in zip(windows, numbers.update_window_dims, strict=True)}
+    sizes, window = [node.size for node in x], [1] * len(x)
+    for axis, node in update_of.items():
+        window[axis] = node.size
+    places = _static_places(sizes, window, indices.static, numbers.scatter_dims_to_operand_dims)
+    if places is None:
+        return False
+    placed = [node for u, node in enumerate(updates) if u not in numbers.update_window_dims]
+    batches = [place.batch for place in places if place.batch is not None]
+    is_distinct = all(len(set(place.positions)) == len(place.positions) for place in places)
+    if not is_distinct or math.prod(placed[b].size for b in batches) != math.prod(n.size for n in placed):
+        return False
+    why = equation.because("positions are written by index")
+    for value in (x, updates):
+        value.pin_named(equation.because("positions along it are written"))
+    for axis, (node, place) in enumerate(zip(x, places, strict=True)):
+        if place.batch is not None:
+            written, update = take_positions(node, place.positions, why), placed[place.batch]
+        else:
+            written, update = take_range(node, place.start, window[axis], why), update_of.get(axis)
+        if update is not None:
+            unite(written, update, equation.because("operands with incompatible factors"))
+    return True
 
 
 def _tie_window(node: Node, update: Node, why: str, incompatible: str) -> None:

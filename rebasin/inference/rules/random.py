@@ -6,14 +6,14 @@ from rebasin.inference.axes import Node, pin, pinned, unite
 from rebasin.inference.rule import Equation, register_rule
 from rebasin.inference.values import Dims
 
-_DIFFER = "random numbers differ by position; use the model's deterministic mode"
+DIFFER = "random numbers differ by position; use the model's deterministic mode"
 
 
 @register_rule("random_bits", "random_split")
 def draw(equation: Equation, keys: Dims) -> Sequence[Dims]:
     """Pin the positions i of ``out[k, i] = f(keys[k], i)``; keys may move, and their draws with them."""
     (shape,) = equation.shapes
-    why = equation.because(_DIFFER)
+    why = equation.because(DIFFER)
     return [(*keys, *(pinned(size, why, position_dependent=False) for size in shape[len(keys) :]))]
 
 
@@ -43,10 +43,11 @@ def unwrap(equation: Equation, keys: Dims) -> Sequence[Dims]:
     return [(*keys, *(pinned(size, why) for size in shape[len(keys) :]))]
 
 
-@register_rule("threefry2x32", "philox2x32", "philox4x32", "rng_bit_generator", "rng_uniform", "random_gamma")
+@register_rule("threefry2x32", "threefry4x32", "philox2x32", "philox4x32", "iota_2x32_shape")
+@register_rule("rng_bit_generator", "rng_uniform", "random_gamma")
 def generate(equation: Equation, *inputs: Dims) -> Sequence[Dims]:
     """Pin all axes: the numbers depend on the key's words and on the position."""
-    why = equation.because(_DIFFER)
+    why = equation.because(DIFFER)
     for dims in inputs:
         for node in dims:
             pin(node, why)

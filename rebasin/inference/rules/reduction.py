@@ -1,9 +1,12 @@
 """Primitives that summarise positions along axes or in windows."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from rebasin.inference.axes import Node, pin, pinned, unite
+from rebasin.inference.programs import open_program
 from rebasin.inference.rule import Equation, reads_abstract_values, register_rule
+from rebasin.inference.traits import reduced
 from rebasin.inference.values import Dims, Positions, Value
 
 
@@ -14,7 +17,39 @@ from rebasin.inference.values import Dims, Positions, Value
 def reduce(equation: Equation, x: Value) -> Sequence[Dims]:
     """Drop the reduced axes, which stay free: the reduction does not depend on the order of positions."""
     kept = [i for i in range(len(x)) if i not in equation.params["axes"]]
-    return [Value((x[i] for i in kept), tie_free=(x[i] for i in kept if x.is_tie_free(i)))]
+    tie_free = [x[i] for i in kept if x.is_tie_free(i)]
+    return [Value((x[i] for i in kept), tie_free=tie_free, traits=reduced(equation.primitive, x.traits))]
+
+
+_COMMUTATIVE = frozenset(["add", "mul", "max", "min", "and", "or", "xor"])
+
+
+@register_rule("reduce", effect="reduces")
+def reduce_by_program(equation: Equation, *inputs: Dims) -> Sequence[Dims]:
+    """Unite the operands, and drop the reduced axes; they are pinned unless the reducer has no order.
+
+    The operands come first, then as many initial values. A reducer is taken to have no order if it combines
+    each operand with itself, by one commutative operation.
+    """
+    axes = equation.params["dimensions"]
+    operands = inputs[: len(inputs) // 2]
+    for x in operands[1:]:
+        for first, node in zip(operands[0], x, strict=True):
+            unite(first, node, equation.because("operands with incompatible factors"))
+    if not _is_commutative(equation.params["jaxpr"], len(operands)):
+        for axis in axes:
+            pin(operands[0][axis], equation.because("the reducer may depend on the order of positions"))
+    return [tuple(node for i, node in enumerate(x) if i not in axes) for x in operands]
+
+
+def _is_commutative(reducer: Any, count: int) -> bool:
+    """Tell whether a reducer of `count` values is, for each of them, ``acc ∘ value`` with a commutative ∘."""
+    jaxpr, _ = open_program(reducer)
+    made = {eqn.outvars[0]: eqn for eqn in jaxpr.eqns if eqn.primitive.name in _COMMUTATIVE}
+    pairs = zip(jaxpr.outvars, jaxpr.invars[:count], jaxpr.invars[count:], strict=True)
+    return len(made) == len(jaxpr.eqns) == count and all(
+        out in made and {*made[out].invars} == {acc, value} for out, acc, value in pairs
+    )
 
 
 # Of equal numbers the first is chosen, so another order of the positions would choose another one.
@@ -80,7 +115,7 @@ def top_k(equation: Equation, x: Value) -> Sequence[Dims]:
 
 @register_rule(
     *("reduce_window_sum", "reduce_window_max", "reduce_window_min", "reduce_window"),
-    *("select_and_gather_add", "select_and_scatter_add"),
+    *("select_and_gather_add", "select_and_scatter", "select_and_scatter_add"),
     effect="pools",
 )
 def windows(equation: Equation, *inputs: Dims) -> Sequence[Dims]:

@@ -3,13 +3,14 @@
 import math
 from collections.abc import Iterator, Sequence
 
-from rebasin.inference.axes import Node, concatenate, factor, pin, pinned, product, split, unite
+from rebasin.inference.axes import Node, concatenate, pin, pinned, product, split, unite
 from rebasin.inference.rule import (
     Equation,
     keeps_deferred_reshapes,
     reads_abstract_values,
     register_rule,
 )
+from rebasin.inference.rules.ranges import every_nth, take_range
 from rebasin.inference.values import Components, DeferredReshape, Dims, Positions, Value
 
 
@@ -21,12 +22,11 @@ def broadcast_in_dim(equation: Equation, x: Value, *_: Dims) -> Sequence[Dims]:
     The output is also constant along an axis of size 1 that is repeated.
     """
     (shape,) = equation.shapes
-    fresh = [Node(size) for size in shape]
-    dims = list(fresh)
+    dims = [Node(size) for size in shape]
     for node, d in zip(x, equation.params["broadcast_dimensions"], strict=True):
         if node.size == shape[d]:
             dims[d] = node
-    return [x.moved(dims, constant=set(fresh) & set(dims))]
+    return [x.moved(dims)]
 
 
 @register_rule("transpose", effect="moves")
@@ -72,6 +72,10 @@ def reshape(equation: Equation, x: Value, *_: Dims) -> Sequence[Dims]:
     dims: list[Node] = [Node(1)] * len(shape)
     deferred = []
     for ins, outs in _matching_runs([node.size for node in x], shape):
+        if all(x.is_constant(i) for i in ins):
+            for o in outs:
+                dims[o] = Node(shape[o])
+            continue
         whole = product([x[i] for i in ins])
         if len(outs) == 1:
             dims[outs[0]] = whole
@@ -135,7 +139,7 @@ def stack(equation: Equation, *inputs: Dims) -> Sequence[Dims]:
 def unstack(equation: Equation, x: Value) -> Sequence[Dims]:
     """Pin the axis of ``out_j[…] = x[…, j, …]``, every position of which becomes an output of its own.
 
-    The first axis of a deferred reshape is cut into segments instead.
+    An axis of a deferred reshape is cut into segments instead.
     """
     axis = equation.params["axis"]
     cut = _cut_deferred(x, axis, [1] * x[axis].size)
@@ -164,7 +168,7 @@ def split_rule(equation: Equation, x: Value) -> Sequence[Dims]:
 
 
 def _cut_deferred(x: Value, axis: int, sizes: Sequence[int]) -> list[Value] | None:
-    """Cut the first axis of a deferred reshape into segments whose reshape is deferred still.
+    """Cut an axis of a deferred reshape into segments whose reshape is deferred still.
 
     Args:
       x: the value to cut.
@@ -172,17 +176,24 @@ def _cut_deferred(x: Value, axis: int, sizes: Sequence[int]) -> list[Value] | No
       sizes: sizes of the segments.
 
     Returns:
-      A value for each segment. `None` if the axis is not the first of a deferred reshape; then all reshapes
-      of the value have been resolved.
+      A value for each segment. `None` if the axis is not of a deferred reshape; then all reshapes of the
+      value have been resolved.
     """
-    first = [d for d in x.deferred if not d.is_resolved and d.parts[0] is x[axis]]
-    if not first:
+    found = [
+        (d, place)
+        for d in x.deferred
+        if not d.is_resolved
+        for place, part in enumerate(d.parts)
+        if part is x[axis]
+    ]
+    if not found:
         x.resolve_reshapes()
         return None
-    others = [d for d in x.deferred if d is not first[0]]
+    ((reshape, place),) = found
+    others = [d for d in x.deferred if d is not reshape]
     values = []
-    for piece in first[0].cut(sizes):
-        new = dict(zip(first[0].parts, piece.parts, strict=True))
+    for piece in reshape.cut(place, sizes):
+        new = dict(zip(reshape.parts[place:], piece.parts, strict=True))
         dims = (new.get(node, node) for node in x)
         values.append(Value(dims, abstract=x.abstract, deferred=[*others, piece]))
     return values
@@ -192,7 +203,7 @@ def _cut_deferred(x: Value, axis: int, sizes: Sequence[int]) -> list[Value] | No
 @reads_abstract_values
 @keeps_deferred_reshapes
 def slice_rule(equation: Equation, x: Value) -> Sequence[Dims]:
-    """Cut a contiguous range out of its axis as a segment; `_every_nth` handles a range with gaps."""
+    """Cut a contiguous range out of its axis as a segment; `every_nth` handles a range with gaps."""
     if isinstance(x.abstract, Components):
         x.pin_named(equation.because("a part of an index"))
         x = Value(x, deferred=x.deferred)
@@ -214,23 +225,9 @@ def slice_rule(equation: Equation, x: Value) -> Sequence[Dims]:
             sizes = [starts[i], limits[i] - starts[i], node.size - limits[i]]
             dims.append(split(node, sizes, equation.because("the range cuts through factors"))[1])
         else:
-            dims.append(_every_nth(equation, node, shape[i], strides[i]))
+            why = equation.because(f"one position in {strides[i]}")
+            dims.append(every_nth(node, shape[i], strides[i], why))
     return [x.moved(dims)]
-
-
-def _every_nth(equation: Equation, node: Node, count: int, stride: int) -> Node:
-    """Read the axis of ``out[i] = x[stride · i + start]`` as ``[count, stride]`` if whole strides cover it.
-
-    Then the place within a stride stays put and strides move as one, as interleaved pairs do; every start
-    below the stride gives the same `count`. If whole strides do not cover the axis, it is pinned.
-    """
-    why = equation.because(f"one position in {stride}")
-    if count * stride != node.size:
-        pin(node, why, position_dependent=False)
-        return pinned(count, why, position_dependent=False)
-    strides, place = factor(node, [count, stride], why)
-    pin(place, why, position_dependent=False)
-    return strides
 
 
 @register_rule("pad", effect="moves")
@@ -261,24 +258,35 @@ def iota(equation: Equation, *_: Dims) -> Sequence[Dims]:
     """Make a count along one axis: its entries name the positions of that axis, whatever their order."""
     (shape,) = equation.shapes
     nodes = [Node(size) for size in shape]
-    # Axes are called constant where a value says nothing about their permutation. That holds for the axis of
-    # the count too: it has to follow whatever permutation the axis gets.
-    return [Value(nodes, constant=nodes, abstract=Positions(nodes[equation.params["dimension"]]))]
+    return [Value(nodes, abstract=Positions(nodes[equation.params["dimension"]]))]
 
 
-@register_rule("dynamic_slice", "dynamic_update_slice", effect="moves")
-def dynamic_slice(equation: Equation, x: Dims, *rest: Dims) -> Sequence[Dims]:
-    """Pass on an axis that is taken or written whole; pin one whose range starts at a computed position."""
+@register_rule("dynamic_slice", effect="moves")
+def dynamic_slice(equation: Equation, x: Value, *starts: Value) -> Sequence[Dims]:
+    """Pass on an axis that is taken whole, and cut a segment out of it if its start is static.
+
+    An axis whose range starts at a computed position is pinned.
+    """
     (shape,) = equation.shapes
-    update = rest[0] if equation.primitive == "dynamic_update_slice" else tuple(Node(size) for size in shape)
-    dims = []
-    for node, part, size in zip(x, update, shape, strict=True):
-        if node.size == part.size:
-            unite(node, part, equation.because("operands with incompatible factors"))
-            dims.append(node)
-        else:
-            why = equation.because("a range whose start depends on the data")
-            pin(node, why)
-            pin(part, why)
-            dims.append(pinned(size, why))
-    return [tuple(dims)]
+    return [tuple(_range(equation, *axis) for axis in zip(x, starts, shape, strict=True))]
+
+
+@register_rule("dynamic_update_slice", effect="moves")
+def dynamic_update_slice(equation: Equation, x: Value, update: Value, *starts: Value) -> Sequence[Dims]:
+    """Tie each axis of the update to the part of x that it overwrites, cut out as by `dynamic_slice`."""
+    for node, start, part in zip(x, starts, update, strict=True):
+        written = _range(equation, node, start, part.size)
+        unite(written, part, equation.because("operands with incompatible factors"))
+    return [tuple(x)]
+
+
+def _range(equation: Equation, node: Node, start: Value, size: int) -> Node:
+    """Return the axis of a range of `size` positions from `start`, which is clamped so that it fits."""
+    if size == node.size:
+        return node
+    if start.static is None:
+        why = equation.because("a range whose start depends on the data")
+        pin(node, why)
+        return pinned(size, why)
+    first = min(max(int(start.static), 0), node.size - size)
+    return take_range(node, first, size, equation.because("the range cuts through factors"))
