@@ -382,7 +382,16 @@ def _size(parts: Sequence[Node]) -> int:
 
 def reasons(node: Node) -> list[str]:
     """Return why an axis, or parts of it, stay put; nothing for an axis of one position."""
-    found = (f.reason or (_SINGLE_POSITION if f.size == 1 < node.size else None) for f in factors(node))
+
+    def whole_parts(root: Node) -> Iterator[Node]:
+        for part in root._parts:
+            yield from whole_parts(part.root)
+        if not root._parts:
+            yield root
+
+    found = (
+        p.reason or (_SINGLE_POSITION if p.size == 1 < node.size else None) for p in whole_parts(node.root)
+    )
     return [reason for reason in dict.fromkeys(found) if reason is not None]
 
 

@@ -108,7 +108,14 @@ def _candidates(equations: Equations, groups: set[Node]) -> dict[Node, dict[Node
 
 
 def _may_be_outer(node: Node) -> bool:
-    return node.size > 1 and not node.is_position_dependent
+    """Tell whether the positions of an axis are kept apart wherever it occurs.
+
+    Single positions are not united with each other, as they cannot move. So an axis with a segment of one
+    position may have met itself in another order, unnoticed.
+    """
+    parts = _all_nodes([node])
+    has_single = any(part.form == "sum" and any(p.size == 1 for p in part.parts) for part in parts)
+    return node.size > 1 and not has_single and not any(part.is_position_dependent for part in parts)
 
 
 def _blocks(value: Value, cache: dict[tuple[Node, ...], list[_Counter] | None]) -> list[_Counter] | None:
