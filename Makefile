@@ -5,8 +5,10 @@ WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
+# The packages of public models have an environment of their own, since their exact versions may not fit the tests'.
+PUBLIC_VENV := .venv-public-models
 
-.PHONY: help demo bench test test-slow zoo-table primitive-table check format clean
+.PHONY: help demo bench test test-slow zoo-table primitive-table public-models check format clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -30,6 +32,9 @@ zoo-table: $(STAMP)  ## verify the spec of every architecture of the zoo and wri
 primitive-table: $(STAMP)  ## write the table of docs/primitives.md, of every primitive of JAX and its rule
 	PYTHONPATH=tests/inference $(BIN)/python tests/inference/primitive_table.py
 
+public-models: $(PUBLIC_VENV)/installed  ## infer and verify the specs of public models, write their table there too
+	$(PUBLIC_VENV)/bin/python -W ignore -m benchmarks.public_models
+
 check: $(STAMP)  ## lint, format and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -40,7 +45,7 @@ format: $(STAMP)  ## rewrite the code in the project's format
 	$(BIN)/ruff format
 
 clean:  ## remove the environment and caches
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PUBLIC_VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 
 # The stamp is written last, so that an interrupted install is done again.
 $(STAMP): setup.py
@@ -48,3 +53,8 @@ $(STAMP): setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
 	@touch $(STAMP)
+
+$(PUBLIC_VENV)/installed: setup.py
+	$(PYTHON) -m venv $(PUBLIC_VENV)
+	$(PUBLIC_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[public-models]'
+	@touch $@

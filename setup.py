@@ -39,6 +39,24 @@ TEST = [
     "ruff==0.17.5",
 ]
 
+# What benchmarks/public_models.py builds its models from. Exact versions, since its table is in the docs.
+# transformers 5 has no Flax models, diffusers announced their removal, and equimo 2 needs another Python.
+PUBLIC_MODELS = [
+    "absl-py>=2.1",
+    "diffusers==0.35.2",
+    "dm-haiku==0.0.17",
+    "equimo==1.1.0",
+    "equinox==0.13.8",
+    "flax==0.12.8",
+    "flaxmodels==0.1.3",
+    "flowjax==19.1.2",
+    "jax==0.10.2",
+    "jraph==0.0.6.dev0",
+    "pdequinox==0.1.2",
+    "recurrentgemma==1.0.1",
+    "transformers==4.57.6",
+]
+
 setup(
     name="rebasin-jax",
     version=VERSION,
@@ -54,6 +72,7 @@ setup(
     install_requires=["jax>=0.10", "numpy>=2.0", "scipy>=1.13"],
     extras_require={
         "experiments": [*EXPERIMENTS, *SINKHORN],
+        "public-models": PUBLIC_MODELS,
         "sinkhorn": SINKHORN,
         "test": [*EXPERIMENTS, *SINKHORN, *TEST],
     },

@@ -13,6 +13,8 @@ see its flags.
   throughput         training and sweeps in images per second, next to PyTorch
   memory             memory of matching and of passes over data
   inference_time     seconds that inferring a spec takes
+  public_models      what inference finds on public models of transformers, diffusers and other packages
+                     (`make public-models`); public_zoo builds them
   house              size of the code, and how much of it one call enters
 
 What they share:

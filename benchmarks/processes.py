@@ -7,6 +7,7 @@ import pkgutil
 import subprocess
 import sys
 import tempfile
+import threading
 from types import TracebackType
 from typing import Any, Self
 
@@ -73,6 +74,10 @@ class Worker:
             self._errors.seek(0)
             raise RuntimeError(f"{function} failed:\n{self._errors.read().decode()}") from None
 
+    def kill(self) -> None:
+        """Kill the process, so that a call in progress fails."""
+        self._process.kill()
+
     def close(self) -> None:
         """End the process."""
         self._process.communicate()
@@ -88,20 +93,41 @@ class Worker:
         self.close()
 
 
-def run_fresh(function: str, *args: Any, checkout: pathlib.Path | None = None) -> Any:
+def run_fresh(
+    function: str, *args: Any, checkout: pathlib.Path | None = None, limit: float | None = None
+) -> Any:
     """Return the result of ``function(*args)``, computed in a new process.
 
     Args:
       function: module and name, for example ``"benchmarks.methods:first_call"``.
       *args: anything that can be pickled.
       checkout: a folder that holds another version of `rebasin`; see `Worker`.
+      limit: seconds after which the process is killed; by default it may take as long as it likes.
 
     Raises:
       ConfigError: there is no library in that folder.
       RuntimeError: the process failed, with what it wrote to stderr.
+      TimeoutError: the process did not end within the limit.
     """
     with Worker(checkout) as worker:
-        return worker.call(function, *args)
+        has_expired = threading.Event()
+
+        def expire() -> None:
+            has_expired.set()
+            worker.kill()
+
+        timer = threading.Timer(limit, expire) if limit is not None else None
+        if timer is not None:
+            timer.start()
+        try:
+            return worker.call(function, *args)
+        except RuntimeError:
+            if has_expired.is_set():
+                raise TimeoutError(f"{function} took longer than {limit:g} s") from None
+            raise
+        finally:
+            if timer is not None:
+                timer.cancel()
 
 
 def main() -> None:

@@ -53,3 +53,9 @@ def test_a_folder_without_a_library_is_refused(tmp_path):
         ConfigError, match=r"no checkout of this repository, as there is no file .*__init__.py"
     ):
         Worker(tmp_path)
+
+
+def test_a_process_that_takes_too_long_is_killed():
+    with pytest.raises(TimeoutError, match=r"time:sleep took longer than 1 s"):
+        run_fresh("time:sleep", 60, limit=1.0)
+    assert run_fresh("math:sqrt", 4.0, limit=60.0) == 2.0
