@@ -12,7 +12,7 @@ PUBLIC_VENV := .venv-public-models
 .DEFAULT_GOAL := help
 
 help:  ## this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 demo: $(STAMP)  ## train ten small networks on digits, align them, print the table, draw the figure
 	$(BIN)/python -m experiments.training_trajectories --preset=demo --output_dir=results/demo
@@ -32,7 +32,7 @@ zoo-table: $(STAMP)  ## verify the spec of every architecture of the zoo and wri
 primitive-table: $(STAMP)  ## write the table of docs/primitives.md, of every primitive of JAX and its rule
 	PYTHONPATH=tests/inference $(BIN)/python tests/inference/primitive_table.py
 
-public-models: $(PUBLIC_VENV)/installed  ## infer and verify the specs of public models, write their table there too
+public-models: $(PUBLIC_VENV)/installed  ## verify the specs of public models and write their table in docs/architectures.md
 	$(PUBLIC_VENV)/bin/python -W ignore -m benchmarks.public_models
 
 check: $(STAMP)  ## lint, format and types

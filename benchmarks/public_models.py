@@ -6,14 +6,15 @@
 
 The models of `benchmarks.public_zoo` are built with small sizes and random weights. Each is measured in a
 fresh process with a time limit, so one that fails or takes too long becomes a row with its error. The whole
-table takes TIME on two CPU cores and is written into the page; with ``--only`` the rows are
+table takes about ten minutes on two CPU cores and is written into the page; with ``--only`` the rows are
 printed alone. The packages are pinned in the extra ``public-models``.
 
 Two shares are measured. *Parameters* is the share of all numbers in the tree that lie on an axis which some
 group permutes. *Units* is the share of positions that some group can take elsewhere, over all axes of all
 leaves, without those that are no hidden units in any network of the kind (`INTERFACE`): axes that are shared
 with inputs or outputs, rows that are looked up by index, windows of convolutions, layers that are scanned in
-order, and leaves that are not used.
+order, leaves that are not used, and axes of length 1. Where an axis is a product, such as heads × dimensions,
+each factor counts for an equal part of its positions, so pinned heads show even if the dimensions move.
 """
 
 import collections
@@ -33,7 +34,6 @@ import rebasin
 from benchmarks.command import run
 from benchmarks.processes import run_fresh
 from benchmarks.public_zoo import PACKAGES, Specimen
-from benchmarks.tables import markdown_table
 from rebasin.axis import iter_blocks
 from rebasin.errors import ConfigError, VerificationError
 from rebasin.trees import leaf_table
@@ -61,7 +61,7 @@ HEADER = (
     "groups",
     "units",
     "parameters",
-    "also stays put: reason × axes",
+    "reasons to stay × axes",
     "s",
     "verified",
 )
@@ -118,19 +118,20 @@ def parameter_share(spec: rebasin.PermutationSpec, tree: Any) -> float:
 
 def unit_share(spec: rebasin.PermutationSpec, tree: Any) -> float:
     """Return the share of hidden units that move; the module's docstring says what counts as one."""
-    reasons = collections.defaultdict(list)
-    for pin in spec.pins:
-        reasons[pin.path, pin.axis].append(_is_interface(pin.reason))
-    moving = total = 0
+    missed = {(pin.path, pin.axis) for pin in spec.pins if not _is_interface(pin.reason)}
+    moving = total = 0.0
     for path, leaf in leaf_table(tree).items():
         for i, (axis, size) in enumerate(zip(spec.table[path], np.shape(leaf), strict=True)):
-            is_interface = bool(reasons[path, i]) and all(reasons[path, i])
             for block in iter_blocks((axis,), (size,)):
-                is_moving = any(label in spec.groups for label in block.labels)
-                count = int(np.prod(block.shape))
-                moving += count * is_moving
-                total += count * (is_moving or not is_interface)
-    return moving / max(total, 1)
+                factors = [label for label, n in zip(block.labels, block.shape, strict=True) if n > 1]
+                moves = sum(label in spec.groups for label in factors)
+                # Factors that belong to the interface count for nothing.
+                counted = len(factors) if (path, i) in missed else moves
+                if counted:
+                    count = int(np.prod(block.shape))
+                    moving += count * moves / counted
+                    total += count
+    return moving / total if total else 0.0
 
 
 def short_reason(reason: str) -> str:
@@ -217,7 +218,7 @@ def measure_all(
 def write_table(rows: dict[tuple[str, str], Row | str]) -> str:
     """Write the rows as a table in Markdown."""
     cells = [[name, package, *_cells(row)] for (package, name), row in rows.items()]
-    return markdown_table(HEADER, cells)
+    return "\n".join(f"| {' | '.join(line)} |" for line in [HEADER, ["---"] * len(HEADER), *cells])
 
 
 def _cells(row: Row | str) -> list[str]:
@@ -226,6 +227,7 @@ def _cells(row: Row | str) -> list[str]:
         return ["", "", "", "", "", f"failed: {_shorten(row.splitlines()[-1])}"]
     reasons = ", ".join(f"{reason} × {count}" for reason, count in row.reasons.items())
     verified = "yes" if row.is_any_length else "yes, one length"
+    verified = verified if row.groups else "nothing to verify"
     return [
         f"{row.groups}, {row.inner} inner" if row.inner else f"{row.groups}",
         _percent(row.units),

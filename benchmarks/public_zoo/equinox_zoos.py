@@ -140,5 +140,4 @@ FLOWJAX: dict[str, Callable[[], Specimen]] = {
     "masked autoregressive flow": partial(_flowjax, "masked_autoregressive_flow", nn_width=20, nn_depth=2),
     "coupling flow": partial(_flowjax, "coupling_flow", nn_width=12),
     "block neural autoregressive flow": partial(_flowjax, "block_neural_autoregressive_flow", nn_block_dim=4),
-    "planar flow": partial(_flowjax, "planar_flow"),
 }

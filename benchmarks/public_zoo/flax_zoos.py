@@ -33,7 +33,7 @@ def _griffin() -> Specimen:
         lru_width=30,
         scan_type=common.ScanType.LINEAR_NATIVE,
     )
-    module = jax_models.Griffin(config, dtype=jnp.dtype("float32"))
+    module = jax_models.Griffin(config, dtype=jnp.dtype("float64"), param_dtype=jnp.dtype("float64"))
 
     def sentences(length: int) -> tuple[Any, ...]:
         return draw_indices(0, 50, 2, length), jnp.tile(jnp.arange(length), (2, 1))

@@ -56,6 +56,19 @@ def test_shares_by_hand():
     assert parameter_share(spec, specimen.params) == pytest.approx((numbers - 6 - 2) / numbers)
 
 
+def test_a_product_counts_by_its_factors():
+    """Three heads that constants keep apart, with four dimensions each that move."""
+    params = {"w": jnp.ones((5, 12)), "v": jnp.ones((12, 2))}
+
+    def function(params, x):
+        heads = jnp.tanh(x @ params["w"]).reshape(-1, 3, 4) * jnp.arange(1.0, 4.0)[None, :, None]
+        return heads.reshape(-1, 12) @ params["v"]
+
+    spec = rebasin.infer_spec(function, params, jnp.ones((2, 5)))
+    assert set(map(str, spec.table["w"])) == {"-", "index_0:3*w:4"}
+    assert unit_share(spec, params) == pytest.approx(1 / 2)  # 6 of 12 positions on both axes
+
+
 def test_a_tree_without_numbers_has_shares():
     spec = rebasin.infer_spec(lambda tree, x: x, {}, jnp.ones(2))
     assert (unit_share(spec, {}), parameter_share(spec, {})) == (0.0, 0.0)
@@ -101,14 +114,17 @@ def test_cells():
             ("jraph", "GAT"): row,
             ("flax", "MLP"): row._replace(inner=0, problem="the spec changes\n  the function", reasons={}),
             ("flax", "CNN"): row._replace(units=0.5, is_any_length=False, reasons={}),
+            ("flax", "RNN"): row._replace(groups=0, inner=0, units=0.0, parameters=0.0, reasons={}),
             ("equimo", "ViT"): "function failed:\nTraceback\nTypeError: a | b",
         }
     )
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
+    assert table.splitlines()[1] == "| --- | --- | --- | --- | --- | --- | --- | --- |"
     assert cells == [
         ["GAT", "jraph", "3, 1 inner", "100 %", "99.9 %", "slice: one position in 2 × 2", "0.26", "yes"],
         ["MLP", "flax", "3", "100 %", "99.9 %", "", "0.26", "no: the spec changes the function"],
         ["CNN", "flax", "3, 1 inner", "50.0 %", "99.9 %", "", "0.26", "yes, one length"],
+        ["RNN", "flax", "0", "0.0 %", "0.0 %", "", "0.26", "nothing to verify"],
         ["ViT", "equimo", "", "", "", "", "", "failed: TypeError: a / b"],
     ]
 
