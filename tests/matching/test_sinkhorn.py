@@ -165,7 +165,7 @@ def test_options_are_a_value():
     assert SinkhornMatching(loss="l2") == SinkhornMatching(loss="l2")
     assert hash(SinkhornMatching(loss="l2")) == hash(SinkhornMatching(loss="l2"))
     assert SinkhornMatching(loss="l2") != SinkhornMatching(loss="l2", num_steps=3)
-    assert "loss='l2', start='weights', num_steps=100" in repr(SinkhornMatching(loss="l2"))
+    assert repr(SinkhornMatching(loss="l2")) == "SinkhornMatching(loss='l2')"
 
 
 def test_what_cannot_work_is_refused(monkeypatch):
