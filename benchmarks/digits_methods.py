@@ -24,11 +24,11 @@ import rebasin
 from benchmarks.command import run
 from benchmarks.problems import find_recipe, train_network
 from benchmarks.reports import Reporter, build_reporter, mean_and_interval
+from rebasin.arithmetic import inner_product
 from rebasin.matching.many import UniverseResult, cycle_error, match_to_reference
 from rebasin.models import build_model
 from rebasin.training.data import load_dataset
 from rebasin.training.loop import build_apply
-from rebasin.trees import inner_product
 
 NETWORKS = 15  # seven pairs; three disjoint sets of each size
 SETS = 3

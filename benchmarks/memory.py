@@ -160,7 +160,7 @@ def _norm_reset(x: _Setting) -> Callable[[], Any]:
 
     @functools.cache
     def reset() -> Callable[..., Any]:
-        return rebasin.build_norm_reset(x.update, x.images, batch_size=x.batch_size)
+        return rebasin.build_norm_reset(x.params_a, x.update, x.images, batch_size=x.batch_size)
 
     return lambda: jax.block_until_ready(_call(reset(), x.params_a, 0.5))
 

@@ -92,7 +92,8 @@ class PairMeasurements:
             del params
             return self.apply_fn(with_new_statistics, images)
 
-        reset = rebasin.build_norm_reset(update, self.images)
+        pixels = normalise(self.images[:1], dataset.mean, dataset.std)
+        reset = rebasin.build_norm_reset(model.init(jax.random.key(0), pixels), update, self.images)
         self._measure_as_is = self._build_measure(apply_unchanged, Partial(lambda params, alpha: None))
         self._measure_reset = self._build_measure(apply_reset, reset)
 

@@ -37,8 +37,8 @@ from benchmarks.processes import run_fresh
 from benchmarks.reports import Reporter, build_reporter, describe_machine
 from benchmarks.timing import Timed, rotated, run_in_turn
 from benchmarks.weight_matching_report import UNALIGNED, Outcome, Run, report, save
+from rebasin.arithmetic import inner_product
 from rebasin.errors import ConfigError
-from rebasin.trees import inner_product
 
 __all__ = ["compare", "count_runs"]
 

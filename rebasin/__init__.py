@@ -5,6 +5,7 @@ the experiments (`rebasin.models`) need the extra ``rebasin-jax[experiments]``.
 """
 
 from rebasin.align import Aligned, align
+from rebasin.arithmetic import average, interpolate
 from rebasin.axis import Axis
 from rebasin.barrier import build_sweep, classification_metrics, sweep
 from rebasin.batches import Batch
@@ -24,7 +25,6 @@ from rebasin.matching.result import MatchResult
 from rebasin.matching.sinkhorn import SinkhornMatching, sinkhorn_matching
 from rebasin.matching.straight_through import StraightThroughMatching, straight_through_matching
 from rebasin.matching.weights import WeightMatching, joint_weight_matching, weight_matching
-from rebasin.merging import average
 from rebasin.permutation import (
     compose,
     fixed_points,
@@ -37,7 +37,6 @@ from rebasin.permutation import (
 )
 from rebasin.repair import build_repair
 from rebasin.spec import PermutationSpec
-from rebasin.trees import interpolate
 
 __version__ = "0.1.0"
 

@@ -1,22 +1,26 @@
 """Align one network with another in a single call."""
 
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from rebasin.arithmetic import wide_dtype
 from rebasin.barrier import classification_metrics
 from rebasin.batches import Batch
-from rebasin.errors import ConfigError
+from rebasin.errors import ConfigError, TreeMismatchError, problem_list
 from rebasin.inference.infer import infer_spec
 from rebasin.inference.verification import verify_spec
 from rebasin.matching.method import Method
 from rebasin.matching.registry import as_method
 from rebasin.matching.result import MatchResult
 from rebasin.permutation import compiled_permute
+from rebasin.roles import Role, RoleNames, check_roles
 from rebasin.spec import PermutationSpec
-from rebasin.trees import check_same_shapes
+from rebasin.trees import conform, is_below, leaf_table, map_leaves
 
 __all__ = ["Aligned", "align"]
 
@@ -25,7 +29,8 @@ class Aligned(NamedTuple):
     """A network in the order of units of another.
 
     Attributes:
-      params: tree of B with its units permuted; it computes the same function as B.
+      params: tree of B with its units permuted, in the dtypes of B; it computes the same function as B. Its
+        containers are those of A, or its own where `align` was told which leaves are shared.
       permutation: int32 array for each group of `spec`, in the gather convention ``new[i] = old[p[i]]``.
       spec: the symmetries of the network.
       match: how the permutation was found, with the history of the method's objective.
@@ -48,17 +53,19 @@ def align(
     key: jax.Array | None = None,
     data: Any = None,
     metrics_fn: Callable[..., Mapping[str, jax.Array]] | None = None,
+    roles: RoleNames = None,
+    shared: Sequence[str] | None = None,
 ) -> Aligned:
     """Permute the units of network B so that they correspond to those of network A.
 
     Infers the symmetries of the network from `apply_fn`, verifies them in float64, finds a permutation, and
-    applies it to B.
+    applies it to B. A and B may differ in floating dtypes: they are matched in the wider of the two.
 
     Args:
       apply_fn: ``apply_fn(params, *inputs)``, any JAX function, for example a Flax model's ``apply``. Close
         over arguments that are not arrays (`functools.partial`).
       params_a: tree of A, which stays.
-      params_b: tree of B, with the leaves, shapes and dtypes of A.
+      params_b: tree of B, with the leaves and shapes of A.
       *inputs: example inputs, from which the symmetries are inferred. They may be left out where `spec` is
         given and `verify` is false.
       method: a matching method by name (`METHODS`), or as a value that holds its options, such as
@@ -70,13 +77,19 @@ def align(
       data: examples for a method that needs them, a `Batch` or inputs alone; by default `inputs`.
       metrics_fn: for a method that minimises a loss; by default `classification_metrics` of `apply_fn`, for
         which `data` must be a `Batch` with labels.
+      roles: roles of leaves that `rebasin.roles.leaf_roles` would not find, for a method given by its name.
+      shared: path names of the leaves or subtrees that the networks have in common, where they have heads of
+        their own: other numbers of classes, or other vocabularies. In a name ``*`` stands for any text. The
+        other leaves of B must have the path names and numbers of axes of A's. They do not count; where they
+        carry units of the trunk they move with them. Where a method evaluates B, it gets A's heads.
 
     Returns:
       The permuted tree of B, the permutation, the spec and the match.
 
     Raises:
       ConfigError: no method has that name, or something that is needed is missing.
-      TreeMismatchError: A and B differ in leaves, shapes or dtypes.
+      TreeMismatchError: A and B differ in leaves, shapes or dtypes that are not floating, or in other leaves
+        than `shared` allows.
       InferenceError: the function cannot be traced with these inputs.
       VerificationError: the spec changes the function.
       RebasinError: whatever the method raises.
@@ -89,8 +102,15 @@ def align(
       >>> aligned.params["w"].tolist(), aligned.permutation["w"].tolist()
       ([[1.0, 2.0, 3.0]], [1, 2, 0])
     """
-    chosen = as_method(method)
-    check_same_shapes(params_a, params_b)
+    chosen = as_method(method, **({} if roles is None else {"roles": roles}))
+    own_b = params_b
+    if shared is None:
+        params_b = own_b = conform(params_a, params_b, dtypes=False)
+    else:
+        params_b = _with_heads_of(params_a, params_b, shared)
+        heads: dict[str, Role] = {p: "constant" for p in leaf_table(params_a) if not _is_shared(p, shared)}
+        chosen = dataclasses.replace(chosen, roles={**dict(check_roles(chosen.roles)), **heads})
+    wide_a, wide_b = _in_common_dtypes(params_a, params_b)
     if not inputs and (spec is None or verify):
         task = "infer the symmetries" if spec is None else "verify the spec (verify=False leaves that out)"
         raise ConfigError(f"align needs example inputs to {task}, got none")
@@ -108,7 +128,58 @@ def align(
     if verify:
         verify_spec(spec, apply_fn, params_a, *inputs)
     key = jax.random.key(0) if key is None else key
-    match = chosen.match(
-        spec, params_a, params_b, key=key, apply_fn=apply_fn, metrics_fn=metrics_fn, data=data
-    )
-    return Aligned(compiled_permute(spec, match.permutation, params_b), match.permutation, spec, match)
+    match = chosen.match(spec, wide_a, wide_b, key=key, apply_fn=apply_fn, metrics_fn=metrics_fn, data=data)
+    return Aligned(compiled_permute(spec, match.permutation, own_b), match.permutation, spec, match)
+
+
+def _is_shared(path: str, shared: Sequence[str]) -> bool:
+    return any(is_below(path, name) for name in shared)
+
+
+def _with_heads_of(params_a: Any, params_b: Any, shared: Sequence[str]) -> Any:
+    """Return B's shared leaves in a tree of A, after checking that `shared` fits both networks.
+
+    Raises:
+      ConfigError: a name in `shared` fits no leaf of A.
+      TreeMismatchError: shared leaves differ in more than floating dtypes, or a leaf that is not shared is in
+        one network alone or has another number of axes.
+    """
+    a, b = leaf_table(params_a), leaf_table(params_b)
+    unknown = [
+        f"{name!r} names no leaf of params_a" for name in shared if not any(is_below(p, name) for p in a)
+    ]
+    if unknown:
+        raise ConfigError(problem_list(f"shared does not fit params_a, whose leaves are {list(a)}:", unknown))
+    problems = [
+        f"{path}: {np.ndim(a[path])} axes in params_a, {np.ndim(b[path])} in params_b"
+        for path in a
+        if path in b and np.ndim(a[path]) != np.ndim(b[path])
+    ]
+    problems += [f"{path}: only in params_a" for path in a if path not in b]
+    problems += [f"{path}: only in params_b" for path in b if path not in a]
+    if problems:
+        headline = "heads that are not shared must have the same leaves and numbers of axes in both networks:"
+        raise TreeMismatchError(problem_list(headline, problems))
+    return conform(params_a, {p: b[p] if _is_shared(p, shared) else a[p] for p in a}, dtypes=False)
+
+
+def _in_common_dtypes(params_a: Any, params_b: Any) -> tuple[Any, Any]:
+    """Return two networks of one structure in the wider of their floating dtypes, leaf by leaf."""
+    b = leaf_table(params_b)
+    dtypes = {
+        path: (jnp.result_type(leaf), jnp.result_type(b[path])) for path, leaf in leaf_table(params_a).items()
+    }
+    differ = {path: pair for path, pair in dtypes.items() if pair[0] != pair[1]}
+    problems = [
+        f"{path}: dtype {one} in params_a, {other} in params_b"
+        for path, (one, other) in differ.items()
+        if not all(jnp.issubdtype(dtype, jnp.inexact) for dtype in (one, other))
+    ]
+    if problems:
+        raise TreeMismatchError(problem_list("params_a and params_b differ:", problems))
+    common = {path: jnp.promote_types(*map(wide_dtype, pair)) for path, pair in differ.items()}
+
+    def widen(path: str, leaf: Any) -> Any:
+        return jnp.asarray(leaf, common[path]) if path in common else leaf
+
+    return map_leaves(widen, params_a), map_leaves(widen, params_b)

@@ -212,7 +212,7 @@ class Axis:
           heads:3*4
         """
         segments: list[Segment] = []
-        for segment in map(_simplify_segment, self.segments):
+        for segment in itertools.chain.from_iterable(map(_simplify_segment, self.segments)):
             if segments and _stays(segments[-1]) and _stays(segment):
                 segment = (Factor((segments.pop()[0].size or 0) + (segment[0].size or 0)),)
             segments.append(segment)
@@ -242,8 +242,12 @@ def _times(axis: Axis, other: Axis) -> Axis:
     return Axis(tuple(map(segment_times, axis.segments)))
 
 
-def _simplify_segment(segment: Segment) -> Segment:
-    """Return a segment with neighbouring factors that stay put joined, without factors of one position."""
+def _simplify_segment(segment: Segment) -> tuple[Segment, ...]:
+    """Return a segment with neighbouring factors that stay put joined, without factors of one position.
+
+    If nothing is left but a concatenation, such as that of a single head, it is no longer inside a product:
+    the result then has several segments.
+    """
     parts: list[Factor | Axis] = []
     for part in segment:
         axis = part.simplify() if isinstance(part, Axis) else Axis(((part,),))
@@ -255,7 +259,9 @@ def _simplify_segment(segment: Segment) -> Segment:
         else:
             joined.append(part)
     moving = tuple(part for part in joined if part != Factor(1))
-    return moving or (Factor(1),)
+    if len(moving) == 1 and isinstance(moving[0], Axis):
+        return moving[0].segments
+    return (moving or (Factor(1),),)
 
 
 def _stays(segment: Segment) -> bool:

@@ -14,10 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
+from rebasin.arithmetic import interpolate
 from rebasin.batches import Batch, check_batch_size, check_data, inputs_of, num_examples, to_batches
 from rebasin.compilation import compiler_options
 from rebasin.errors import ConfigError, DataError, NonFiniteError, problem_list
-from rebasin.trees import LeafPredicate, check_finite, check_same_shapes, interpolate, is_weight
+from rebasin.roles import RoleNames, check_roles, check_weight_dtypes, weight_leaves
+from rebasin.trees import check_finite, conform
 
 __all__ = [
     "Barrier",
@@ -248,7 +250,7 @@ def build_sweep(
     num_alphas: int = 25,
     batch_size: int = 500,
     prepare: Callable[[Any, jax.Array], Any] | None = None,
-    predicate: LeafPredicate = is_weight,
+    roles: RoleNames = None,
 ) -> Callable[..., BarrierCurve]:
     """Make the function that evaluates the path between two networks; build it once and call it often.
 
@@ -264,8 +266,8 @@ def build_sweep(
         argument. REPAIR and the statistics of BatchNorm need it. Bind arrays to it by
         `jax.tree_util.Partial`, as `build_repair` and `build_norm_reset` do: they are then arguments of the
         compiled program, while arrays of a closure are copied into it.
-      predicate: ``(path, leaf) -> bool``, true for the leaves to average; `rebasin.interpolate` says what
-        happens to the others.
+      roles: roles of leaves that `rebasin.roles.leaf_roles` would not find. Weights are averaged, and
+        `rebasin.interpolate` says what happens to the others.
 
     Returns:
       ``sweep(params_a, params_b, data, ends=None) -> BarrierCurve``. `data` is a `rebasin.Batch`, or another
@@ -292,11 +294,9 @@ def build_sweep(
 
     def combine(trees: Sequence[Any], alpha: jax.Array) -> Any:
         params_a, params_b = trees
-        return interpolate(params_a, params_b, alpha, predicate=predicate)
+        return interpolate(params_a, params_b, alpha, roles=roles)
 
-    evaluate = build_evaluation(
-        metrics_fn, combine, batch_size=batch_size, prepare=prepare, predicate=predicate
-    )
+    evaluate = build_evaluation(metrics_fn, combine, batch_size=batch_size, prepare=prepare, roles=roles)
 
     def sweep(params_a: Any, params_b: Any, data: Any, ends: BarrierCurve | None = None) -> BarrierCurve:
         """Evaluate the path between two networks; see `rebasin.build_sweep`."""
@@ -314,7 +314,7 @@ def build_evaluation(
     *,
     batch_size: int,
     prepare: Callable[[Any, jax.Array], Any] | None,
-    predicate: LeafPredicate,
+    roles: RoleNames,
 ) -> Callable[[Mapping[str, Any], np.ndarray, Any], dict[str, np.ndarray]]:
     """Make the function that evaluates mixtures of networks on data, in one compiled program.
 
@@ -324,7 +324,7 @@ def build_evaluation(
       batch_size: number of examples evaluated at once.
       prepare: ``(params, point) -> extra``, called once at each point; `metrics_fn` gets its result as third
         argument.
-      predicate: ``(path, leaf) -> bool``, true for the leaves that must be finite.
+      roles: roles of leaves that would not be found; weights must be finite.
 
     Returns:
       ``evaluate(trees, points, data) -> {name: [m, n]}``. `trees` are the networks by the names that messages
@@ -335,6 +335,7 @@ def build_evaluation(
       ConfigError: `batch_size` is below 1.
     """
     check_batch_size(batch_size)
+    roles = check_roles(roles)
     if prepare is not None and not isinstance(prepare, Partial):
         prepare = Partial(prepare)
 
@@ -359,12 +360,13 @@ def build_evaluation(
 
     def evaluate(trees: Mapping[str, Any], points: np.ndarray, data: Any) -> dict[str, np.ndarray]:
         (first, reference), *rest = trees.items()
-        for name, tree in rest:
-            check_same_shapes(reference, tree, names=(first, name))
-        for name, tree in trees.items():
-            check_finite(tree, name, predicate=predicate)
+        conformed = (reference, *(conform(reference, tree, names=(first, name)) for name, tree in rest))
+        weights = weight_leaves(reference, roles)
+        check_weight_dtypes(reference, weights, first)
+        for name, tree in zip(trees, conformed, strict=True):
+            check_finite(tree, name, leaves=weights)
         check_data(data)
-        values = compiled(tuple(trees.values()), jnp.asarray(points), data, prepare)
+        values = compiled(conformed, jnp.asarray(points), data, prepare)
         return dict(jax.device_get(values))
 
     return evaluate

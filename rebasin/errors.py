@@ -17,6 +17,7 @@ __all__ = [
     "SpecError",
     "SpecMismatchError",
     "TrajectoryError",
+    "TreeError",
     "TreeMismatchError",
     "VerificationError",
     "problem_list",
@@ -33,6 +34,10 @@ class SpecError(RebasinError):
 
 class SpecMismatchError(RebasinError):
     """A permutation spec and a tree do not fit together."""
+
+
+class TreeError(RebasinError):
+    """A tree has leaves that are no arrays, or that path names do not tell apart."""
 
 
 class TreeMismatchError(RebasinError):

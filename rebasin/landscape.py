@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from rebasin.arithmetic import mix
 from rebasin.barrier import MetricsFn, build_evaluation, excess_over_chord, standard_error
 from rebasin.errors import ConfigError
-from rebasin.merging import mix
-from rebasin.trees import LeafPredicate, is_weight
+from rebasin.roles import RoleNames, weight_leaves
 
 __all__ = ["SimplexBarrier", "SimplexSurface", "build_simplex_sweep", "simplex_grid"]
 
@@ -138,7 +138,7 @@ def build_simplex_sweep(
     resolution: int = 4,
     batch_size: int = 500,
     prepare: Callable[[Any, jax.Array], Any] | None = None,
-    predicate: LeafPredicate = is_weight,
+    roles: RoleNames = None,
 ) -> Callable[[Sequence[Any], Any], SimplexSurface]:
     """Make the function that evaluates the simplex between networks; build it once and call it often.
 
@@ -150,8 +150,8 @@ def build_simplex_sweep(
       batch_size: number of examples evaluated at once.
       prepare: ``(params, weights) -> extra``, called once at each point. `metrics_fn` gets its result as
         third argument. REPAIR and the statistics of BatchNorm need it.
-      predicate: ``(path, leaf) -> bool``, true for the leaves to average; `rebasin.average` says what happens
-        to the others.
+      roles: roles of leaves that `rebasin.roles.leaf_roles` would not find. Weights are averaged, and
+        `rebasin.average` says what happens to the others.
 
     Returns:
       ``sweep(trees, data) -> SimplexSurface``. `data` is a `rebasin.Batch`, or another tree of arrays
@@ -171,11 +171,9 @@ def build_simplex_sweep(
     simplex_grid(2, resolution)  # raises the error of an impossible resolution now, not at the first call
 
     def combine(trees: Sequence[Any], weights: jax.Array) -> Any:
-        return mix(trees, weights, predicate)
+        return mix(trees, weights, weight_leaves(trees[0], roles))
 
-    evaluate = build_evaluation(
-        metrics_fn, combine, batch_size=batch_size, prepare=prepare, predicate=predicate
-    )
+    evaluate = build_evaluation(metrics_fn, combine, batch_size=batch_size, prepare=prepare, roles=roles)
 
     def sweep(trees: Sequence[Any], data: Any) -> SimplexSurface:
         """Evaluate the simplex between networks; see `rebasin.build_simplex_sweep`."""

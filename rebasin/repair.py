@@ -31,11 +31,12 @@ from rebasin.batches import Batches, batch_shapes, check_data, inputs_of, map_ba
 from rebasin.errors import InferenceError
 from rebasin.inference.programs import bind
 from rebasin.matching.method import check_networks
+from rebasin.roles import RoleNames, leaf_roles
 from rebasin.spec import PermutationSpec
 from rebasin.tracing.evaluate import evaluate
 from rebasin.tracing.program import Address, Program, Static, trace_program
 from rebasin.tracing.sites import Layer, find_layers
-from rebasin.trees import check_finite
+from rebasin.trees import check_finite, leaf_table
 
 __all__ = ["Correction", "Repair", "build_repair"]
 
@@ -138,6 +139,7 @@ def build_repair(
     data: Any,
     *,
     batch_size: int = 1000,
+    roles: RoleNames = None,
 ) -> Repair:
     """Prepare REPAIR for the path between two networks that are aligned already.
 
@@ -154,6 +156,8 @@ def build_repair(
       data: a `rebasin.Batch`, whose labels are ignored, or its inputs alone, arrays ``[n, …]`` with one
         common n; the statistics are taken on them.
       batch_size: number of examples that are evaluated at once.
+      roles: roles of leaves that `rebasin.roles.leaf_roles` would not find. Every leaf that is evaluated must
+        be finite, but for constants, such as masks whose entries are −inf.
 
     Returns:
       The repair. ``build_sweep(classification_metrics(repair.apply), prepare=repair.prepare)`` measures the
@@ -180,8 +184,12 @@ def build_repair(
       >>> scale.tolist(), shift.tolist()
       ([2.0, 1.0], [0.0, 0.0])
     """
-    # Running statistics are part of what is evaluated, so every leaf has to be finite.
-    check_networks(spec, {"params_a": params_a, "params_b": params_b}, lambda path, leaf: True)
+    # Running statistics are part of what is evaluated, so they have to be finite too.
+    networks = {"params_a": params_a, "params_b": params_b}
+    params_a, params_b = check_networks(spec, networks, roles, by_weights=False).trees
+    constants = {path for path, role in leaf_roles(params_a, roles).items() if role == "constant"}
+    for name, tree in zip(networks, (params_a, params_b), strict=True):
+        check_finite(tree, name, leaves=leaf_table(tree).keys() - constants)
     check_data(data, batch_size)
     inputs = jax.tree.map(jnp.asarray, inputs_of(data))
     check_finite(inputs, "data")

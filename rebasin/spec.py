@@ -14,6 +14,7 @@ import numpy as np
 from rebasin.axis import Axis, AxisLike, Factor, Segment
 from rebasin.errors import SpecError, SpecMismatchError, problem_list
 from rebasin.explanation import UnitShares, find_ties, measure_units
+from rebasin.roles import RoleNames, leaf_roles
 from rebasin.trees import leaf_table
 
 __all__ = ["NO_RULE", "GroupSize", "PermutationSpec", "Pin"]
@@ -295,7 +296,7 @@ class PermutationSpec:
         reasons = {(pin.path, pin.axis): pin.reason for pin in self.pins}
         return measure_units(self.leaves, shapes, self.groups, self.fixed, reasons)
 
-    def explain(self, tree: Any = None) -> str:
+    def explain(self, tree: Any = None, *, roles: RoleNames = None) -> str:
         """Return a text for the reader: which axes each group permutes, and why other axes stay put.
 
         Then it says what is tied: where one permutation moves several layers, several parts of a leaf, or
@@ -304,8 +305,9 @@ class PermutationSpec:
         end stand the primitives that have no inference rule, with the number of axes that each pins.
 
         Args:
-          tree: the tree that the spec was made for, or its shapes; with it the text begins with the share of
-            units that move (`unit_shares`).
+          tree: the tree that the spec was made for, or its shapes. With it the text begins with the share of
+            units that move (`unit_shares`), and ends with the roles of leaves that are no weights.
+          roles: roles of leaves that `rebasin.roles.leaf_roles` would not find.
 
         Examples:
           >>> spec = PermutationSpec.from_axes({"w": (None, "P0")})
@@ -335,6 +337,10 @@ class PermutationSpec:
         for primitive, paths in unknown.items():
             cost = f"{_count(len(paths), 'axis', 'axes')} of {_count(len(set(paths)), 'leaf', 'leaves')}"
             lines.append(f"the primitive {primitive} has no rule, which pins {cost}; register_rule adds one")
+        found = {} if tree is None else leaf_roles(tree, roles)
+        for role in dict.fromkeys(role for role in found.values() if role != "weight"):
+            paths = [f"  {path}" for path, other in found.items() if other == role]
+            lines += [f"neither matched nor averaged, role {role}:", *paths]
         return "\n".join(lines)
 
     def __str__(self) -> str:

@@ -1,37 +1,30 @@
-"""Leaves of pytrees by path name, arithmetic of networks, and the checks of trees that users pass in."""
+"""Leaves of pytrees by path name, and the checks of trees that users pass in."""
 
-import math
-from collections.abc import Callable, Iterator, Mapping
+import functools
+import re
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
-from rebasin.errors import NonFiniteError, SpecError, TreeMismatchError, problem_list
+from rebasin.errors import NonFiniteError, TreeError, TreeMismatchError, problem_list
 
 __all__ = [
-    "LeafPredicate",
     "check_finite",
     "check_same_shapes",
-    "distance",
-    "inner_product",
-    "interpolate",
+    "conform",
     "is_below",
-    "is_weight",
     "leaf_table",
+    "longest_name",
     "map_leaves",
     "path_name",
     "real_dtype",
     "real_parts",
     "state_leaves",
 ]
-
-LeafPredicate = Callable[[str, Any], bool]
-
-# Collections of Flax (and names of common wrappers) whose leaves are estimates or bookkeeping, not weights.
-# They would distort the distance between two networks, and averaging an optimiser's moments means nothing.
-_STATE_COLLECTIONS = frozenset({"batch_stats", "opt_state", "cache", "intermediates"})
 
 
 def path_name(path: tuple[Any, ...]) -> str:
@@ -54,8 +47,8 @@ def leaf_table(tree: Any) -> dict[str, Any]:
       A dict from path name to leaf.
 
     Raises:
-      SpecError: two leaves have the same path name, because a key contains ``/`` or because one key is the
-        number whose text another key is.
+      TreeError: a leaf is neither an array nor a number, such as a function or text; or two leaves have the
+        same path name, because a key contains ``/`` or because one key is the number whose text another is.
 
     Examples:
       >>> leaf_table({"Dense_0": {"kernel": 1, "bias": 2}})
@@ -65,9 +58,32 @@ def leaf_table(tree: Any) -> dict[str, Any]:
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         name = path_name(path)
         if name in table:
-            raise SpecError(f"two leaves of the tree are both named {name!r}; rename one of their keys")
+            raise TreeError(f"two leaves of the tree are both named {name!r}; rename one of their keys")
         table[name] = leaf
+    others = [f"{name or 'the tree'}: {_kind(leaf)}" for name, leaf in table.items() if not _is_numeric(leaf)]
+    if others:
+        headline = (
+            "some leaves are neither arrays nor numbers; take them out of the tree, and put them back where "
+            "the function is called (Equinox has partition(model, is_array) and combine for it):"
+        )
+        raise TreeError(problem_list(headline, others))
     return table
+
+
+def _is_numeric(leaf: Any) -> bool:
+    dtype = getattr(leaf, "dtype", None)
+    if dtype is None:
+        return isinstance(leaf, bool | int | float | complex)
+    kinds = (np.number, np.bool_, jax.dtypes.prng_key)
+    return any(jnp.issubdtype(dtype, kind) for kind in kinds)
+
+
+def _kind(leaf: Any) -> str:
+    """Return what a leaf is, for a message."""
+    if hasattr(leaf, "dtype"):
+        return f"an array of dtype {leaf.dtype}"
+    name = getattr(leaf, "__name__", None)
+    return f"a {type(leaf).__name__}" if name is None else f"the {type(leaf).__name__} {name}"
 
 
 def map_leaves(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
@@ -85,23 +101,6 @@ def map_leaves(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:
     return jax.tree_util.tree_map_with_path(
         lambda path, *leaves: function(path_name(path), *leaves), tree, *rest
     )
-
-
-def is_weight(path: str, leaf: Any) -> bool:
-    """Return whether a leaf is a weight: floating or complex, and not running statistics or optimiser state.
-
-    This is the default leaf predicate of matching and interpolation.
-
-    Args:
-      path: path name of the leaf.
-      leaf: the leaf, of which only the dtype counts.
-
-    Examples:
-      >>> [is_weight(path, jnp.zeros(3)) for path in ("params/Dense_0/kernel", "batch_stats/Norm_0/mean")]
-      [True, False]
-    """
-    is_inexact = jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
-    return is_inexact and _STATE_COLLECTIONS.isdisjoint(path.split("/"))
 
 
 def real_dtype(x: Any) -> np.dtype:
@@ -132,90 +131,53 @@ def real_parts(x: Any) -> Any:
     return (jnp if isinstance(x, jax.Array) else np).stack([x.real, x.imag], axis=-1)
 
 
-def interpolate(params_a: Any, params_b: Any, alpha: Any, *, predicate: LeafPredicate = is_weight) -> Any:
-    """Return the network αA + (1−α)B on the path between two networks.
+def conform(
+    params_a: Any, params_b: Any, *, names: tuple[str, str] = ("params_a", "params_b"), dtypes: bool = True
+) -> Any:
+    """Return B with the containers of A: each leaf of B in the place of the leaf of A with its path name.
 
-    Leaves for which `predicate` is false (counters, running statistics) are not averaged. They are those of
-    A where α is at least ½, and those of B elsewhere, so that the ends of the path are exactly A and B.
+    A tree that was restored from disk often differs from one in memory in nothing but its containers. Lists
+    have become dictionaries whose keys are texts, and ``"10"`` then comes before ``"2"``; two states of
+    training hold different optimisers; so leaves must be paired by name, never by position. If a leaf of B
+    lies on other devices than that of A, it is put beside it.
 
     Args:
       params_a: tree of A.
-      params_b: tree of B, with the leaves, shapes and dtypes of A.
-      alpha: weight of A, a scalar in [0, 1]; it may be traced.
-      predicate: ``(path, leaf) -> bool``, true for the leaves to average; by default the weights.
+      params_b: tree of B.
+      names: what messages call the two trees.
+      dtypes: whether dtypes must be equal too.
 
     Returns:
-      A tree like `params_a`.
-
-    Examples:
-      >>> interpolate({"w": jnp.array([4.0])}, {"w": jnp.array([0.0])}, 0.25)["w"].tolist()
-      [1.0]
-    """
-
-    def combine(path: str, a: Any, b: Any) -> Any:
-        if predicate(path, a):
-            weight = jnp.asarray(alpha, real_dtype(a))
-            return weight * a + (1 - weight) * b
-        return jnp.where(jnp.asarray(alpha) >= 0.5, a, b)
-
-    return map_leaves(combine, params_a, params_b)
-
-
-def inner_product(params_a: Any, params_b: Any, *, predicate: LeafPredicate = is_weight) -> float:
-    """Return the inner product ⟨A, B⟩ of two networks, summed in float64.
-
-    Complex leaves count with the real part, Re⟨A, B⟩.
-
-    Args:
-      params_a: tree of A.
-      params_b: tree of B, with the leaves and shapes of A.
-      predicate: ``(path, leaf) -> bool``, true for the leaves that count; by default the weights.
+      The leaves of B in the structure of A; `params_b` itself where nothing has to change.
 
     Raises:
-      TreeMismatchError: A and B differ in leaves or shapes.
+      TreeMismatchError: the trees differ in leaves, shapes or dtypes; the message lists every leaf in which
+        they do.
 
     Examples:
-      >>> inner_product({"w": np.array([1.0, 2.0])}, {"w": np.array([3.0, 4.0])})
-      11.0
+      >>> conform([np.zeros(1), np.zeros(2)], {"0": np.ones(1), "1": np.ones(2)})
+      [array([1.]), array([1., 1.])]
     """
-    pairs = _float64_pairs(params_a, params_b, predicate)
-    return sum((float(np.sum(a * b)) for a, b in pairs), 0.0)
+    check_same_shapes(params_a, params_b, names=names, dtypes=dtypes)
+    leaves_a, structure = jax.tree.flatten(params_a)
+    if jax.tree.structure(params_b) == structure:
+        leaves_b = jax.tree.leaves(params_b)
+    else:
+        table = leaf_table(params_b)
+        leaves_b = [table[path] for path in leaf_table(params_a)]
+    beside = [_beside(a, b) for a, b in zip(leaves_a, leaves_b, strict=True)]
+    return jax.tree.unflatten(structure, beside)
 
 
-def distance(params_a: Any, params_b: Any, *, predicate: LeafPredicate = is_weight) -> float:
-    """Return the Euclidean distance ‖A − B‖ between two networks, summed in float64.
-
-    Running statistics, counters and optimiser state do not count by default. They follow from the data and
-    the weights, and they would dominate the distance between networks with BatchNorm.
-
-    Args:
-      params_a: tree of A.
-      params_b: tree of B, with the leaves and shapes of A.
-      predicate: ``(path, leaf) -> bool``, true for the leaves that count; by default the weights.
-
-    Raises:
-      TreeMismatchError: A and B differ in leaves or shapes.
-
-    Examples:
-      >>> a = {"w": np.array([3.0, 0.0]), "batch_stats": {"mean": np.array(100.0)}}
-      >>> b = {"w": np.array([0.0, 4.0]), "batch_stats": {"mean": np.array(0.0)}}
-      >>> distance(a, b)
-      5.0
-    """
-    pairs = _float64_pairs(params_a, params_b, predicate)
-    return math.sqrt(sum(float(np.sum(np.square(a - b))) for a, b in pairs))
+def _beside(a: Any, b: Any) -> Any:
+    """Return `b` on the devices of `a`, if both are arrays that were put on different ones."""
+    if not (_has_place(a) and _has_place(b)) or a.sharding.device_set == b.sharding.device_set:
+        return b
+    return jax.device_put(b, a.sharding)
 
 
-def _float64_pairs(
-    params_a: Any, params_b: Any, predicate: LeafPredicate
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield the leaves of two networks that count, side by side."""
-    check_same_shapes(params_a, params_b, dtypes=False)
-    b = leaf_table(params_b)
-    for path, leaf in leaf_table(params_a).items():
-        if predicate(path, leaf):
-            x, y = (np.asarray(real_parts(np.asarray(x)), np.float64) for x in (leaf, b[path]))
-            yield x, y
+def _has_place(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer)
 
 
 def check_same_shapes(
@@ -302,28 +264,50 @@ def state_leaves(state_outputs: Mapping[str, str], outputs: Any, tree: Any) -> d
     return pairs
 
 
-def is_below(path: str, prefix: str) -> bool:
-    """Return whether a path name is `prefix` itself or lies in the subtree at `prefix`.
+def is_below(path: str, name: str) -> bool:
+    """Return whether a path name is `name` itself or lies in the subtree of that name.
 
     Args:
       path: path name of a leaf.
-      prefix: path name of a leaf or subtree; every path is below ``""``.
+      name: path name of a leaf or subtree, in which ``*`` stands for any text; every path is below ``""``.
 
     Examples:
-      >>> [is_below("Dense_1/bias", prefix) for prefix in ("", "Dense_1", "Dense_1/bias", "Dense")]
-      [True, True, True, False]
+      >>> [is_below("Dense_1/bias", name) for name in ("", "Dense_1", "Dense_1/bias", "Dense", "*/bias")]
+      [True, True, True, False, True]
     """
-    return prefix in ("", path) or path.startswith(f"{prefix}/")
+    if "*" in name:
+        return _pattern(name).fullmatch(path) is not None
+    return name in ("", path) or path.startswith(f"{name}/")
+
+
+@functools.lru_cache(maxsize=1024)
+def _pattern(name: str) -> re.Pattern[str]:
+    return re.compile(".*".join(map(re.escape, name.split("*"))) + "(/.*)?", re.DOTALL)
+
+
+def longest_name(path: str, names: Collection[str]) -> str | None:
+    """Return the longest of the names that a path name lies below, or `None` where it lies below none.
+
+    Examples:
+      >>> longest_name("layers/3/bias", ["layers", "layers/3", "layers/4", "*/bias"])
+      'layers/3'
+    """
+    return max((name for name in names if is_below(path, name)), key=len, default=None)
 
 
 @jax.jit
 def _finite_flags(leaves: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     # 0·x is 0 where x is finite, and NaN elsewhere. XLA's CPU backend sums 0·x in one loop. For
     # `jnp.all(jnp.isfinite(x))` it would first write an array of flags, a quarter of the size of x.
-    return {path: jnp.isfinite(jnp.sum(0 * leaf)) for path, leaf in leaves.items()}
+    # Narrow types are widened on the way, since sums of some are not implemented.
+    def is_finite(leaf: jax.Array) -> jax.Array:
+        wide = leaf if leaf.dtype.itemsize >= 4 else leaf.astype(jnp.float32)
+        return jnp.isfinite(jnp.sum(0 * wide))
+
+    return {path: is_finite(leaf) for path, leaf in leaves.items()}
 
 
-def check_finite(tree: Any, name: str, *, predicate: LeafPredicate | None = None) -> None:
+def check_finite(tree: Any, name: str, *, leaves: Collection[str] | None = None) -> None:
     """Raise `NonFiniteError` if a floating or complex leaf of a tree holds NaN or infinity.
 
     The values are read in one compiled pass on the device.
@@ -331,10 +315,11 @@ def check_finite(tree: Any, name: str, *, predicate: LeafPredicate | None = None
     Args:
       tree: a tree of arrays.
       name: what the message calls the tree.
-      predicate: ``(path, leaf) -> bool``, true for the leaves to look at; by default all of them.
+      leaves: path names of the leaves to look at; by default all of them.
 
     Raises:
       NonFiniteError: the message lists every such leaf, with the number of NaN and infinite values in it.
+        Where only some leaves are looked at, it says how to leave out a mask, whose entries may be −inf.
 
     Examples:
       >>> check_finite({"w": np.array([0.0, np.nan]), "b": np.ones(2)}, "params_b")
@@ -345,16 +330,17 @@ def check_finite(tree: Any, name: str, *, predicate: LeafPredicate | None = None
     floating = {
         path: leaf
         for path, leaf in leaf_table(tree).items()
-        if jnp.issubdtype(leaf.dtype, jnp.inexact) and (predicate is None or predicate(path, leaf))
+        if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) and (leaves is None or path in leaves)
     }
     flags = jax.device_get(_finite_flags(floating))
     problems = []
     for path in (path for path, finite in flags.items() if not finite):
         values = np.asarray(floating[path])
         values = values if np.iscomplexobj(values) else values.astype(np.float64)
-        problems.append(
-            f"{path}: {np.isnan(values).sum()} NaN and {np.isinf(values).sum()} infinite "
-            f"of {values.size} values"
-        )
+        num_nan, num_infinite = np.isnan(values).sum(), np.isinf(values).sum()
+        problem = f"{path}: {num_nan} NaN and {num_infinite} infinite of {values.size} values"
+        if leaves is not None and not num_nan:
+            problem += f"; if this is a mask, leave it out by roles={{{path!r}: 'constant'}}"
+        problems.append(problem)
     if problems:
         raise NonFiniteError(problem_list(f"{name} is not finite:", problems))

@@ -84,6 +84,16 @@ def test_simplifying_joins_what_stays():
     assert FUSED.simplify() == FUSED
 
 
+def test_a_concatenation_that_is_repeated_once_is_no_product():
+    """As in attention with a single head; a spec refuses the form that has a simpler one."""
+    parts = Axis.concatenate(Axis.product(6), Axis.product(("g", 3)))
+    once = Axis.product(1, parts)
+    assert once.simplify() == Axis.product(once, 1).simplify() == parts
+    assert str(Axis.concatenate(Axis.product(2), once).simplify()) == "8 + g:3"
+    assert str(Axis.product(("H", 2), once).simplify()) == "H:2*(6 + g:3)"
+    PermutationSpec.from_axes({"w": (once.simplify(),)})
+
+
 def test_pieces_choose_one_segment_of_every_concatenation():
     deep = Axis.product(("G", 2), Axis.concatenate(FUSED, Axis.product(("K", 5))))
     assert [[f.group for f in piece] for piece in deep.pieces] == [

@@ -18,7 +18,7 @@ ROOMS = [
     ["rebasin"],  # the public names of all that follows
     ["rebasin.align"],
     ["rebasin.landscape"],
-    ["rebasin.matching", "rebasin.barrier", "rebasin.merging", "rebasin.repair", "rebasin.batchnorm"],
+    ["rebasin.matching", "rebasin.barrier", "rebasin.repair", "rebasin.batchnorm"],
     ["rebasin.tracing"],
     ["rebasin.inference"],
     ["rebasin.permutation"],
@@ -26,6 +26,8 @@ ROOMS = [
     ["rebasin.spec"],
     ["rebasin.explanation"],
     ["rebasin.axis"],
+    ["rebasin.arithmetic"],
+    ["rebasin.roles"],
     ["rebasin.trees"],
     ["rebasin.errors"],
 ]

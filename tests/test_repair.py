@@ -103,8 +103,8 @@ def test_sweep_with_repair_traces_once_and_keeps_its_ends():
 def test_data_are_arguments_of_compiled_programs():
     """Closed over, they would be copied into each, and what XLA knows of them computed when it compiles."""
     repair = build_repair(SPEC, A, B, network, X)
-    reset = build_norm_reset(update, X)
     tree = Normed().init(jax.random.key(0), X)
+    reset = build_norm_reset(tree, update, X)
     for prepare, params in ((repair.prepare, A), (reset, tree)):
         assert any(np.array_equal(leaf, X) for leaf in jax.tree.leaves(prepare))
         program = jax.make_jaxpr(lambda prepare, params: prepare(params, 0.5))(prepare, params)
@@ -248,7 +248,7 @@ def test_repair_of_batch_norm_holds_whatever_the_running_statistics_are():
 def test_norm_statistics_are_those_of_the_data():
     tree = Normed().init(jax.random.key(0), X)
     for batch_size in (8, 40):
-        new = jax.jit(build_norm_reset(update, X, batch_size=batch_size))(tree)
+        new = jax.jit(build_norm_reset(tree, update, X, batch_size=batch_size))(tree)
         y = np.asarray(X @ tree["params"]["Dense_0"]["kernel"] + tree["params"]["Dense_0"]["bias"][None])
         first = new["batch_stats"]["BatchNorm_0"]
         np.testing.assert_allclose(first["mean"], y.mean(0), rtol=1e-3, atol=1e-4)
@@ -262,7 +262,7 @@ def test_norm_statistics_are_those_of_the_data():
 
 def test_norm_reset_fits_a_sweep_and_restores_the_variance():
     a, b = (Normed().init(jax.random.key(seed), X) for seed in (0, 1))
-    reset = build_norm_reset(update, X)
+    reset = build_norm_reset(a, update, X)
     a, b = reset(a), reset(b)
 
     def metrics(params, batch, new=None):
@@ -276,23 +276,26 @@ def test_norm_reset_fits_a_sweep_and_restores_the_variance():
 
 def test_norm_reset_takes_batches_and_several_inputs():
     tree = Normed().init(jax.random.key(0), X)
-    alone = build_norm_reset(update, X, batch_size=8)(tree)
+    alone = build_norm_reset(tree, update, X, batch_size=8)(tree)
     jax.tree.map(
         np.testing.assert_array_equal,
-        build_norm_reset(update, Batch(X, np.arange(40)), batch_size=8)(tree),
+        build_norm_reset(tree, update, Batch(X, np.arange(40)), batch_size=8)(tree),
         alone,
     )
     parts = X[:, :1], X[:, 1:]
-    both = build_norm_reset(lambda t, x, y: update(t, jnp.concatenate([x, y], 1)), parts, batch_size=8)(tree)
+
+    def update_parts(tree, x, y):
+        return update(tree, jnp.concatenate([x, y], 1))
+
+    both = build_norm_reset(tree, update_parts, parts, batch_size=8)(tree)
     jax.tree.map(np.testing.assert_array_equal, both, alone)
     with pytest.raises(DataError, match="labels: 39 examples"):
-        build_norm_reset(update, Batch(X, np.arange(39)))
+        build_norm_reset(tree, update, Batch(X, np.arange(39)))
 
 
 def test_norm_reset_refuses_another_tree():
-    reset = build_norm_reset(lambda tree, batch: tree["params"], X)
     with pytest.raises(TreeMismatchError, match="what update_fn returns"):
-        reset(Normed().init(jax.random.key(0), X))
+        build_norm_reset(Normed().init(jax.random.key(0), X), lambda tree, batch: tree["params"], X)
 
 
 def test_leaf_that_is_not_updated_stays():
@@ -302,6 +305,6 @@ def test_leaf_that_is_not_updated_stays():
         stats = tree["batch_stats"]
         return tree | {"batch_stats": stats | {"mean": 0.5 * stats["mean"] + 0.5 * batch.mean(0)}}
 
-    new = build_norm_reset(partial_update, jnp.array([[2.0, 4.0], [4.0, 8.0]]), batch_size=1)(tree)
+    new = build_norm_reset(tree, partial_update, jnp.array([[2.0, 4.0], [4.0, 8.0]]), batch_size=1)(tree)
     np.testing.assert_allclose(new["batch_stats"]["mean"], [3, 6])
     np.testing.assert_array_equal(new["batch_stats"]["kept"], [3, 3])

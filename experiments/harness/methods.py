@@ -11,11 +11,11 @@ import jax
 import rebasin
 from experiments.harness.experiment import Setup
 from experiments.harness.record import MatchRecord, Objective, TestPath
+from rebasin.arithmetic import distance
 from rebasin.barrier import BarrierCurve
 from rebasin.matching.registry import as_method
 from rebasin.training.data import normalise
 from rebasin.training.trajectory import Trajectory
-from rebasin.trees import distance
 
 __all__ = [
     "BASELINE",
@@ -172,15 +172,18 @@ class MethodComparison:
         """A sweep in which the network at every alpha has running statistics of its own."""
         setup = self._setup
 
+        def pixels(images: jax.Array) -> jax.Array:
+            return normalise(images, setup.dataset.mean, setup.dataset.std)
+
         def update(params: Any, images: jax.Array) -> Any:
-            pixels = normalise(images, setup.dataset.mean, setup.dataset.std)
-            return params | setup.model.apply(params, pixels, mutable=[_STATISTICS])[1]
+            return params | setup.model.apply(params, pixels(images), mutable=[_STATISTICS])[1]
 
         def apply(params: Any, images: jax.Array, prepared: Any) -> jax.Array:
             del params
             return setup.apply_fn(prepared, images)
 
-        return self._prepared_sweep(apply, rebasin.build_norm_reset(update, self._images))
+        anything = setup.model.init(jax.random.key(0), pixels(self._images[:1]))
+        return self._prepared_sweep(apply, rebasin.build_norm_reset(anything, update, self._images))
 
     def _prepared_sweep(
         self, apply: Callable[[Any, Any, Any], jax.Array], prepare: Callable[[Any, Any], Any]

@@ -7,11 +7,11 @@ import numpy as np
 
 import rebasin
 from experiments.harness.record import METRICS, Endpoints, Metrics, PathCurves
+from rebasin.arithmetic import distance
 from rebasin.barrier import BarrierCurve
 from rebasin.permutation import Permutation, compiled_permute
 from rebasin.spec import PermutationSpec
 from rebasin.training.data import Dataset
-from rebasin.trees import distance
 
 __all__ = [
     "PathMeter",

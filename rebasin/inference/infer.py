@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 import rebasin.inference.rules  # noqa: F401  # registers every rule
 from rebasin.axis import Axis
@@ -16,6 +17,7 @@ from rebasin.inference.interpreter import interpret
 from rebasin.inference.programs import live_program
 from rebasin.inference.rule import Equation, Rule, register_rule
 from rebasin.inference.values import Dims, Value
+from rebasin.roles import leaf_roles
 from rebasin.spec import PermutationSpec, Pin
 from rebasin.trees import is_below, leaf_table, state_leaves
 
@@ -48,8 +50,10 @@ def infer_spec(
       pin: path names of leaves, or of subtrees, that are to stay put.
 
     Returns:
-      A spec for every leaf of `params`, with the leaves in the order in which the function uses them. Groups
-      are named after the first leaf that carries them; a second group of the same leaf gets ``#2``.
+      A spec for every leaf of `params`, with the leaves in the order in which the function uses them. Leaves
+      that it does not use stay put, but for the state of an optimiser: what has the shape and the end of the
+      path name of one weight, as moments of gradients have, moves with that weight. Groups are named after
+      the first leaf that carries them; a second group of the same leaf gets ``#2``.
 
     Raises:
       InferenceError: the function cannot be traced with these arguments, or a leaf to be pinned is unknown.
@@ -88,6 +92,9 @@ def infer_spec(
     _tie_outputs(output_of, {path: (leaf, of_leaf[leaf]) for path, leaf in next_values.items()})
     seen.add_outputs(output_of, next_values)
     used = {path for path, value in of_leaf.items() if seen.first_use(value) < math.inf}
+    moments = _moments(params, used.union(next_values.values()))
+    of_leaf |= {path: of_leaf[weight] for path, weight in moments.items()}
+    used = {path for path, value in of_leaf.items() if seen.first_use(value) < math.inf}
     _pin_unused(of_leaf, used, set(next_values.values()))
     _pin_unread(of_leaf.values(), seen)
     order = sorted(of_leaf, key=lambda path: seen.first_use(of_leaf[path]))
@@ -102,6 +109,40 @@ def _pin_by_name(of_leaf: Mapping[str, Dims], names: Sequence[str]) -> None:
     for path, dims in of_leaf.items():
         if any(is_below(path, name) for name in names):
             _pin_each(dims, "pinned by the caller")
+
+
+def _moments(params: Any, others: Collection[str]) -> dict[str, str]:
+    """Pair leaves of an optimiser's state with the weights that they belong to, such as moments of gradients.
+
+    They have the shape of their weight, and the end of its path name: ``opt_state/0/mu/Dense_0/kernel``
+    belongs to ``params/Dense_0/kernel``. Where two weights fit equally well, the leaf belongs to neither.
+
+    Args:
+      params: the tree, or its shapes.
+      others: leaves whose axes are known from the function.
+
+    Returns:
+      The path name of the weight, by that of the leaf of the state.
+    """
+    roles = leaf_roles(params)
+    shapes = {path: np.shape(leaf) for path, leaf in leaf_table(params).items()}
+    weights_by_end: dict[str, list[str]] = {}
+    for path in (path for path in roles if roles[path] == "weight"):
+        weights_by_end.setdefault(path.removesuffix("/value").rpartition("/")[2], []).append(path)
+    found = {}
+    for path in (path for path in roles if roles[path] == "optimiser state" and path not in others):
+        end = path.removesuffix("/value").rpartition("/")[2]
+        fitting = [w for w in weights_by_end.get(end, ()) if shapes[w] == shapes[path]]
+        lengths = [_common_end(path, weight) for weight in fitting]
+        if fitting and lengths.count(max(lengths)) == 1:
+            found[path] = fitting[lengths.index(max(lengths))]
+    return found
+
+
+def _common_end(one: str, other: str) -> int:
+    """Count the components at the end of two path names that are equal."""
+    pairs = zip(reversed(one.split("/")), reversed(other.split("/")), strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _pin_unused(of_leaf: Mapping[str, Dims], used: set[str], written: set[str]) -> None:

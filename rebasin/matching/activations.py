@@ -29,7 +29,7 @@ from rebasin.spec import PermutationSpec
 from rebasin.tracing.evaluate import evaluate
 from rebasin.tracing.program import Program, Static, trace_program
 from rebasin.tracing.sites import ActivationSite, find_sites
-from rebasin.trees import LeafPredicate, check_finite, is_weight
+from rebasin.trees import check_finite
 
 __all__ = ["ActivationMatching", "Measurement", "Similarity", "Sites", "activation_matching", "sum_products"]
 
@@ -54,7 +54,7 @@ class ActivationMatching(Method):
       similarity: ``"inner"`` is the inner product of the paper; its maximum is the least Euclidean distance
         between activations. ``"correlation"`` centres each unit and divides it by its standard deviation.
         Units that are constant over the data, such as dead ones, then correlate with nothing.
-      predicate: ``(path, leaf) -> bool``, the leaves that are checked to be finite.
+      roles: as in `Method`; weights must be finite.
     """
 
     name: ClassVar[str] = "activations"
@@ -63,9 +63,9 @@ class ActivationMatching(Method):
     batch_size: int = 500
     sites: Sites = "last"
     similarity: Similarity = "inner"
-    predicate: LeafPredicate = is_weight
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.similarity not in ("inner", "correlation"):
             raise ConfigError(f"unknown similarity {self.similarity!r}; known: 'inner', 'correlation'")
         if self.sites not in ("last", "all"):
@@ -79,7 +79,8 @@ class ActivationMatching(Method):
 
     def _match(self, spec: PermutationSpec, params_a: Any, params_b: Any, **needed: Any) -> MatchResult:
         began = time.perf_counter()
-        check_networks(spec, {"params_a": params_a, "params_b": params_b}, self.predicate)
+        networks = {"params_a": params_a, "params_b": params_b}
+        params_a, params_b = check_networks(spec, networks, self.roles, by_weights=False).trees
         check_data(needed["data"], self.batch_size)
         inputs = jax.tree.map(jnp.asarray, inputs_of(needed["data"]))
         check_finite(inputs, "data")

@@ -11,7 +11,7 @@ import numpy as np
 from rebasin.axis import iter_blocks
 from rebasin.permutation import Permutation, index_dims
 from rebasin.spec import PermutationSpec
-from rebasin.trees import is_below, real_parts
+from rebasin.trees import longest_name, real_parts
 
 __all__ = [
     "LeafPairs",
@@ -85,8 +85,8 @@ def pair_blocks(
         below, the longest decides. A leaf of weight zero is left out.
     """
     for path, axes in spec.leaves:
-        names = [name for name in leaf_weights if is_below(path, name)]
-        weight = leaf_weights[max(names, key=len)] if names else 1.0
+        name = longest_name(path, leaf_weights)
+        weight = 1.0 if name is None else leaf_weights[name]
         if path not in leaves or weight == 0:
             continue
         a, b = (_to_host(leaf) for leaf in leaves[path])

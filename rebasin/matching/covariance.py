@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from rebasin.arithmetic import inner_product, widen_weights
 from rebasin.axis import Axis
 from rebasin.batches import Batches, Sum, batch_shapes, check_data, inputs_of, sum_batches
 from rebasin.errors import ConfigError
@@ -27,15 +28,13 @@ from rebasin.matching.method import Method, build_method, check_at_least, check_
 from rebasin.matching.result import MatchResult
 from rebasin.matching.weights import weight_matching
 from rebasin.permutation import Permutation, compiled_permute, identity_permutation
+from rebasin.roles import RoleNames, weight_leaves
 from rebasin.spec import PermutationSpec
 from rebasin.tracing.evaluate import evaluate
 from rebasin.tracing.program import Static, trace_program
 from rebasin.tracing.sites import Layer, find_layers
 from rebasin.trees import (
-    LeafPredicate,
     check_finite,
-    inner_product,
-    is_weight,
     leaf_table,
     map_leaves,
     real_parts,
@@ -67,7 +66,7 @@ class CovarianceMatching(Method):
       batch_size: number of examples that are evaluated at once. Memory does not depend on the number of all
         examples.
       max_iterations: limit on the iterations of the ascent.
-      predicate: ``(path, leaf) -> bool``, the leaves that count.
+      roles: as in `Method`; only weights count.
     """
 
     name: ClassVar[str] = "covariance"
@@ -76,9 +75,9 @@ class CovarianceMatching(Method):
     order: Order = "ascent"
     batch_size: int = 500
     max_iterations: int = 100
-    predicate: LeafPredicate = is_weight
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.order not in ("ascent", "depth"):
             raise ConfigError(f"unknown order {self.order!r}; known: 'ascent', 'depth'")
         check_at_least(1, batch_size=self.batch_size, max_iterations=self.max_iterations)
@@ -90,18 +89,21 @@ class CovarianceMatching(Method):
 
     def _match(self, spec: PermutationSpec, params_a: Any, params_b: Any, **needed: Any) -> MatchResult:
         began = time.perf_counter()
-        predicate, key = self.predicate, needed["key"]
-        check_networks(spec, {"params_a": params_a, "params_b": params_b}, predicate)
+        key = needed["key"]
+        (params_a, params_b), weights = check_networks(
+            spec, {"params_a": params_a, "params_b": params_b}, self.roles
+        )
+        params_a, params_b = (widen_weights(tree, weights) for tree in (params_a, params_b))
         inputs = _checked_inputs(needed["data"], self.batch_size)
-        metric = find_metric(spec, params_a, needed["apply_fn"], inputs, self.batch_size, predicate)
+        metric = find_metric(spec, params_a, needed["apply_fn"], inputs, self.batch_size, weights)
         weighted_a = _apply(metric, params_a, inputs)
-        counted = {p: leaf for p, leaf in leaf_table(weighted_a).items() if predicate(p, leaf)}
+        counted = {path: leaf for path, leaf in leaf_table(weighted_a).items() if path in weights}
         check_finite(counted, "A in the metric of Σ")
 
-        match = _match_in_order(spec, weighted_a, params_b, metric, key, predicate)
+        match = _match_in_order(spec, weighted_a, params_b, metric, key, weights)
         stats: dict[str, Any] = {}
         if self.order == "ascent":
-            start, stats["start"] = _better_start(spec, weighted_a, params_b, match.permutation, predicate)
+            start, stats["start"] = _better_start(spec, weighted_a, params_b, match.permutation, weights)
             match = weight_matching(
                 spec,
                 weighted_a,
@@ -110,10 +112,10 @@ class CovarianceMatching(Method):
                 start=start,
                 max_iterations=self.max_iterations,
                 restarts=0,
-                predicate=predicate,
+                roles=self.roles,
             )
         moved = compiled_permute(spec, match.permutation, params_b)
-        stats["distance"] = _distances(metric, params_a, weighted_a, (params_b, moved), inputs, predicate)
+        stats["distance"] = _distances(metric, params_a, weighted_a, (params_b, moved), inputs, weights)
         stats["weighted"] = metric.leaves
         stats["seconds"] = time.perf_counter() - began
         return MatchResult(match.permutation, match.objective, match.num_iterations, match.converged, stats)
@@ -177,7 +179,7 @@ def apply_metric(
     data: Any,
     *,
     batch_size: int = 500,
-    predicate: LeafPredicate = is_weight,
+    roles: RoleNames = None,
 ) -> Any:
     """Replace every layer's weight W by W Σ, with Σ from the network's own activations.
 
@@ -189,7 +191,7 @@ def apply_metric(
       apply_fn: ``(params, *inputs) -> outputs``, the function that `spec` was made for.
       data: a `rebasin.Batch`, whose labels are ignored, or its inputs alone, arrays ``[n, …]``.
       batch_size: number of examples that are evaluated at once.
-      predicate: ``(path, leaf) -> bool``, the leaves that count; all others are kept as they are.
+      roles: roles of leaves that `rebasin.roles.leaf_roles` would not find; only weights are replaced.
 
     Returns:
       A tree like `params`.
@@ -202,7 +204,8 @@ def apply_metric(
       [[2.0, 4.0]]
     """
     inputs = _checked_inputs(data, batch_size)
-    return _apply(find_metric(spec, params, apply_fn, inputs, batch_size, predicate), params, inputs)
+    weights = weight_leaves(params, roles)
+    return _apply(find_metric(spec, params, apply_fn, inputs, batch_size, weights), params, inputs)
 
 
 class Metric(NamedTuple):
@@ -241,7 +244,7 @@ def find_metric(
     apply_fn: Callable[..., Any],
     inputs: tuple[Any, ...],
     batch_size: int,
-    predicate: LeafPredicate,
+    weights: Collection[str],
 ) -> Metric:
     """Find the layers of a network whose weight is a leaf that counts.
 
@@ -249,11 +252,10 @@ def find_metric(
     """
     batches = Batches.of(inputs, batch_size)
     program = trace_program(spec, apply_fn, params, *batch_shapes(inputs, batches.size))
-    table = leaf_table(params)
     contracted: dict[str, frozenset[str]] = {}
     for layer in find_layers(program):
         leaf = layer.leaf
-        if leaf is not None and not layer.in_while and predicate(leaf, table[leaf]):
+        if leaf is not None and not layer.in_while and leaf in weights:
             contracted[leaf] = contracted.get(leaf, frozenset()) | layer.contracted
     return Metric(spec, Static(apply_fn), batches, tuple(contracted.items()))
 
@@ -363,19 +365,17 @@ def _distances(
     weighted_a: Any,
     others: tuple[Any, ...],
     inputs: tuple[Any, ...],
-    predicate: LeafPredicate,
+    weights: Collection[str],
 ) -> tuple[float, ...]:
     """Return ‖A − B‖_Σ for each B of `others`; leaves without a Σ count with their Euclidean distance."""
     squares = jax.device_get(_sum_squares(metric, params_a, others, inputs)).value()
-    own = inner_product(weighted_a, params_a, predicate=predicate)
+    own = inner_product(weighted_a, params_a, leaves=weights)
 
-    def is_plain(path: str, leaf: Any) -> bool:
-        return path not in metric.leaves and predicate(path, leaf)
-
+    plain = frozenset(weights) - set(metric.leaves)
     found = []
     for other, total in zip(others, squares, strict=True):
-        norm = total / metric.batches.sizes.sum() + inner_product(other, other, predicate=is_plain)
-        square = own + norm - 2 * inner_product(weighted_a, other, predicate=predicate)
+        norm = total / metric.batches.sizes.sum() + inner_product(other, other, leaves=plain)
+        square = own + norm - 2 * inner_product(weighted_a, other, leaves=weights)
         found.append(math.sqrt(max(square, 0.0)))
     return tuple(found)
 
@@ -386,7 +386,7 @@ def _match_in_order(
     params_b: Any,
     metric: Metric,
     key: jax.Array,
-    predicate: LeafPredicate,
+    weights: Collection[str],
 ) -> MatchResult:
     """Match every group once, in order of depth, by the weights that lead into it from what is known."""
     known: dict[str, np.ndarray] = {}
@@ -397,7 +397,9 @@ def _match_in_order(
             continue
         related = {first, *outer.get(first, ())}
         family = {g for g in spec.groups if related & {g, *outer.get(g, ())}} - set(spec.fixed) - known.keys()
-        leading = _leading_leaves(spec, family, known, dict(metric.contracted))
+        leading = _leading_leaves(spec, family, known, dict(metric.contracted)) & frozenset(weights)
+        if not leading:
+            continue  # no weight says anything about these groups
         moved = compiled_permute(spec, identity | known, params_b)
         match = weight_matching(
             _restrict(spec, family),
@@ -406,7 +408,7 @@ def _match_in_order(
             key=key,
             start="identity",
             restarts=0,
-            predicate=lambda path, x, leading=leading: path in leading and predicate(path, x),
+            roles={path: "weight" if path in leading else "constant" for path, _ in spec.leaves},
         )
         known |= match.permutation
         start, end = start + match.objective[0], end + match.objective[-1]
@@ -440,9 +442,9 @@ def _restrict(spec: PermutationSpec, groups: set[str]) -> PermutationSpec:
 
 
 def _better_start(
-    spec: PermutationSpec, weighted_a: Any, params_b: Any, in_order: Permutation, predicate: LeafPredicate
+    spec: PermutationSpec, weighted_a: Any, params_b: Any, in_order: Permutation, weights: Collection[str]
 ) -> tuple[Permutation, str]:
     """Return the start of the ascent: what the pass in order of depth found, or the identity if higher."""
     moved = compiled_permute(spec, in_order, params_b)
-    found, plain = (inner_product(weighted_a, other, predicate=predicate) for other in (moved, params_b))
+    found, plain = (inner_product(weighted_a, other, leaves=weights) for other in (moved, params_b))
     return (in_order, "depth") if found >= plain else (identity_permutation(spec, params_b), "identity")

@@ -16,13 +16,14 @@ found exactly. At the end the matrices are rounded to permutations.
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rebasin.arithmetic import widen_weights
 from rebasin.axis import cut, iter_blocks
 from rebasin.errors import ConfigError
 from rebasin.matching.method import Method, build_method, check_at_least, check_networks
@@ -38,8 +39,9 @@ from rebasin.matching.soft import (
     uniform_soft,
 )
 from rebasin.permutation import Permutation, check_permutation, compiled_permute, identity_permutation
+from rebasin.roles import weight_leaves
 from rebasin.spec import PermutationSpec
-from rebasin.trees import LeafPredicate, is_weight, leaf_table, real_parts
+from rebasin.trees import leaf_table, real_parts
 
 __all__ = [
     "FrankWolfeMatching",
@@ -73,7 +75,7 @@ class FrankWolfeMatching(Method):
       max_iterations: limit on the number of iterations, at least 1.
       tolerance: the ascent ends when the Frank–Wolfe gap, or the gain of an iteration, is at most this
         fraction of ‖A‖‖B‖ (of Σ_{i<j} ‖θ_i‖‖θ_j‖ for several networks).
-      predicate: ``(path, leaf) -> bool``, the leaves that count.
+      roles: as in `Method`; only weights count.
 
     Raises:
       ConfigError: an option has a value that cannot work.
@@ -85,9 +87,9 @@ class FrankWolfeMatching(Method):
     start: FrankWolfeStart | Permutation = "barycentre"
     max_iterations: int = 100
     tolerance: float = 1e-6
-    predicate: LeafPredicate = is_weight
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not isinstance(self.start, Mapping) and self.start not in get_args(FrankWolfeStart):
             raise ConfigError(
                 f"unknown start {self.start!r}; known: 'barycentre', 'identity', or permutations"
@@ -175,17 +177,18 @@ def joint_ascent(
       RebasinError: as `frank_wolfe_matching`.
     """
     began = time.perf_counter()
-    check_networks(spec, networks, options.predicate)
-    trees = list(networks.values())
+    checked = check_networks(spec, networks, options.roles)
+    weights = checked.weights
+    trees = [widen_weights(tree, weights) for tree in checked.trees]
     if start is None and isinstance(options.start, Mapping):
         start = [options.start for _ in trees[1:]]
     softs, permutations = _starting_point(spec, trees, options.start, start)
     identity = identity_permutation(spec, trees[0])
 
     def value(permutations: Sequence[Permutation]) -> float:
-        return joint_objective(spec, [identity, *permutations], trees, options.predicate)
+        return joint_objective(spec, [identity, *permutations], trees, weights)
 
-    relaxation = Relaxation(spec, trees, options.predicate)
+    relaxation = Relaxation(spec, trees, weights)
     found = _ascend(spec, relaxation, softs, permutations, value, options)
     stats = {
         **found.stats,
@@ -306,13 +309,13 @@ class Relaxation:
       scale: Σ_{i<j} ‖θ_i‖ ‖θ_j‖ over all weights, an upper bound of the objective.
     """
 
-    def __init__(self, spec: PermutationSpec, trees: Sequence[Any], predicate: LeafPredicate) -> None:
+    def __init__(self, spec: PermutationSpec, trees: Sequence[Any], weights: Collection[str]) -> None:
         tables = [leaf_table(tree) for tree in trees]
         moves, arrays = [], []
         norms = np.zeros(len(trees))
         self.constant = 0.0
         for path, axes in spec.leaves:
-            if not predicate(path, tables[0][path]):
+            if path not in weights:
                 continue
             leaves = [jnp.asarray(table[path]) for table in tables]
             norms += [float(np.sum(np.square(_on_host(leaf)))) for leaf in leaves]
@@ -358,7 +361,7 @@ def joint_objective(
     spec: PermutationSpec,
     permutations: Sequence[Permutation],
     trees: Sequence[Any],
-    predicate: LeafPredicate = is_weight,
+    weights: Collection[str] | None = None,
 ) -> float:
     """Compute Σ_{i<j} ⟨P_i[θ_i], P_j[θ_j]⟩ over the leaves that count, in float64.
 
@@ -366,17 +369,14 @@ def joint_objective(
       spec: the symmetries of the networks.
       permutations: one permutation for each network.
       trees: the tree of each network.
-      predicate: ``(path, leaf) -> bool``, the leaves that count.
+      weights: path names of the leaves that count; by default the weights of the first network.
     """
+    counted = weight_leaves(trees[0]) if weights is None else weights
     moved = [
         leaf_table(compiled_permute(spec, permutation, tree))
         for permutation, tree in zip(permutations, trees, strict=True)
     ]
-    return sum(
-        _pair_sum([table[path] for table in moved])
-        for path, _ in spec.leaves
-        if predicate(path, moved[0][path])
-    )
+    return sum(_pair_sum([table[path] for table in moved]) for path, _ in spec.leaves if path in counted)
 
 
 def _pair_sum(arrays: Sequence[Any]) -> float:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ from rebasin.batches import batch_shapes, check_data, num_examples, to_batches
 from rebasin.errors import DataError, NonFiniteError, RebasinError
 from rebasin.matching.result import MatchResult, same_permutation
 from rebasin.permutation import Permutation
-from rebasin.trees import LeafPredicate, leaf_table, map_leaves
+from rebasin.trees import leaf_table, map_leaves
 
 __all__ = [
     "LossHistory",
@@ -89,9 +89,9 @@ def iter_batches(key: jax.Array, data: Any, batch_size: int) -> Iterator[Any]:
         epoch += 1
 
 
-def weights_of(tree: Any, predicate: LeafPredicate) -> dict[str, Any]:
-    """Return the leaves that `predicate` accepts, by path name."""
-    return {path: leaf for path, leaf in leaf_table(tree).items() if predicate(path, leaf)}
+def weights_of(tree: Any, weights: Collection[str]) -> dict[str, Any]:
+    """Return the leaves of the path names `weights`, by path name."""
+    return {path: leaf for path, leaf in leaf_table(tree).items() if path in weights}
 
 
 def with_weights(tree: Any, weights: Mapping[str, Any]) -> Any:

@@ -19,13 +19,13 @@ from typing import Any
 import jax
 import numpy as np
 
+from rebasin.arithmetic import average, widen_weights
 from rebasin.errors import ConfigError, PermutationError
 from rebasin.matching.frank_wolfe import FrankWolfeMatching, FrankWolfeStart, joint_ascent, joint_objective
 from rebasin.matching.method import Method, build_method, check_at_least, check_networks
 from rebasin.matching.registry import as_method
 from rebasin.matching.result import same_permutation
 from rebasin.matching.weights import weight_matching
-from rebasin.merging import average
 from rebasin.permutation import (
     Permutation,
     check_permutation,
@@ -36,8 +36,8 @@ from rebasin.permutation import (
     invert,
     permute,
 )
+from rebasin.roles import RoleNames
 from rebasin.spec import PermutationSpec
-from rebasin.trees import LeafPredicate, is_weight
 
 __all__ = ["UniverseResult", "cycle_error", "match_to_reference", "merge_many", "universe_matching"]
 
@@ -166,7 +166,7 @@ def merge_many(
     *,
     key: jax.Array,
     max_iterations: int = 100,
-    predicate: LeafPredicate = is_weight,
+    roles: RoleNames = None,
 ) -> UniverseResult:
     """Align networks by matching each with the mean of the others.
 
@@ -181,7 +181,7 @@ def merge_many(
       trees: the networks, two or more, of equal leaves, shapes and dtypes.
       key: PRNG key for the order of the networks and for weight matching.
       max_iterations: limit on the number of iterations, at least 1.
-      predicate: ``(path, leaf) -> bool``, the leaves that count.
+      roles: roles of leaves that `rebasin.roles.leaf_roles` would not find; only weights count.
 
     Returns:
       A permutation for each network, into the order of units of network 0. `rebasin.average` of
@@ -195,24 +195,24 @@ def merge_many(
     """
     began = time.perf_counter()
     check_at_least(1, max_iterations=max_iterations)
-    _check_many(spec, trees, predicate)
+    trees, weights = _check_many(spec, trees, roles)
     permutations = [identity_permutation(spec, trees[0])] * len(trees)
     moved = list(trees)
-    objective, converged = [joint_objective(spec, permutations, trees, predicate)], False
+    objective, converged = [joint_objective(spec, permutations, trees, weights)], False
     while not converged and len(objective) <= max_iterations:
         iteration_key = jax.random.fold_in(key, len(objective))
         converged = True
         for i in map(int, np.asarray(jax.random.permutation(iteration_key, len(trees)))):
-            mean = average([tree for j, tree in enumerate(moved) if j != i], predicate=predicate)
+            mean = average([tree for j, tree in enumerate(moved) if j != i], roles=roles)
             start = permutations[i] if len(objective) > 1 else "depth"
             match_key = jax.random.fold_in(iteration_key, i)
             match = weight_matching(
-                spec, mean, trees[i], key=match_key, start=start, restarts=0, predicate=predicate
+                spec, mean, trees[i], key=match_key, start=start, restarts=0, roles=roles or ()
             )
             if not same_permutation(match.permutation, permutations[i]):
                 permutations[i], converged = match.permutation, False
                 moved[i] = compiled_permute(spec, match.permutation, trees[i])
-        objective.append(joint_objective(spec, permutations, trees, predicate))
+        objective.append(joint_objective(spec, permutations, trees, weights))
     undo = invert(spec, permutations[0])
     rows = [jax.tree.map(np.asarray, compose(spec, permutation, undo)) for permutation in permutations]
     stats = {"seconds": time.perf_counter() - began}
@@ -229,7 +229,7 @@ def match_to_reference(
     apply_fn: Callable[..., Any] | None = None,
     metrics_fn: Callable[..., Mapping[str, jax.Array]] | None = None,
     data: Any = None,
-    predicate: LeafPredicate = is_weight,
+    roles: RoleNames = None,
 ) -> UniverseResult:
     """Align every network with one of them, by any method.
 
@@ -242,7 +242,7 @@ def match_to_reference(
       apply_fn: as in `Method.match`, for a method that needs it.
       metrics_fn: as in `Method.match`, for a method that needs it.
       data: as in `Method.match`, for a method that needs them.
-      predicate: ``(path, leaf) -> bool``, the leaves that count in the reported objective.
+      roles: as in `merge_many`; weights count in the reported objective.
 
     Returns:
       A permutation for each network, into the order of units of the reference. `objective` is Σ_{i<j}
@@ -256,7 +256,7 @@ def match_to_reference(
     """
     began = time.perf_counter()
     method = as_method(method)
-    _check_many(spec, trees, predicate)
+    trees, weights = _check_many(spec, trees, roles)
     _check_reference(reference, trees)
     identity = identity_permutation(spec, trees[0])
     needed = {"key": key, "apply_fn": apply_fn, "metrics_fn": metrics_fn, "data": data}
@@ -266,7 +266,7 @@ def match_to_reference(
         if i != reference
     }
     permutations = [matches[i].permutation if i in matches else identity for i in range(len(trees))]
-    objective = [joint_objective(spec, p, trees, predicate) for p in ([identity] * len(trees), permutations)]
+    objective = [joint_objective(spec, p, trees, weights) for p in ([identity] * len(trees), permutations)]
     stats = {"reference": reference, "seconds": time.perf_counter() - began}
     converged = all(match.converged for match in matches.values())
     return UniverseResult(tuple(permutations), np.array(objective), 1, converged, stats)
@@ -321,7 +321,11 @@ def _check_reference(reference: int, trees: Sequence[Any]) -> None:
         raise ConfigError(f"reference must be one of the networks 0 to {len(trees) - 1}, got {reference}")
 
 
-def _check_many(spec: PermutationSpec, trees: Sequence[Any], predicate: LeafPredicate) -> None:
+def _check_many(
+    spec: PermutationSpec, trees: Sequence[Any], roles: RoleNames
+) -> tuple[list[Any], frozenset[str]]:
+    """Check the networks; return them with float32 weights at least, and the path names of their weights."""
     if len(trees) < 2:
         raise ConfigError(f"merging needs at least two networks, got {len(trees)}")
-    check_networks(spec, {f"network {i}": tree for i, tree in enumerate(trees)}, predicate)
+    checked = check_networks(spec, {f"network {i}": tree for i, tree in enumerate(trees)}, roles)
+    return [widen_weights(tree, checked.weights) for tree in checked.trees], checked.weights

@@ -2,36 +2,45 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import jax
 
-from rebasin.errors import ConfigError, problem_list
+from rebasin.errors import ConfigError, SpecMismatchError, problem_list
 from rebasin.matching.result import MatchResult
+from rebasin.roles import RoleNames, check_roles, check_weight_dtypes, weight_leaves
 from rebasin.spec import PermutationSpec
-from rebasin.trees import LeafPredicate, check_finite, check_same_shapes, leaf_table
+from rebasin.trees import check_finite, conform
 
-__all__ = ["Method", "build_method", "check_at_least", "check_networks"]
+__all__ = ["Method", "Networks", "build_method", "check_at_least", "check_networks", "check_weights_move"]
 
 
 M = TypeVar("M", bound="Method")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class Method:
     """A matching method together with its options.
 
     Every method is a subclass in a file of its own, and a frozen dataclass whose fields are its options: so
     options have one place, and a method can be printed, compared and hashed. A subclass defines `_match`, and
-    checks its options in ``__post_init__``.
+    checks its options in ``__post_init__``, after the call of this one's.
 
     Attributes:
       name: the name under which `rebasin.match`, `rebasin.align` and the experiments know the method.
       objective: what the method maximises, for the reader.
+      roles: roles of leaves that `rebasin.roles.leaf_roles` would not find, by the path name of a leaf or
+        subtree, in which ``*`` stands for any text: ``{"*/mask": "constant"}`` leaves masks out.
     """
 
     name: ClassVar[str]
     objective: ClassVar[str]
+
+    roles: RoleNames = ()
+
+    def __post_init__(self) -> None:
+        """Check the roles; a subclass that checks more calls this first."""
+        object.__setattr__(self, "roles", check_roles(self.roles))  # pairs, unlike a dictionary, have a hash
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -113,25 +122,58 @@ def build_method(method: type[M], options: Mapping[str, Any]) -> M:
     return method(**options)
 
 
-def check_networks(spec: PermutationSpec, trees: Mapping[str, Any], predicate: LeafPredicate) -> None:
-    """Check networks that are to be matched, before anything is computed.
+class Networks(NamedTuple):
+    """Networks that were checked, in the containers of the first.
+
+    Attributes:
+      trees: the tree of each network.
+      weights: path names of the leaves that are weights.
+    """
+
+    trees: tuple[Any, ...]
+    weights: frozenset[str]
+
+
+def check_networks(
+    spec: PermutationSpec, trees: Mapping[str, Any], roles: RoleNames = None, *, by_weights: bool = True
+) -> Networks:
+    """Check networks that are to be matched, before anything is computed, and put them into one structure.
 
     Args:
       spec: the symmetries.
       trees: the tree of each network, by the name that messages call it.
-      predicate: ``(path, leaf) -> bool``, the leaves that count and must be finite.
+      roles: roles of leaves that would not be found.
+      by_weights: whether weights are compared, so that integers cannot be weights, and some weight must move.
 
     Raises:
-      TreeMismatchError: a network differs from the first in leaves, shapes or dtypes.
-      SpecMismatchError: a network does not fit the spec.
-      NonFiniteError: a leaf that counts holds NaN or infinity.
+      TreeMismatchError: a network differs from the first in leaves, shapes or dtypes, or a weight holds
+        integers.
+      SpecMismatchError: a network does not fit the spec, or no leaf that the spec moves is a weight.
+      NonFiniteError: a weight is NaN or infinite.
+      ConfigError: `roles` do not fit the tree.
     """
     (first, reference), *rest = trees.items()
-    for name, tree in rest:
-        check_same_shapes(reference, tree, names=(first, name))
-    for name, tree in trees.items():
-        spec.group_sizes(tree, name=name)
-        check_finite({p: leaf for p, leaf in leaf_table(tree).items() if predicate(p, leaf)}, name)
+    conformed = (reference, *(conform(reference, tree, names=(first, name)) for name, tree in rest))
+    spec.group_sizes(reference, name=first)  # and so it fits the others
+    weights = weight_leaves(reference, roles)
+    if by_weights:
+        check_weights_move(spec, weights)
+        check_weight_dtypes(reference, weights, first)
+    for name, tree in zip(trees, conformed, strict=True):
+        check_finite(tree, name, leaves=weights)
+    return Networks(conformed, weights)
+
+
+def check_weights_move(spec: PermutationSpec, weights: frozenset[str]) -> None:
+    """Raise `SpecMismatchError` if a spec moves leaves, and none of them is a weight.
+
+    Every permutation would then have the same objective, and a result would look like one that was found.
+    """
+    moving = [path for path, axes in spec.leaves if any(axis.groups for axis in axes)]
+    if spec.groups and weights.isdisjoint(moving):
+        raise SpecMismatchError(
+            f"none of the leaves that the spec moves is a weight: {', '.join(moving)}; roles= says which are"
+        )
 
 
 def check_at_least(least: float, **options: float) -> None:

@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rebasin.arithmetic import distance, interpolate, wide_dtype
 from rebasin.barrier import MetricsFn
 from rebasin.batches import check_batch_size
 from rebasin.errors import ConfigError, RebasinError
@@ -40,8 +41,9 @@ from rebasin.matching.result import MatchResult
 from rebasin.matching.soft import SoftPermutation, harden, soft_permute, soften, uniform_soft
 from rebasin.matching.weights import weight_matching
 from rebasin.permutation import Permutation, check_permutation, compiled_permute, identity_permutation
+from rebasin.roles import RoleNames, weight_leaves
 from rebasin.spec import PermutationSpec
-from rebasin.trees import LeafPredicate, distance, interpolate, is_weight, leaf_table, real_parts
+from rebasin.trees import leaf_table, real_parts
 
 __all__ = [
     "SinkhornLoss",
@@ -87,7 +89,7 @@ class SinkhornMatching(Method):
       learning_rate: learning rate of Adam on X. An entry of X that is larger by 1 has e times the weight in
         exp(X).
       batch_size: number of examples of a gradient step, and number of examples evaluated at once.
-      predicate: ``(path, leaf) -> bool``, the leaves that are measured and averaged.
+      roles: as in `Method`; weights are measured and averaged.
 
     Raises:
       ConfigError: an option has a value that cannot work.
@@ -101,9 +103,9 @@ class SinkhornMatching(Method):
     num_steps: int = 100
     learning_rate: float = 0.1
     batch_size: int = 500
-    predicate: LeafPredicate = is_weight
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.loss not in get_args(SinkhornLoss):
             raise ConfigError(f"unknown loss {self.loss!r}; known: 'l2', 'midpoint', 'random'")
         if not isinstance(self.start, Mapping) and self.start not in get_args(SinkhornStart):
@@ -132,7 +134,8 @@ class SinkhornMatching(Method):
         user = "sinkhorn_matching"
         import_solver()
         optax = import_optax(user)
-        check_networks(spec, {"params_a": params_a, "params_b": params_b}, self.predicate)
+        networks = {"params_a": params_a, "params_b": params_b}
+        params_a, params_b = check_networks(spec, networks, self.roles).trees
         if metrics_fn is not None:
             check_metrics(metrics_fn, params_a, data, self.batch_size)
         start_key, batch_key, alpha_key = jax.random.split(key, 3)
@@ -142,7 +145,7 @@ class SinkhornMatching(Method):
         optimizer = optax.adam(self.learning_rate)
         state = optimizer.init(x)
         batches = itertools.repeat(None) if data is None else iter_batches(batch_key, data, self.batch_size)
-        statics = {"spec": spec, "metrics_fn": metrics_fn, "predicate": self.predicate}
+        statics = {"spec": spec, "metrics_fn": metrics_fn, "roles": self.roles}
         soft_losses = []
         for step, batch in zip(range(self.num_steps), batches, strict=False):
             is_random = self.loss == "random"
@@ -174,7 +177,7 @@ class SinkhornMatching(Method):
             check_permutation(spec, params_a, self.start)
             permutation = {group: np.asarray(row, np.int32) for group, row in self.start.items()}
         elif self.start == "weights":
-            match = weight_matching(spec, params_a, params_b, key=key, predicate=self.predicate)
+            match = weight_matching(spec, params_a, params_b, key=key, roles=self.roles)
             permutation = match.permutation
         is_uniform = isinstance(self.start, str) and self.start == "uniform"
         soft = uniform_soft(spec, params_a) if is_uniform else soften(spec, permutation, params_a)
@@ -194,8 +197,8 @@ class SinkhornMatching(Method):
         def hard_loss(permutation: Permutation) -> float:
             moved = compiled_permute(spec, permutation, params_b)
             if metrics_fn is None:
-                return distance(params_a, moved, predicate=self.predicate) ** 2
-            points = [interpolate(params_a, moved, alpha, predicate=self.predicate) for alpha in alphas]
+                return distance(params_a, moved, leaves=weight_leaves(params_a, self.roles)) ** 2
+            points = [interpolate(params_a, moved, alpha, roles=self.roles) for alpha in alphas]
             evaluate = functools.partial(mean_loss, metrics_fn=metrics_fn, batch_size=self.batch_size)
             return sum(float(evaluate(point, data)) for point in points) / len(points)
 
@@ -256,7 +259,7 @@ def _half_mass(matrices: np.ndarray) -> jax.Array:
     return jnp.asarray(math.log(max(matrices.shape[-1] - 1, 1)) * matrices, jnp.float32)
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "metrics_fn", "predicate"))
+@functools.partial(jax.jit, static_argnames=("spec", "metrics_fn", "roles"))
 def _soft_loss_and_gradient(
     x: SoftPermutation,
     params_a: Any,
@@ -266,7 +269,7 @@ def _soft_loss_and_gradient(
     *,
     spec: PermutationSpec,
     metrics_fn: MetricsFn | None,
-    predicate: LeafPredicate,
+    roles: RoleNames,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Return the loss of the soft network and its gradient in X.
 
@@ -276,10 +279,12 @@ def _soft_loss_and_gradient(
     def soft_loss(x: SoftPermutation) -> jax.Array:
         moved = soft_permute(spec, sinkhorn_plans(x), params_b)
         if metrics_fn is not None:
-            return metrics_fn(interpolate(params_a, moved, alpha, predicate=predicate), batch)["loss"].mean()
-        # `rebasin.trees.distance` is computed on the host in float64, and so it cannot be differentiated.
+            return metrics_fn(interpolate(params_a, moved, alpha, roles=roles), batch)["loss"].mean()
+        # `rebasin.arithmetic.distance` is computed on the host in float64, and so it cannot be
+        # differentiated.
         a, b = leaf_table(params_a), leaf_table(moved)
-        differences = (real_parts(a[path] - b[path]) for path in a if predicate(path, a[path]))
+        pairs = ((a[path], b[path]) for path in a if path in weight_leaves(params_a, roles))
+        differences = (real_parts(jnp.asarray(x, wide_dtype(x)) - y) for x, y in pairs)
         return sum(((difference**2).sum() for difference in differences), jnp.zeros(()))
 
     return jax.value_and_grad(soft_loss)(x)

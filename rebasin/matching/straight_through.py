@@ -16,6 +16,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from rebasin.arithmetic import interpolate, widen_weights
 from rebasin.barrier import MetricsFn
 from rebasin.batches import check_batch_size
 from rebasin.errors import ConfigError
@@ -33,8 +34,9 @@ from rebasin.matching.method import Method, build_method, check_at_least, check_
 from rebasin.matching.result import MatchResult
 from rebasin.matching.weights import weight_matching
 from rebasin.permutation import Permutation, compiled_permute
+from rebasin.roles import RoleNames
 from rebasin.spec import PermutationSpec
-from rebasin.trees import LeafPredicate, interpolate, is_weight
+from rebasin.trees import map_leaves
 
 __all__ = ["StraightThroughMatching", "midpoint_gradient", "straight_through_matching"]
 
@@ -54,7 +56,7 @@ class StraightThroughMatching(Method):
       num_steps: number of gradient steps, at least 1.
       learning_rate: learning rate of Adam on θ̃.
       batch_size: number of examples of a gradient step, and number of examples evaluated at once.
-      predicate: ``(path, leaf) -> bool``, the leaves that are matched, learned and averaged.
+      roles: as in `Method`; weights are matched, learned and averaged.
 
     Raises:
       ConfigError: an option has a value that cannot work.
@@ -67,9 +69,9 @@ class StraightThroughMatching(Method):
     num_steps: int = 100
     learning_rate: float = 3e-3
     batch_size: int = 500
-    predicate: LeafPredicate = is_weight
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not isinstance(self.start, Mapping) and self.start not in ("depth", "identity"):
             raise ConfigError(f"unknown start {self.start!r}; known: 'depth', 'identity', or a permutation")
         check_at_least(1, num_steps=self.num_steps)
@@ -93,28 +95,31 @@ class StraightThroughMatching(Method):
         began = time.perf_counter()
         user = "straight_through_matching"
         optax = import_optax(user)
-        check_networks(spec, {"params_a": params_a, "params_b": params_b}, self.predicate)
+        networks = {"params_a": params_a, "params_b": params_b}
+        (params_a, params_b), weights = check_networks(spec, networks, self.roles)
         check_metrics(metrics_fn, params_a, data, self.batch_size)
         loss = self._build_midpoint_loss(spec, params_a, params_b, metrics_fn, data)
+        # What is learned is float32 at least: the steps of Adam are too small for narrower types.
+        wide_a, wide_b = (widen_weights(tree, weights) for tree in (params_a, params_b))
         match_key, batch_key = jax.random.split(key)
-        match = functools.partial(weight_matching, spec, params_b=params_b, predicate=self.predicate)
-        first = match(params_a=params_a, key=match_key, start=self.start).permutation
+        match = functools.partial(weight_matching, spec, params_b=wide_b, roles=self.roles)
+        first = match(params_a=wide_a, key=match_key, start=self.start).permutation
         start = self.start if isinstance(self.start, Mapping) else first
         history = LossHistory.begin(start, loss).after_step(first, loss)
-        target = weights_of(params_a, self.predicate)
+        target = weights_of(wide_a, weights)
         optimizer = optax.adam(self.learning_rate)
         state = optimizer.init(target)
         batches = iter_batches(batch_key, data, self.batch_size)
         for step, batch in zip(range(self.num_steps), batches, strict=False):
-            moved = weights_of(compiled_permute(spec, history.current, params_b), self.predicate)
+            moved = weights_of(compiled_permute(spec, history.current, wide_b), weights)
             step_loss, gradient = midpoint_gradient(
-                moved, params_a, batch, metrics_fn=metrics_fn, predicate=self.predicate
+                moved, params_a, batch, metrics_fn=metrics_fn, roles=self.roles
             )
             check_step(step, gradient, step_loss)
             updates, state = optimizer.update(gradient, state)
             target = optax.apply_updates(target, updates)
             step_key = jax.random.fold_in(match_key, step)
-            tree = with_weights(params_a, target)
+            tree = with_weights(wide_a, target)
             nearest = match(params_a=tree, key=step_key, start=history.current, restarts=0).permutation
             history = history.after_step(nearest, loss)
         return history.result({"seconds": time.perf_counter() - began})
@@ -126,7 +131,7 @@ class StraightThroughMatching(Method):
 
         def midpoint_loss(permutation: Permutation) -> float:
             moved = compiled_permute(spec, permutation, params_b)
-            middle = interpolate(params_a, moved, 0.5, predicate=self.predicate)
+            middle = interpolate(params_a, moved, 0.5, roles=self.roles)
             return float(mean_loss(middle, data, metrics_fn=metrics_fn, batch_size=self.batch_size))
 
         return midpoint_loss
@@ -174,11 +179,13 @@ def straight_through_matching(
     return method.match(spec, params_a, params_b, key=key, metrics_fn=metrics_fn, data=data)
 
 
-@functools.partial(jax.jit, static_argnames=("metrics_fn", "predicate"))
+@functools.partial(jax.jit, static_argnames=("metrics_fn", "roles"))
 def midpoint_gradient(
-    moved: Mapping[str, Any], params_a: Any, batch: Any, *, metrics_fn: MetricsFn, predicate: LeafPredicate
+    moved: Mapping[str, Any], params_a: Any, batch: Any, *, metrics_fn: MetricsFn, roles: RoleNames = ()
 ) -> tuple[jax.Array, dict[str, Any]]:
     """Return the mean loss of the midpoint, and its gradient with respect to the weights of P[B].
+
+    The midpoint is formed in the dtype of `moved` and rounded to that of A before the network is evaluated.
 
     The gradient of a complex weight points to where the loss rises, ∂ℓ/∂Re + i ∂ℓ/∂Im; that of JAX is its
     conjugate.
@@ -188,12 +195,14 @@ def midpoint_gradient(
       params_a: tree of A.
       batch: what `metrics_fn` takes as its batch.
       metrics_fn: ``(params, batch) -> {"loss": [n], …}``.
-      predicate: ``(path, leaf) -> bool``, the leaves that are averaged.
+      roles: roles of leaves of A that would not be found, as pairs; weights are averaged.
     """
 
     def loss(moved: Mapping[str, Any]) -> jax.Array:
-        middle = interpolate(params_a, with_weights(params_a, moved), 0.5, predicate=predicate)
-        return metrics_fn(middle, batch)["loss"].mean()
+        wide_a = map_leaves(lambda path, x: x.astype(moved[path].dtype) if path in moved else x, params_a)
+        middle = interpolate(wide_a, with_weights(params_a, moved), 0.5, roles=roles)
+        narrow = jax.tree.map(lambda x, like: x.astype(like.dtype), middle, params_a)
+        return metrics_fn(narrow, batch)["loss"].mean()
 
     value, gradient = jax.value_and_grad(loss)(moved)
     return value, jax.tree.map(jnp.conj, gradient)

@@ -27,11 +27,12 @@ from rebasin.matching.ascent import (
     state_at,
 )
 from rebasin.matching.blocks import LeafPairs, PairBlock, pair_blocks
-from rebasin.matching.method import Method, build_method, check_at_least
+from rebasin.matching.method import Method, build_method, check_at_least, check_weights_move
 from rebasin.matching.result import MatchResult
 from rebasin.permutation import Permutation, check_permutation, identity_permutation
+from rebasin.roles import check_weight_dtypes, weight_leaves
 from rebasin.spec import PermutationSpec
-from rebasin.trees import LeafPredicate, check_finite, check_same_shapes, is_below, is_weight, leaf_table
+from rebasin.trees import check_finite, check_same_shapes, is_below, leaf_table
 
 __all__ = ["AscentStart", "WeightMatching", "joint_weight_matching", "weight_matching", "weight_matchings"]
 
@@ -59,8 +60,7 @@ class WeightMatching(Method):
       leaf_weights: factors of leaves or of whole subtrees in the objective, by path name; of the names that a
         leaf lies below the longest decides, and a leaf without a name counts once. Weight 0 leaves a leaf
         out.
-      predicate: ``(path, leaf) -> bool``, the leaves that count; by default floating and complex leaves
-        that are neither running statistics nor optimiser state.
+      roles: as in `Method`; only weights count.
 
     Raises:
       ConfigError: an option cannot work.
@@ -77,9 +77,9 @@ class WeightMatching(Method):
     max_iterations: int = 100
     restarts: int = 1
     leaf_weights: Mapping[str, float] | tuple[tuple[str, float], ...] = ()
-    predicate: LeafPredicate = is_weight
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not isinstance(self.start, Mapping) and self.start not in get_args(AscentStart):
             raise ConfigError(f"unknown start {self.start!r}; known: 'depth', 'identity', or a permutation")
         check_at_least(1, max_iterations=self.max_iterations)
@@ -284,12 +284,15 @@ def _check_pair(
     """Return the leaves that count of both networks, after all checks."""
     check_same_shapes(params_a, params_b, names=names)
     spec.group_sizes(params_a, name=names[0])  # and so it fits B
+    weights = weight_leaves(params_a, method.roles)
+    check_weights_move(spec, weights)
+    check_weight_dtypes(params_a, weights, names[0])
     tables = []
     for tree, name in zip((params_a, params_b), names, strict=True):
-        table = {p: leaf for p, leaf in leaf_table(tree).items() if method.predicate(p, leaf)}
+        table = {p: leaf for p, leaf in leaf_table(tree).items() if p in weights}
         # On the host, where nothing is compiled; the check on the device then says where and how many.
         if not all(np.isfinite(np.asarray(leaf)).all() for leaf in table.values()):
-            check_finite(table, name)
+            check_finite(tree, name, leaves=weights)
         tables.append(table)
     a, b = tables
     unknown = [

@@ -10,15 +10,15 @@ import pytest
 
 import rebasin
 from rebasin import PermutationSpec
+from rebasin.arithmetic import average, distance, inner_product, interpolate
 from rebasin.errors import NonFiniteError
 from rebasin.matching.covariance import apply_metric
 from rebasin.matching.frank_wolfe import joint_objective
 from rebasin.matching.partial import partial_weight_matching
 from rebasin.matching.soft import soft_permute, soften
 from rebasin.matching.straight_through import midpoint_gradient
-from rebasin.merging import average
 from rebasin.permutation import random_permutation
-from rebasin.trees import distance, inner_product, interpolate, is_weight
+from rebasin.roles import weight_leaves
 
 KEY = jax.random.key(0)
 
@@ -141,7 +141,7 @@ def test_a_soft_permutation_moves_complex_leaves(name):
 
 def test_averages_and_paths_average_complex_leaves():
     a, b = {"w": np.array([2 + 4j, 0], np.complex64)}, {"w": np.array([0, 4j], np.complex64)}
-    assert is_weight("w", a["w"])
+    assert "w" in weight_leaves(a)
     np.testing.assert_array_equal(interpolate(a, b, 0.25)["w"], np.array([0.5 + 1j, 3j], np.complex64))
     np.testing.assert_array_equal(interpolate(a, b, 1.0)["w"], a["w"])
     np.testing.assert_array_equal(average([a, b], [1, 3])["w"], np.array([0.5 + 1j, 3j], np.complex64))
@@ -198,7 +198,7 @@ def test_the_loss_falls_against_the_gradient_of_the_midpoint():
     def metrics_fn(t, x):
         return {"loss": jnp.abs(t["w"] * x - 1) ** 2}
 
-    value, gradient = midpoint_gradient(b, a, jnp.ones(1), metrics_fn=metrics_fn, predicate=is_weight)
+    value, gradient = midpoint_gradient(b, a, jnp.ones(1), metrics_fn=metrics_fn)
     # The midpoint is m = 1.5 − 1j and |m − 1|² has the gradient 2 (m − 1), half of it for one of the ends.
     assert float(value) == pytest.approx(1.25)
     np.testing.assert_allclose(gradient["w"], [0.5 - 1j])

@@ -123,7 +123,7 @@ def test_identity_moment_is_weight_matching():
     weighted = apply_metric(spec, a, apply, x)
     np.testing.assert_allclose(weighted["w"], a["w"], rtol=1e-5, atol=1e-6)
     match = covariance_matching(spec, a, b, apply, x, key=KEY_, order="depth")
-    plain = rebasin.weight_matching(spec, a, b, key=KEY_, predicate=lambda path, leaf: path == "w")
+    plain = rebasin.weight_matching(spec, a, b, key=KEY_, roles={"": "constant", "w": "weight"})
     assert match.permutation["w"].tolist() == plain.permutation["w"].tolist()
 
 
@@ -277,7 +277,7 @@ def test_memory_does_not_depend_on_the_size_of_the_split():
 
     def temporary(n):
         inputs = (jnp.zeros((n, 8)),)
-        metric = find_metric(spec, a, chain, inputs, 20, lambda path, leaf: True)
+        metric = find_metric(spec, a, chain, inputs, 20, ["in", "out"])
         return sum_weighted.lower(metric, a, inputs).compile().memory_analysis().temp_size_in_bytes
 
     assert temporary(200) == temporary(20_000)

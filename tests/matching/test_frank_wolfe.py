@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 
 import rebasin
 from rebasin import PermutationSpec
+from rebasin.arithmetic import inner_product
 from rebasin.errors import ConfigError
 from rebasin.matching.frank_wolfe import Relaxation, best_step, frank_wolfe_matching
 from rebasin.matching.soft import soft_permute, soften, uniform_soft
-from rebasin.trees import inner_product, is_weight
+from rebasin.roles import weight_leaves
 
 KEY = jax.random.key(0)
 # Two hidden layers, one of them with recurrent weights.
@@ -44,7 +45,7 @@ def test_the_objective_between_soft_permutations_is_the_polynomial(seed):
         tuple({g: rng.dirichlet(np.ones(n), size=n) for g, n in (("P", 4), ("Q", 3))} for _ in range(2))
         for _ in range(2)
     ]
-    relaxation = Relaxation(SPEC, trees, is_weight)
+    relaxation = Relaxation(SPEC, trees, weight_leaves(trees[0]))
     assert relaxation.degree == 4  # two matrices in a block, of two networks that move
     along = relaxation.along(*ends)
     with jax.enable_x64(True):
@@ -59,7 +60,7 @@ def test_the_objective_between_soft_permutations_is_the_polynomial(seed):
 
 def test_the_gradient_is_that_of_the_polynomial():
     trees = [draw(i) for i in range(3)]
-    relaxation = Relaxation(SPEC, trees, is_weight)
+    relaxation = Relaxation(SPEC, trees, weight_leaves(trees[0]))
     softs = tuple(uniform_soft(SPEC, trees[0]) for _ in range(2))
     ends = tuple(
         soften(SPEC, rebasin.random_permutation(SPEC, trees[0], key=jax.random.key(i)), trees[0])

@@ -11,7 +11,7 @@ import pytest
 
 import rebasin
 from rebasin import PermutationSpec
-from rebasin.trees import inner_product
+from rebasin.arithmetic import inner_product
 
 KEY = jax.random.key(0)
 

@@ -27,9 +27,9 @@ def test_weights_of_leaves_are_factors_of_the_objective():
     moved = rebasin.permute(CHAIN, match.permutation, b)
     expected = sum(weights.get(path, 1.0) * np.vdot(a[path], moved[path]) for path in a)
     assert match.objective[-1] == pytest.approx(expected, rel=1e-5)
-    # A weight of zero is the predicate that leaves the leaf out.
+    # A weight of zero is the role that leaves the leaf out.
     assert rebasin.weight_matching(CHAIN, a, b, key=KEY, leaf_weights={"b0": 0.0}) == rebasin.weight_matching(
-        CHAIN, a, b, key=KEY, predicate=lambda path, leaf: path != "b0"
+        CHAIN, a, b, key=KEY, roles={"b0": "constant"}
     )
 
 

@@ -9,6 +9,7 @@ from helpers import build_case
 
 import rebasin
 from rebasin import PermutationSpec
+from rebasin.arithmetic import inner_product
 from rebasin.errors import ConfigError, NonFiniteError, PermutationError, TreeMismatchError
 from rebasin.matching.frank_wolfe import FrankWolfeMatching, frank_wolfe_matching
 from rebasin.matching.many import (
@@ -19,7 +20,6 @@ from rebasin.matching.many import (
     universe_matching,
 )
 from rebasin.permutation import check_permutation
-from rebasin.trees import inner_product
 
 KEY = jax.random.key(0)
 # A hidden layer, and heads whose dimensions are permuted differently in each head.

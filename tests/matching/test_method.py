@@ -48,7 +48,7 @@ def test_calls_that_cannot_work_are_explained():
     with pytest.raises(ConfigError) as info:
         rebasin.match(*networks, "straight_through", learning_speed=1.0)
     assert str(info.value).splitlines() == [
-        "the method 'straight_through' takes start, num_steps, learning_rate, batch_size, predicate:",
+        "the method 'straight_through' takes roles, start, num_steps, learning_rate, batch_size:",
         "  learning_speed: not known",
     ]
 

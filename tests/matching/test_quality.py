@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 
 import rebasin
 from rebasin import PermutationSpec
+from rebasin.arithmetic import inner_product
 from rebasin.errors import ConfigError, TreeMismatchError
 from rebasin.matching.blocks import lay_out_units, pair_blocks
 from rebasin.matching.weights import weight_matchings
-from rebasin.trees import inner_product, leaf_table
+from rebasin.trees import leaf_table
 
 KEY = jax.random.key(0)
 

@@ -10,6 +10,7 @@ from helpers import build_case
 from scipy.special import logsumexp
 
 import rebasin
+from rebasin.arithmetic import inner_product
 from rebasin.errors import ConfigError, NonFiniteError, RebasinError
 from rebasin.matching.sinkhorn import (
     SinkhornMatching,
@@ -18,7 +19,6 @@ from rebasin.matching.sinkhorn import (
     sinkhorn_plan,
     sinkhorn_plans,
 )
-from rebasin.trees import inner_product
 
 KEY = jax.random.key(0)
 

@@ -9,7 +9,7 @@ from helpers import build_case
 import rebasin
 from rebasin.errors import ConfigError, NonFiniteError, RebasinError
 from rebasin.matching.straight_through import midpoint_gradient, straight_through_matching
-from rebasin.trees import is_weight, leaf_table
+from rebasin.trees import leaf_table
 
 KEY = jax.random.key(0)
 
@@ -53,9 +53,7 @@ def test_the_first_gradient_is_half_of_the_midpoints():
     """The closed form of the estimator: ∂ℓ(½A + ½P[B])/∂P[B] = ½∇ℓ at the midpoint."""
     case = build_case("mlp")
     moved = leaf_table(case.params_b)
-    loss, gradient = midpoint_gradient(
-        moved, case.params_a, case.data, metrics_fn=case.metrics_fn, predicate=is_weight
-    )
+    loss, gradient = midpoint_gradient(moved, case.params_a, case.data, metrics_fn=case.metrics_fn)
     middle = jax.tree.map(lambda a, b: 0.5 * a + 0.5 * b, case.params_a, case.params_b)
     value, full = jax.value_and_grad(lambda p: case.metrics_fn(p, case.data)["loss"].mean())(middle)
     assert float(loss) == pytest.approx(float(value), rel=1e-5)

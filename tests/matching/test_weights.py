@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 
 import rebasin
 from rebasin import PermutationSpec
+from rebasin.arithmetic import inner_product
 from rebasin.errors import ConfigError, NonFiniteError, PermutationError, SpecMismatchError, TreeMismatchError
 from rebasin.matching import ascent, weights
 from rebasin.matching.ascent import lay_out
 from rebasin.matching.blocks import pair_blocks
 from rebasin.matching.weights import WeightMatching
-from rebasin.trees import inner_product, is_weight, leaf_table
+from rebasin.trees import leaf_table
 
 KEY = jax.random.key(0)
 
@@ -217,7 +218,7 @@ def test_state_does_not_count():
     match = rebasin.weight_matching(spec, a, b, key=KEY)
     assert match.permutation["P"].tolist() == [2, 1, 0]
     everything = rebasin.weight_matching(
-        spec, a, a, key=KEY, predicate=lambda path, leaf: path == "batch_stats/mean"
+        spec, a, a, key=KEY, roles={"": "constant", "batch_stats/mean": "weight"}
     )
     assert everything.objective[-1] == 162.0
 
@@ -422,14 +423,14 @@ def test_options_are_a_value():
     assert method == WeightMatching(restarts=3, leaf_weights=(("Dense_0/bias", 2.0),))
     assert len({method, WeightMatching(restarts=3, leaf_weights={"Dense_0/bias": 2.0})}) == 1
     assert repr(method) == "WeightMatching(restarts=3, leaf_weights=(('Dense_0/bias', 2.0),))"
-    assert repr(WeightMatching(predicate=is_weight)) == "WeightMatching()"
+    assert repr(WeightMatching(roles={})) == "WeightMatching()"
     spec, a, b = chain_spec(2), chain_tree(0, [6, 20, 20, 3]), chain_tree(1, [6, 20, 20, 3])
     by_function = rebasin.weight_matching(spec, a, b, key=KEY, restarts=3, leaf_weights={"Dense_0/bias": 2.0})
     assert method.match(spec, a, b, key=KEY) == by_function
     with pytest.raises(ConfigError) as info:
         rebasin.weight_matching(spec, a, b, key=KEY, max_sweeps=3, kernel="cosine")
     assert str(info.value).splitlines() == [
-        "the method 'weights' takes start, max_iterations, restarts, leaf_weights, predicate:",
+        "the method 'weights' takes roles, start, max_iterations, restarts, leaf_weights:",
         "  max_sweeps: not known",
         "  kernel: not known",
     ]
