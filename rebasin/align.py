@@ -12,6 +12,7 @@ from rebasin.errors import ConfigError
 from rebasin.inference.infer import infer_spec
 from rebasin.inference.verification import verify_spec
 from rebasin.matching.method import Method
+from rebasin.matching.progress import ProgressFn
 from rebasin.matching.registry import as_method
 from rebasin.matching.result import MatchResult
 from rebasin.permutation import compiled_permute
@@ -48,6 +49,7 @@ def align(
     key: jax.Array | None = None,
     data: Any = None,
     metrics_fn: Callable[..., Mapping[str, jax.Array]] | None = None,
+    progress: ProgressFn | None = None,
 ) -> Aligned:
     """Permute the units of network B so that they correspond to those of network A.
 
@@ -70,6 +72,8 @@ def align(
       data: examples for a method that needs them, a `Batch` or inputs alone; by default `inputs`.
       metrics_fn: for a method that minimises a loss; by default `classification_metrics` of `apply_fn`, for
         which `data` must be a `Batch` with labels.
+      progress: called with a `rebasin.matching.progress.MatchProgress` after each iteration of the method,
+        and at its end.
 
     Returns:
       The permuted tree of B, the permutation, the spec and the match.
@@ -109,6 +113,13 @@ def align(
         verify_spec(spec, apply_fn, params_a, *inputs)
     key = jax.random.key(0) if key is None else key
     match = chosen.match(
-        spec, params_a, params_b, key=key, apply_fn=apply_fn, metrics_fn=metrics_fn, data=data
+        spec,
+        params_a,
+        params_b,
+        key=key,
+        apply_fn=apply_fn,
+        metrics_fn=metrics_fn,
+        data=data,
+        progress=progress,
     )
     return Aligned(compiled_permute(spec, match.permutation, params_b), match.permutation, spec, match)
