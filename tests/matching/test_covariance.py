@@ -31,6 +31,10 @@ def chain(tree, x, activation=lambda h: h):
     return x @ w + b[None]
 
 
+def relu_chain(tree, x):
+    return chain(tree, x, jax.nn.relu)
+
+
 def chain_tree(seed, widths=(4, 6, 5, 3)):
     pairs = list(zip(widths[:-1], widths[1:], strict=True))
     return [(normal(m, n, seed=seed + i), normal(n, seed=seed + 50 + i)) for i, (m, n) in enumerate(pairs)]
@@ -188,14 +192,11 @@ def test_planted_permutation_is_recovered(seed, order):
 def test_a_shuffled_copy_of_a_relu_network_is_put_back(seed):
     """The ascent leaves the order that the pass in order of depth finds, for higher inner products."""
 
-    def apply(tree, x):
-        return chain(tree, x, jax.nn.relu)
-
     a, x = chain_tree(seed, (6, 32, 32, 3)), normal(400, 6, seed=seed)
-    spec = rebasin.infer_spec(apply, a, x)
+    spec = rebasin.infer_spec(relu_chain, a, x)
     shuffle = rebasin.random_permutation(spec, a, key=jax.random.key(seed))
     b = rebasin.permute(spec, shuffle, a)
-    match = covariance_matching(spec, a, b, apply, x, key=KEY_)
+    match = covariance_matching(spec, a, b, relu_chain, x, key=KEY_)
     assert rebasin.fixed_points(match.permutation, rebasin.invert(spec, shuffle)).total == 1
     climbed = match.stats["inner_products"]
     assert climbed[-1] > climbed[0]
@@ -204,14 +205,11 @@ def test_a_shuffled_copy_of_a_relu_network_is_put_back(seed):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_the_result_is_the_candidate_of_least_distance(seed):
-    def apply(tree, x):
-        return chain(tree, x, jax.nn.relu)
-
     a, b = (chain_tree(10 * seed + s, (4, 9, 7, 3)) for s in (0, 5))
     x = normal(50, 4, seed=seed)
-    spec = rebasin.infer_spec(apply, a, x)
+    spec = rebasin.infer_spec(relu_chain, a, x)
     ascent, depth = (
-        covariance_matching(spec, a, b, apply, x, key=KEY_, order=order) for order in ("ascent", "depth")
+        covariance_matching(spec, a, b, relu_chain, x, key=KEY_, order=order) for order in ("ascent", "depth")
     )
     distances = ascent.stats["distances"]
     assert list(distances) == ["identity", "depth", "ascent"]
@@ -223,7 +221,7 @@ def test_the_result_is_the_candidate_of_least_distance(seed):
         np.testing.assert_array_equal(-match.objective, np.minimum.accumulate(list(found.values())))
         # The network that is returned has that distance, as the identity of another match.
         moved = rebasin.permute(spec, match.permutation, b)
-        again = covariance_matching(spec, a, moved, apply, x, key=KEY_, order="depth")
+        again = covariance_matching(spec, a, moved, relu_chain, x, key=KEY_, order="depth")
         assert again.stats["distance"][0] == pytest.approx(min(found.values()), rel=1e-4)
 
 

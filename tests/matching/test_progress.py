@@ -74,7 +74,7 @@ def test_the_values_are_those_of_the_result(method):
     assert told[-1].objective == match.objective[-1]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@every_method
 def test_what_is_raised_ends_the_match(method):
     case, told = build_case("mlp"), []
 
