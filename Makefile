@@ -27,7 +27,7 @@ test-slow: $(STAMP)  ## full widths and many seeds
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m slow
 
 zoo-table: $(STAMP)  ## verify the spec of every architecture of the zoo and write their table in docs/architectures.md
-	PYTHONPATH=tests/inference $(BIN)/python tests/inference/zoo_table.py
+	PYTHONPATH=tests/inference:. $(BIN)/python tests/inference/zoo_table.py
 
 primitive-table: $(STAMP)  ## write the table of docs/primitives.md, of every primitive of JAX and its rule
 	PYTHONPATH=tests/inference $(BIN)/python tests/inference/primitive_table.py

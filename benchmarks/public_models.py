@@ -34,6 +34,7 @@ import rebasin
 from benchmarks.command import run
 from benchmarks.processes import run_fresh
 from benchmarks.public_zoo import PACKAGES, Specimen
+from benchmarks.shares import parameter_share, short_reason
 from rebasin.axis import iter_blocks
 from rebasin.errors import ConfigError, VerificationError
 from rebasin.trees import leaf_table
@@ -45,9 +46,7 @@ __all__ = [
     "measure",
     "measure_all",
     "measure_public",
-    "parameter_share",
     "select",
-    "short_reason",
     "unit_share",
     "write_between_markers",
     "write_table",
@@ -105,17 +104,6 @@ class Row(NamedTuple):
     is_any_length: bool
 
 
-def parameter_share(spec: rebasin.PermutationSpec, tree: Any) -> float:
-    """Return the share of all numbers in a tree that lie on an axis which some group permutes."""
-    moving = total = 0
-    for path, leaf in leaf_table(tree).items():
-        for block in iter_blocks(spec.table[path], np.shape(leaf)):
-            count = int(np.prod(block.shape))
-            total += count
-            moving += count * any(label in spec.groups for label in block.labels)
-    return moving / max(total, 1)
-
-
 def unit_share(spec: rebasin.PermutationSpec, tree: Any) -> float:
     """Return the share of hidden units that move; the module's docstring says what counts as one."""
     missed = {(pin.path, pin.axis) for pin in spec.pins if not _is_interface(pin.reason)}
@@ -132,20 +120,6 @@ def unit_share(spec: rebasin.PermutationSpec, tree: Any) -> float:
                     moving += count * moves / counted
                     total += count
     return moving / total if total else 0.0
-
-
-def short_reason(reason: str) -> str:
-    """Return the reason of a pin without its source line and numbers.
-
-    Examples:
-      >>> short_reason("slice (model.py:12): one position in 2")
-      'slice: one position in 2'
-      >>> short_reason("meets an axis of input 3")
-      'input'
-    """
-    reason = re.sub(r" \([^()]*:\d+\)", "", reason)
-    kinds = {r"meets an axis of input \d+": "input", r"reaches an axis of output \d+": "output"}
-    return next((short for long, short in kinds.items() if re.fullmatch(long, reason)), reason)
 
 
 def _is_interface(reason: str) -> bool:

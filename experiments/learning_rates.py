@@ -3,8 +3,9 @@
 Reproduces the comparison of arXiv 2310.19103, section 6, on an MLP. Networks trained at low learning rates
 stay close to their initialisation, where weights say little about what units do, so that weighing them by the
 covariance of the activations should help most there. Pairs of networks are trained at each learning rate and
-matched by the three methods, and the test loss of the network at the midpoint is measured. The run prints a
-table and the paper's claims with a verdict each.
+matched by the three methods, and the test loss of the network at the midpoint is measured. Covariance
+matching assigns the layers once, in order of depth, as that paper does (order="depth"), without the ascent
+that follows by default. The run prints a table and the paper's claims with a verdict each.
 
   python -m experiments.learning_rates --preset=digits --output_dir=results/rates_digits
   python -m experiments.learning_rates --preset=cpu --model=mlp --epochs=10 --num_alphas=13
@@ -44,6 +45,9 @@ __all__ = ["EXPERIMENT", "METHODS", "PAPER_RATES", "RatesConfig", "main"]
 
 # The methods that the paper compares.
 METHODS = ("weights", "covariance", "activations")
+
+# The paper assigns the layers once, in order of depth, and does not go on from there.
+_OPTIONS = {"covariance": {"order": "depth"}}
 
 # Test loss at the midpoint for an MLP on MNIST, read off the paper's plot at these learning rates.
 PAPER_RATES = (1e-4, 4e-4, 1.6e-3, 6.3e-3, 2.5e-2, 0.1)
@@ -105,7 +109,7 @@ class RatesConfig(Config):
 
 
 def _build_measure(setup: Setup[RatesConfig]) -> Measure[RateRecord[float]]:
-    comparison = MethodComparison(setup, METHODS, num_test=setup.config.num_test)
+    comparison = MethodComparison(setup, METHODS, num_test=setup.config.num_test, options=_OPTIONS)
 
     def measure(
         pair: Pair, trained: list[Trajectory], begun: RateRecord[float] | None

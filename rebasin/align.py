@@ -15,6 +15,7 @@ from rebasin.errors import ConfigError, TreeMismatchError, problem_list
 from rebasin.inference.infer import infer_spec
 from rebasin.inference.verification import verify_spec
 from rebasin.matching.method import Method
+from rebasin.matching.progress import ProgressFn
 from rebasin.matching.registry import as_method
 from rebasin.matching.result import MatchResult
 from rebasin.permutation import compiled_permute
@@ -55,6 +56,7 @@ def align(
     metrics_fn: Callable[..., Mapping[str, jax.Array]] | None = None,
     roles: RoleNames = None,
     shared: Sequence[str] | None = None,
+    progress: ProgressFn | None = None,
 ) -> Aligned:
     """Permute the units of network B so that they correspond to those of network A.
 
@@ -82,6 +84,8 @@ def align(
         their own: other numbers of classes, or other vocabularies. In a name ``*`` stands for any text. The
         other leaves of B must have the path names and numbers of axes of A's. They do not count; where they
         carry units of the trunk they move with them. Where a method evaluates B, it gets A's heads.
+      progress: called with a `rebasin.matching.progress.MatchProgress` after each iteration of the method,
+        and at its end.
 
     Returns:
       The permuted tree of B, the permutation, the spec and the match.
@@ -128,7 +132,9 @@ def align(
     if verify:
         verify_spec(spec, apply_fn, params_a, *inputs)
     key = jax.random.key(0) if key is None else key
-    match = chosen.match(spec, wide_a, wide_b, key=key, apply_fn=apply_fn, metrics_fn=metrics_fn, data=data)
+    match = chosen.match(
+        spec, wide_a, wide_b, key=key, apply_fn=apply_fn, metrics_fn=metrics_fn, data=data, progress=progress
+    )
     return Aligned(compiled_permute(spec, match.permutation, own_b), match.permutation, spec, match)
 
 

@@ -55,7 +55,11 @@ def check_methods(methods: Sequence[str]) -> list[str]:
 
 
 def build_matchers(
-    setup: Setup[Any], methods: Sequence[str], *, num_steps: int | None = None
+    setup: Setup[Any],
+    methods: Sequence[str],
+    *,
+    num_steps: int | None = None,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, Matcher]:
     """Return the functions behind the names of methods.
 
@@ -66,22 +70,26 @@ def build_matchers(
       setup: what the experiment measures with.
       methods: names in `rebasin.METHODS`.
       num_steps: number of gradient steps of the methods that learn a permutation; `None` for their default.
+      options: options of single methods, by name, in place of their defaults.
 
     Returns:
       ``match(params_a, params_b) -> MatchResult`` for each name.
     """
     data = jax.device_put(setup.match_data)
-    return {name: _build_matcher(setup, name, data, num_steps) for name in methods}
+    given = options or {}
+    return {name: _build_matcher(setup, name, data, num_steps, given.get(name, {})) for name in methods}
 
 
-def _build_matcher(setup: Setup[Any], name: str, data: Any, num_steps: int | None) -> Matcher:
+def _build_matcher(
+    setup: Setup[Any], name: str, data: Any, num_steps: int | None, given: Mapping[str, Any]
+) -> Matcher:
     """Return the function of one method; the only place that knows how methods are called."""
     takes_steps = "num_steps" in {field.name for field in dataclasses.fields(rebasin.METHODS[name])}
     options = {"num_steps": num_steps} if takes_steps and num_steps is not None else {}
     return functools.partial(
         rebasin.match,
         setup.spec,
-        method=as_method(name, **options),
+        method=as_method(name, **{**options, **given}),
         key=jax.random.key(setup.config.seed),
         # A method keeps what it compiled for a function, which must therefore be one for all pairs.
         apply_fn=setup.apply_fn,
@@ -100,6 +108,7 @@ class MethodComparison:
       num_steps: number of gradient steps of the methods that learn a permutation; `None` for their default.
       num_repair: number of training examples, among those for matching, from which REPAIR and norms take
         statistics; `None` measures no path but the plain one.
+      options: options of single methods, by name, in place of their defaults.
     """
 
     def __init__(
@@ -110,9 +119,10 @@ class MethodComparison:
         num_test: int | None,
         num_steps: int | None = None,
         num_repair: int | None = None,
+        options: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         self._setup, self._methods, self._num_repair = setup, methods, num_repair
-        self._matchers = build_matchers(setup, methods, num_steps=num_steps)
+        self._matchers = build_matchers(setup, methods, num_steps=num_steps, options=options)
         size = len(setup.dataset.test.labels)
         test = setup.dataset.take(num_test=min(num_test or size, size)).test
         self._images, self._test = jax.device_put((setup.match_data.inputs[:num_repair], test))

@@ -20,9 +20,11 @@ and the argument for one permutation of d holds position by position.
 """
 
 import collections
+import functools
 import itertools
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from rebasin.inference.axes import Node, atoms, pieces
 from rebasin.inference.values import Value, named_axes
@@ -83,11 +85,22 @@ def find_outer_groups(equations: Equations, groups: Sequence[Node]) -> dict[Node
 def _candidates(equations: Equations, groups: set[Node]) -> dict[Node, dict[Node, None]]:
     """Find for each group the axes that satisfy all three conditions; dicts serve as ordered sets."""
     candidates: dict[Node, dict[Node, None]] = {}
-    cache: dict[tuple[Node, ...], list[_Counter] | None] = {}
+    may_be_outer = functools.cache(_may_be_outer)  # here all nodes are final
+    known_blocks: dict[Any, tuple[list[_Counter] | None, frozenset[Node]]] = {}
+    seen = set()
     for values in equations:
-        blocks_of = [_blocks(value, cache) for value in values]
-        twice = {node for blocks in blocks_of for block in blocks or () for node, n in block.items() if n > 1}
-        for value, blocks in zip(values, blocks_of, strict=True):
+        signatures = [_signature(value) for value in values]
+        for value, signature in zip(values, signatures, strict=True):
+            if signature not in known_blocks:
+                blocks = _blocks(value)
+                counts = (count for block in blocks or () for count in block.items())
+                known_blocks[signature] = blocks, frozenset(node for node, n in counts if n > 1)
+        twice = frozenset().union(*[known_blocks[signature][1] for signature in signatures])
+        for value, signature in zip(values, signatures, strict=True):
+            if (signature, twice) in seen:
+                continue  # the same value, which rules out nothing more
+            seen.add((signature, twice))
+            blocks, _ = known_blocks[signature]
             if blocks is None:
                 candidates |= {group: {} for group in _all_nodes(value) & groups}
             silent = {node.root for node in value.constant}
@@ -97,14 +110,19 @@ def _candidates(equations: Equations, groups: set[Node]) -> dict[Node, dict[Node
             # compares the same dimension of every head.
             named = collections.Counter(_named_atoms(value))
             for block in blocks or ():
-                allowed = [
-                    o for o, n in block.items() if _may_be_outer(o) and n > named[o] and o not in twice
-                ]
+                allowed = [o for o, n in block.items() if may_be_outer(o) and n > named[o] and o not in twice]
                 for group in (block.keys() & groups) - silent:
                     fresh = {o: None for o in allowed if o is not group and group not in twice}
                     known = candidates.get(group, fresh)
                     candidates[group] = {o: None for o in known if o in fresh}
     return candidates
+
+
+def _signature(value: Value) -> tuple[Any, ...]:
+    """Return all that `_candidates` reads of a value."""
+    if value.constant or value.abstract is not None:
+        return tuple(value), value.context, value.constant, named_axes(value.abstract)
+    return tuple([node.root for node in value]), value.context
 
 
 def _may_be_outer(node: Node) -> bool:
@@ -118,19 +136,13 @@ def _may_be_outer(node: Node) -> bool:
     return node.size > 1 and not has_single and not any(part.is_position_dependent for part in parts)
 
 
-def _blocks(value: Value, cache: dict[tuple[Node, ...], list[_Counter] | None]) -> list[_Counter] | None:
+def _blocks(value: Value) -> list[_Counter] | None:
     """Count how often each factor occurs in each block of a value; `None` if there are too many blocks."""
     # An axis of the context, or one whose positions the entries name, is one that every block carries.
-    key = tuple(node.root for node in (*value, *(value.context or ()), *_named(value)))
-    if key not in cache:
-        axes = [pieces(node) for node in key]
-        cache[key] = None
-        if math.prod(map(len, axes)) <= _MAX_BLOCKS:
-            cache[key] = [
-                collections.Counter(itertools.chain.from_iterable(choice))
-                for choice in itertools.product(*axes)
-            ]
-    return cache[key]
+    axes = [pieces(node.root) for node in (*value, *(value.context or ()), *_named(value))]
+    if math.prod(map(len, axes)) > _MAX_BLOCKS:
+        return None
+    return [collections.Counter(itertools.chain.from_iterable(c)) for c in itertools.product(*axes)]
 
 
 def _named(value: Value) -> list[Node]:

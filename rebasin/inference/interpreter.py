@@ -3,9 +3,10 @@
 `rebasin.inference.programs` says which other readers of jaxprs there are, and why.
 """
 
+import functools
 import itertools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -109,8 +110,8 @@ def _complete(
     Returns:
       The value of each output.
     """
-    context = frozenset(node for value in operands for node in value.context or ())
-    known = frozenset(atom for node in varying for atom in atoms(node))
+    context: frozenset[Node] = frozenset().union(*[value.context for value in operands if value.context])
+    roots = {node.root for node in varying}
     moves = find_effect(eqn.primitive.name) == "moves"
     results = []
     for output, var in zip(outputs, eqn.outvars, strict=True):
@@ -123,7 +124,7 @@ def _complete(
             Value(
                 value,
                 context if value.context is None else value.context,
-                _constant_nodes(value, known),
+                _constant_nodes(value, roots),
                 abstract=value.abstract,
                 tie_free=tie_free,
                 traits=traits,
@@ -134,12 +135,19 @@ def _complete(
     return results
 
 
-def _constant_nodes(value: Value, varying: frozenset[Node]) -> list[Node]:
+def _constant_nodes(value: Value, roots: Collection[Node]) -> list[Node]:
     """Find the nodes of a result, or of their parts, that no operand says anything about.
 
     By the sentence that every rule fulfils (see `rebasin.inference.rule.Rule`), permuting the operands along
     such a node permutes the result. But the operands stay what they are, so the result does too.
+
+    Args:
+      value: the result.
+      roots: the roots of the nodes that the operands say something about.
     """
+    if all(node.root in roots or node.is_pinned for node in value):
+        return []
+    varying = frozenset().union(*map(atoms, roots))
     # The parts of a reshape that is still deferred are those of its source.
     hidden = {node for reshape in value.deferred for node in (*reshape.parts, *atoms(reshape.source))}
     found: list[Node] = []
@@ -203,21 +211,21 @@ def _constant(value: Any) -> Value:
     matrix if they are permuted alike.
     """
     shape = np.shape(value)
-    if jnp.issubdtype(getattr(value, "dtype", None) or jnp.result_type(value), jax.dtypes.extended):
+    if hasattr(value, "dtype") and jnp.issubdtype(value.dtype, jax.dtypes.extended):
         why = "a constant of an opaque type"
         return Value((pinned(size, why) for size in shape), frozenset())
     array = np.asarray(value)
     traits = of_array(array)
     if not shape:
-        is_real = any(jnp.issubdtype(array.dtype, kind) for kind in (jnp.integer, jnp.floating))
+        is_real = array.dtype.kind in "iuf" or jnp.issubdtype(array.dtype, jnp.floating)
         number = Number(float(array)) if is_real else None
-        return Value((), frozenset(), abstract=number, traits=traits, static=static_constant(value))
+        return Value((), frozenset(), abstract=number, traits=traits, static=static_constant(array))
     if _is_identity(array):
         nodes = [Node(shape[0])] * 2
     else:
         nodes = [_constant_axis(array, axis) for axis in range(array.ndim)]
     free = [part for node in nodes for part in (node, *atoms(node)) if not part.is_pinned]
-    return Value(nodes, frozenset(), free, traits=traits, static=static_constant(value))
+    return Value(nodes, frozenset(), free, traits=traits, static=static_constant(array))
 
 
 def _constant_axis(array: np.ndarray, axis: int) -> Node:
@@ -250,11 +258,18 @@ def _is_identity(array: np.ndarray) -> bool:
 def _source_line(eqn: Any) -> str | None:
     """Return the user's file and line that an equation comes from, for example ``model.py:12``."""
     traceback = eqn.source_info.traceback
-    for frame in traceback.frames if traceback is not None else ():
+    return None if traceback is None else _line_of(traceback)
+
+
+# Equations of the layers that a loop of the model builds have equal tracebacks.
+@functools.lru_cache(maxsize=2**12)
+def _line_of(traceback: Any) -> str | None:
+    for frame in traceback.frames:
         if not _is_library(frame.file_name) and not frame.file_name.startswith("<"):
             return f"{os.path.basename(frame.file_name)}:{frame.line_num}"
     return None
 
 
+@functools.lru_cache(maxsize=2**12)
 def _is_library(file_name: str) -> bool:
     return any(library in file_name for library in _LIBRARIES)

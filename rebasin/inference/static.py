@@ -9,8 +9,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from rebasin.inference.values import Value
@@ -24,12 +22,9 @@ _MAX_SIZE = 2**14
 _Evaluate = Callable[[Mapping[str, Any], tuple[int, ...], Sequence[np.ndarray]], np.ndarray]
 
 
-def static_constant(value: Any) -> np.ndarray | None:
-    """Return the entries of a small constant of integers or booleans, `None` for any other constant."""
-    if np.size(value) > _MAX_SIZE or jnp.issubdtype(jnp.result_type(value), jax.dtypes.extended):
-        return None
-    array = np.asarray(value)
-    return array if array.dtype.kind in "iub" else None
+def static_constant(array: np.ndarray) -> np.ndarray | None:
+    """Return a small constant of integers or booleans, `None` for any other constant."""
+    return array if array.dtype.kind in "iub" and array.size <= _MAX_SIZE else None
 
 
 def evaluate_static(

@@ -188,10 +188,10 @@ class Value(tuple[Node, ...]):
         """Make a value with the axes `dims`; nodes in `tie_free` that are not among them are ignored."""
         value = super().__new__(cls, dims)
         value.context, value.constant, value.abstract = context, frozenset(constant), abstract
-        roots = {node.root for node in tie_free}
-        value.tie_free = frozenset(node for node in value if node.root in roots) if roots else frozenset()
+        roots = {node.root for node in tie_free} if tie_free else ()
+        value.tie_free = frozenset([node for node in value if node.root in roots]) if roots else frozenset()
         value.traits, value.states_traits = traits or NO_TRAITS, traits is not None
-        value.deferred = tuple(reshape for reshape in deferred if not reshape.is_resolved)
+        value.deferred = tuple([reshape for reshape in deferred if not reshape.is_resolved])
         value.static = static
         return value
 
@@ -257,7 +257,7 @@ class Value(tuple[Node, ...]):
     @property
     def before_reshapes(self) -> "Value":
         """The value as it was before the reshapes that are still deferred, whose parts are in no group."""
-        pending = [reshape for reshape in self.deferred if not reshape.is_resolved]
+        pending = [reshape for reshape in self.deferred if not reshape.is_resolved] if self.deferred else ()
         if not pending:
             return self
         hidden = {part for reshape in pending for part in reshape.parts}

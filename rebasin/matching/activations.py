@@ -23,6 +23,7 @@ from rebasin.errors import ConfigError, InferenceError, NonFiniteError, problem_
 from rebasin.inference.programs import bind
 from rebasin.matching.assignment import best_inner_match, maximise_assignments
 from rebasin.matching.method import Method, build_method, check_at_least, check_networks
+from rebasin.matching.progress import ProgressFn, Reporter
 from rebasin.matching.result import MatchResult
 from rebasin.permutation import Permutation, compiled_permute, identity_permutation
 from rebasin.spec import PermutationSpec
@@ -77,7 +78,9 @@ class ActivationMatching(Method):
         """The network as a function, and data."""
         return ("apply_fn", "data")
 
-    def _match(self, spec: PermutationSpec, params_a: Any, params_b: Any, **needed: Any) -> MatchResult:
+    def _match(
+        self, spec: PermutationSpec, params_a: Any, params_b: Any, report: Reporter, **needed: Any
+    ) -> MatchResult:
         began = time.perf_counter()
         networks = {"params_a": params_a, "params_b": params_b}
         params_a, params_b = check_networks(spec, networks, self.roles, by_weights=False).trees
@@ -86,7 +89,7 @@ class ActivationMatching(Method):
         check_finite(inputs, "data")
         batches = Batches.of(inputs, self.batch_size)
         measurement = Measurement(spec, Static(needed["apply_fn"]), batches, self.sites, self.similarity)
-        matched, passes = _match_groups(measurement, params_a, params_b, inputs)
+        matched, passes = _match_groups(measurement, params_a, params_b, inputs, report)
         stats = {
             "similarity": {group: (own.start, own.end) for group, own in matched.items()},
             "constant_units": {g: m.constant for g, m in matched.items() if self.similarity == "correlation"},
@@ -105,6 +108,8 @@ def activation_matching(
     params_b: Any,
     apply_fn: Callable[..., Any],
     data: Any,
+    *,
+    progress: ProgressFn | None = None,
     **options: Any,
 ) -> MatchResult:
     """Find the permutation of B under which its units behave most like A's on the same data.
@@ -124,6 +129,7 @@ def activation_matching(
       params_b: tree of B, with the leaves, shapes and dtypes of A.
       apply_fn: ``(params, *inputs) -> outputs``, the function that `spec` was made for.
       data: a `rebasin.Batch`, whose labels are ignored, or its inputs alone, arrays ``[n, …]``.
+      progress: called after each pass over the data and at the end, as in `Method.match`.
       **options: the fields of `ActivationMatching`.
 
     Returns:
@@ -151,7 +157,7 @@ def activation_matching(
       [1, 2, 0]
     """
     method = build_method(ActivationMatching, options)
-    return method.match(spec, params_a, params_b, apply_fn=apply_fn, data=data)
+    return method.match(spec, params_a, params_b, apply_fn=apply_fn, data=data, progress=progress)
 
 
 class Measurement(NamedTuple):
@@ -210,7 +216,7 @@ class Matched(NamedTuple):
 
 
 def _match_groups(
-    measurement: Measurement, params_a: Any, params_b: Any, inputs: tuple[Any, ...]
+    measurement: Measurement, params_a: Any, params_b: Any, inputs: tuple[Any, ...], report: Reporter
 ) -> tuple[dict[str, Matched], int]:
     """Match every group of at least two units; return the groups and the number of passes over the data."""
     spec = measurement.spec
@@ -230,6 +236,7 @@ def _match_groups(
         ]
         for family in _families(spec, list(dict.fromkeys(one.block.group for one in measured))):
             matched |= _match_family(spec, family, measured, identity)
+        report("pass", passes, None)
     return matched, passes
 
 

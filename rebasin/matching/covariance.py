@@ -5,6 +5,14 @@ inner product of the weights W_A and W_B is then ⟨W_A, W_B⟩_Σ = tr(W_A Σ W
 are alike if they do alike on A's own activations x, whatever their weights in directions that x never takes.
 
 With Σ = I the method is weight matching.
+
+Networks are compared by their Σ-distance ‖A − P[B]‖_Σ, the root of the sum of ‖W_A − P[W_B]‖²_Σ over layers
+and of the plain ‖·‖² of all other weights. The objective of the method is minus that distance. The
+assignments maximise inner products, as Section 6 has it. Given the permutation of what enters a layer,
+‖P[W_B]‖_Σ does not depend on that of what leaves it, so the largest inner product is the least distance. In
+an ascent over all groups it need not be, since permuting what enters a layer changes ‖P[W_B]‖_Σ. The method
+therefore returns whichever has the least distance: the identity, the pass in order of depth, or the end of
+the ascent.
 """
 
 import dataclasses
@@ -19,12 +27,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from rebasin.arithmetic import inner_product, widen_weights
+from rebasin.arithmetic import distance, inner_product, widen_weights
 from rebasin.axis import Axis
 from rebasin.batches import Batches, Sum, batch_shapes, check_data, inputs_of, sum_batches
-from rebasin.errors import ConfigError
+from rebasin.errors import ConfigError, NonFiniteError
 from rebasin.inference.programs import bind
 from rebasin.matching.method import Method, build_method, check_at_least, check_networks
+from rebasin.matching.progress import ProgressFn, Reporter
 from rebasin.matching.result import MatchResult
 from rebasin.matching.weights import weight_matching
 from rebasin.permutation import Permutation, compiled_permute, identity_permutation
@@ -59,10 +68,10 @@ class CovarianceMatching(Method):
 
     Attributes:
       order: ``"depth"`` assigns each group once, in the order of the network, by the weights that lead into
-        it from what is already known. This is the paper's method; each assignment is exact given the earlier
-        ones, and the objective is the sum over groups of what was maximised. ``"ascent"`` goes on from there
-        by coordinate ascent over all groups and weights. It starts from the identity instead where that has
-        the higher objective.
+        it from what is already known. This is the method of arXiv 2310.19103; each assignment is exact given
+        the earlier ones. ``"ascent"`` goes on from there by coordinate ascent over all groups and weights in
+        the Σ-inner product, and from the identity instead where that has the higher inner product. Its end is
+        taken only if it has the smaller Σ-distance.
       batch_size: number of examples that are evaluated at once. Memory does not depend on the number of all
         examples.
       max_iterations: limit on the iterations of the ascent.
@@ -70,7 +79,7 @@ class CovarianceMatching(Method):
     """
 
     name: ClassVar[str] = "covariance"
-    objective: ClassVar[str] = "⟨A, P[B]⟩ in the metric of the activations"
+    objective: ClassVar[str] = "−‖A − P[B]‖ in the metric of the activations"
 
     order: Order = "ascent"
     batch_size: int = 500
@@ -87,7 +96,9 @@ class CovarianceMatching(Method):
         """The network as a function, data, and a key for the order of groups in the ascent."""
         return ("apply_fn", "data", "key")
 
-    def _match(self, spec: PermutationSpec, params_a: Any, params_b: Any, **needed: Any) -> MatchResult:
+    def _match(
+        self, spec: PermutationSpec, params_a: Any, params_b: Any, report: Reporter, **needed: Any
+    ) -> MatchResult:
         began = time.perf_counter()
         key = needed["key"]
         (params_a, params_b), weights = check_networks(
@@ -100,25 +111,40 @@ class CovarianceMatching(Method):
         counted = {path: leaf for path, leaf in leaf_table(weighted_a).items() if path in weights}
         check_finite(counted, "A in the metric of Σ")
 
-        match = _match_in_order(spec, weighted_a, params_b, metric, key, weights)
+        candidates: dict[str, Permutation] = {"identity": identity_permutation(spec, params_b)}
+        candidates["depth"] = _match_in_order(spec, weighted_a, params_b, metric, key, weights, report)
         stats: dict[str, Any] = {}
+        converged = True
         if self.order == "ascent":
-            start, stats["start"] = _better_start(spec, weighted_a, params_b, match.permutation, weights)
-            match = weight_matching(
+            start = _better_start(spec, weighted_a, params_b, candidates["depth"], weights)
+            ascent = weight_matching(
                 spec,
                 weighted_a,
                 params_b,
                 key=key,
-                start=start,
+                progress=lambda state: state.done or report("ascent", state.iteration, state.limit),
+                start=candidates[start],
                 max_iterations=self.max_iterations,
                 restarts=0,
                 roles=self.roles,
             )
-        moved = compiled_permute(spec, match.permutation, params_b)
-        stats["distance"] = _distances(metric, params_a, weighted_a, (params_b, moved), inputs, weights)
-        stats["weighted"] = metric.leaves
-        stats["seconds"] = time.perf_counter() - began
-        return MatchResult(match.permutation, match.objective, match.num_iterations, match.converged, stats)
+            candidates["ascent"], converged = ascent.permutation, ascent.converged
+            stats |= {"start": start, "inner_products": ascent.objective}
+        moved = tuple(compiled_permute(spec, rows, params_b) for rows in candidates.values())
+        found = _distances(metric, params_a, moved, inputs, weights)
+        distances = dict(zip(candidates, found, strict=True))
+        if not np.isfinite(found).all():
+            raise NonFiniteError(f"distances in the metric of Σ are not finite: {distances}")
+        kept = min(distances, key=distances.__getitem__)  # of equal ones the first
+        stats |= {
+            "distance": (distances["identity"], distances[kept]),
+            "distances": distances,
+            "kept": kept,
+            "weighted": metric.leaves,
+            "seconds": time.perf_counter() - began,
+        }
+        objective = np.maximum.accumulate(-np.array(list(distances.values())))
+        return MatchResult(dict(candidates[kept]), objective, len(objective) - 1, converged, stats)
 
 
 def covariance_matching(
@@ -129,13 +155,15 @@ def covariance_matching(
     data: Any,
     *,
     key: jax.Array,
+    progress: ProgressFn | None = None,
     **options: Any,
 ) -> MatchResult:
     """Find a permutation of B whose layers do what A's do, on the activations of A.
 
-    The objective is the Σ-inner product of all weights, ``Σ_leaves ⟨A, P[B]⟩_Σ``. Unlike the Euclidean norm,
-    the Σ-norm of P[B] depends on P, so the largest inner product need not be the least Σ-distance. The
-    distance is therefore reported beside it. Every group is solved, even if an earlier one gained nothing;
+    The objective is minus the Σ-distance, −‖A − P[B]‖_Σ over all weights. What is assigned, group by group,
+    are Σ-inner products. Unlike the Euclidean norm, the Σ-norm of P[B] depends on P, so the largest inner
+    product need not be the least distance. Of the identity, the pass in order of depth and the ascent, the
+    one of least distance is therefore returned. Every group is solved, even if an earlier one gained nothing;
     the loop that the authors published leaves such groups unsolved.
 
     Args:
@@ -145,11 +173,17 @@ def covariance_matching(
       apply_fn: ``(params, *inputs) -> outputs``, the function that `spec` was made for.
       data: a `rebasin.Batch`, whose labels are ignored, or its inputs alone, arrays ``[n, …]``.
       key: PRNG key for the order of groups in the ascent.
+      progress: called after each group of the pass, each iteration of the ascent and at the end, as in
+        `Method.match`. The objective is known at the end only.
       **options: the fields of `CovarianceMatching`.
 
     Returns:
-      The match. ``stats`` has ``distance``, the Σ-distance ‖A − P[B]‖_Σ at the identity and at the end;
-      ``weighted``, the leaves with a metric of their own; ``start``, where the ascent began; and ``seconds``.
+      The match. `objective` is the best so far of the identity, the pass and, with ``order="ascent"``, the
+      ascent; the pass and the ascent count as one iteration each. ``stats`` has ``distances``, the Σ-distance
+      of each of them; ``kept``, which of them is returned; ``distance``, the Σ-distance of the identity and
+      of the result; ``weighted``, the leaves with a metric of their own; ``seconds``; and of the ascent
+      ``start``, where it began, and ``inner_products``, the Σ-inner product at its start and after each of
+      its iterations.
 
     Raises:
       ConfigError: an option cannot work.
@@ -169,7 +203,7 @@ def covariance_matching(
       [1, 2, 0]
     """
     method = build_method(CovarianceMatching, options)
-    return method.match(spec, params_a, params_b, key=key, apply_fn=apply_fn, data=data)
+    return method.match(spec, params_a, params_b, key=key, apply_fn=apply_fn, data=data, progress=progress)
 
 
 def apply_metric(
@@ -360,24 +394,26 @@ def _outputs(eqn: Any, weight: tuple[int, ...]) -> int:
 
 
 def _distances(
-    metric: Metric,
-    params_a: Any,
-    weighted_a: Any,
-    others: tuple[Any, ...],
-    inputs: tuple[Any, ...],
-    weights: Collection[str],
+    metric: Metric, params_a: Any, others: tuple[Any, ...], inputs: tuple[Any, ...], weights: Collection[str]
 ) -> tuple[float, ...]:
     """Return ‖A − B‖_Σ for each B of `others`; leaves without a Σ count with their Euclidean distance."""
-    squares = jax.device_get(_sum_squares(metric, params_a, others, inputs)).value()
-    own = inner_product(weighted_a, params_a, leaves=weights)
+    # Of the differences themselves: a difference of squares would lose the small distances that decide.
+    squares = jax.device_get(_sum_squares(metric, params_a, _differences(metric, params_a, others), inputs))
 
-    plain = frozenset(weights) - set(metric.leaves)
-    found = []
-    for other, total in zip(others, squares, strict=True):
-        norm = total / metric.batches.sizes.sum() + inner_product(other, other, leaves=plain)
-        square = own + norm - 2 * inner_product(weighted_a, other, leaves=weights)
-        found.append(math.sqrt(max(square, 0.0)))
-    return tuple(found)
+    unweighted = frozenset(weights) - set(metric.leaves)
+    plain = [distance(params_a, other, leaves=unweighted) for other in others]
+    means = [float(total) / metric.batches.sizes.sum() for total in squares.value()]
+    return tuple(math.sqrt(mean + rest**2) for mean, rest in zip(means, plain, strict=True))
+
+
+def _differences(metric: Metric, params_a: Any, others: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return A − B for each B of `others` in the weights of layers; all other leaves are those of A."""
+    tables = [leaf_table(other) for other in others]
+
+    def difference(table: Mapping[str, Any]) -> Any:
+        return map_leaves(lambda path, leaf: leaf - table[path] if path in metric.leaves else leaf, params_a)
+
+    return tuple(map(difference, tables))
 
 
 def _match_in_order(
@@ -387,11 +423,12 @@ def _match_in_order(
     metric: Metric,
     key: jax.Array,
     weights: Collection[str],
-) -> MatchResult:
+    report: Reporter,
+) -> Permutation:
     """Match every group once, in order of depth, by the weights that lead into it from what is known."""
     known: dict[str, np.ndarray] = {}
     identity = identity_permutation(spec, params_b)
-    outer, start, end = spec.outer_groups, 0.0, 0.0
+    outer = spec.outer_groups
     for first in spec.groups:
         if first in known:
             continue
@@ -411,8 +448,8 @@ def _match_in_order(
             roles={path: "weight" if path in leading else "constant" for path, _ in spec.leaves},
         )
         known |= match.permutation
-        start, end = start + match.objective[0], end + match.objective[-1]
-    return MatchResult(identity | known, np.array([start, end]), 1, True)
+        report("depth", len(known), len(spec.groups))
+    return identity | known
 
 
 def _leading_leaves(
@@ -443,8 +480,8 @@ def _restrict(spec: PermutationSpec, groups: set[str]) -> PermutationSpec:
 
 def _better_start(
     spec: PermutationSpec, weighted_a: Any, params_b: Any, in_order: Permutation, weights: Collection[str]
-) -> tuple[Permutation, str]:
-    """Return the start of the ascent: what the pass in order of depth found, or the identity if higher."""
+) -> str:
+    """Return the name of the start of the ascent: the pass in order of depth, or the identity if higher."""
     moved = compiled_permute(spec, in_order, params_b)
     found, plain = (inner_product(weighted_a, other, leaves=weights) for other in (moved, params_b))
-    return (in_order, "depth") if found >= plain else (identity_permutation(spec, params_b), "identity")
+    return "depth" if found >= plain else "identity"

@@ -27,6 +27,7 @@ from rebasin.arithmetic import widen_weights
 from rebasin.axis import cut, iter_blocks
 from rebasin.errors import ConfigError
 from rebasin.matching.method import Method, build_method, check_at_least, check_networks
+from rebasin.matching.progress import ProgressFn, Reporter
 from rebasin.matching.result import MatchResult
 from rebasin.matching.soft import (
     BlockMove,
@@ -97,20 +98,28 @@ class FrankWolfeMatching(Method):
         check_at_least(1, max_iterations=self.max_iterations)
         check_at_least(0, tolerance=self.tolerance)
 
-    def _match(self, spec: PermutationSpec, params_a: Any, params_b: Any) -> MatchResult:
-        ascent = joint_ascent(spec, {"params_a": params_a, "params_b": params_b}, self)
+    def _match(self, spec: PermutationSpec, params_a: Any, params_b: Any, report: Reporter) -> MatchResult:
+        ascent = joint_ascent(spec, {"params_a": params_a, "params_b": params_b}, self, report=report)
         return MatchResult(
             ascent.permutations[1], ascent.objective, ascent.num_iterations, ascent.converged, ascent.stats
         )
 
 
-def frank_wolfe_matching(spec: PermutationSpec, params_a: Any, params_b: Any, **options: Any) -> MatchResult:
+def frank_wolfe_matching(
+    spec: PermutationSpec,
+    params_a: Any,
+    params_b: Any,
+    *,
+    progress: ProgressFn | None = None,
+    **options: Any,
+) -> MatchResult:
     """Find a permutation of B that brings it close to A, with all groups moving at once.
 
     Args:
       spec: the symmetries of the networks.
       params_a: tree of A, which stays.
       params_b: tree of B, with the leaves, shapes and dtypes of A.
+      progress: called after each iteration and at the end, as in `Method.match`.
       **options: fields of `FrankWolfeMatching`, which documents them.
 
     Returns:
@@ -133,7 +142,7 @@ def frank_wolfe_matching(spec: PermutationSpec, params_a: Any, params_b: Any, **
       >>> frank_wolfe_matching(spec, a, b).permutation["P0"].tolist()
       [1, 2, 0]
     """
-    return build_method(FrankWolfeMatching, options).match(spec, params_a, params_b)
+    return build_method(FrankWolfeMatching, options).match(spec, params_a, params_b, progress=progress)
 
 
 class JointAscent(NamedTuple):
@@ -164,6 +173,7 @@ def joint_ascent(
     options: FrankWolfeMatching,
     *,
     start: Sequence[Permutation] | None = None,
+    report: Reporter | None = None,
 ) -> JointAscent:
     """Maximise Σ_{i<j} ⟨P_i[θ_i], P_j[θ_j]⟩ over the permutations of all networks but the first.
 
@@ -172,6 +182,7 @@ def joint_ascent(
       networks: the tree of each network, by the name that messages call it.
       options: the start, the limits and the leaves that count.
       start: a permutation to start from for each network but the first, in place of that in `options`.
+      report: told of every iteration.
 
     Raises:
       RebasinError: as `frank_wolfe_matching`.
@@ -189,7 +200,8 @@ def joint_ascent(
         return joint_objective(spec, [identity, *permutations], trees, weights)
 
     relaxation = Relaxation(spec, trees, weights)
-    found = _ascend(spec, relaxation, softs, permutations, value, options)
+    report = report or Reporter(options.name)
+    found = _ascend(spec, relaxation, softs, permutations, value, options, report)
     stats = {
         **found.stats,
         "start": "given" if start is not None else options.start,
@@ -205,6 +217,7 @@ def _ascend(
     permutations: list[dict[str, np.ndarray]],
     value: Callable[[Sequence[Permutation]], float],
     options: FrankWolfeMatching,
+    report: Reporter,
 ) -> JointAscent:
     """Iterate from given matrices, and return the best permutations of the networks that move.
 
@@ -215,6 +228,7 @@ def _ascend(
       permutations: the permutations that the result must not fall below.
       value: the objective of permutations.
       options: the limits.
+      report: told of every iteration.
     """
     small = options.tolerance * relaxation.scale
     best = value(permutations)
@@ -228,6 +242,7 @@ def _ascend(
         if float(along(1.0)) > best:
             best, permutations = _better(best, permutations, [harden(spec, end) for end in ends], value)
         objective.append(best)
+        report("ascent", len(objective) - 1, options.max_iterations, best)
         relaxed = relaxed or [here]
         converged = gap <= small or reached - here <= small
         if not converged:

@@ -144,6 +144,11 @@ class LossHistory:
         best = rows if value < min(self.losses) else self.best
         return LossHistory(rows, best, (*self.losses, value), self.evaluations + 1, False)
 
+    @property
+    def objective(self) -> float:
+        """The best objective so far: minus the least loss."""
+        return -min(self.losses)
+
     def result(self, stats: Mapping[str, Any]) -> MatchResult:
         """Return the match: the best permutation, and the best objective so far after each step.
 

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 import jax
 
 from rebasin.errors import ConfigError, SpecMismatchError, problem_list
+from rebasin.matching.progress import ProgressFn, Reporter, report_end
 from rebasin.matching.result import MatchResult
 from rebasin.roles import RoleNames, check_roles, check_weight_dtypes, weight_leaves
 from rebasin.spec import PermutationSpec
@@ -57,6 +58,7 @@ class Method:
         apply_fn: Callable[..., Any] | None = None,
         metrics_fn: Callable[..., Mapping[str, jax.Array]] | None = None,
         data: Any = None,
+        progress: ProgressFn | None = None,
     ) -> MatchResult:
         """Find a permutation of B that aligns it with A.
 
@@ -70,6 +72,8 @@ class Method:
           apply_fn: ``(params, *inputs) -> outputs``, the function that `spec` was made for.
           metrics_fn: ``(params, batch) -> {"loss": [n], …}``, one value for each example.
           data: a `rebasin.Batch` of arrays ``[n, …]``, or its inputs alone where no labels are needed.
+          progress: called with a `MatchProgress` after each iteration and at the end, for a long match. It is
+            called on the host, changes nothing, and ends the match by raising an error.
 
         Returns:
           The match, never worse than its start in the method's own objective.
@@ -84,7 +88,9 @@ class Method:
             raise ConfigError(
                 problem_list(f"the method {self.name!r} needs {', '.join(self.needs)}:", missing)
             )
-        return self._match(spec, params_a, params_b, **{name: given[name] for name in self.needs})
+        needed = {name: given[name] for name in self.needs}
+        report = Reporter(self.name, progress)
+        return report_end(self.name, progress, self._match(spec, params_a, params_b, report, **needed))
 
     def __repr__(self) -> str:
         """Return the method with those options that are not the default, functions by their name."""
@@ -95,8 +101,10 @@ class Method:
         ]
         return f"{type(self).__name__}({', '.join(options)})"
 
-    def _match(self, spec: PermutationSpec, params_a: Any, params_b: Any, **needed: Any) -> MatchResult:
-        """Find the permutation; `needed` holds the arguments that `needs` names."""
+    def _match(
+        self, spec: PermutationSpec, params_a: Any, params_b: Any, report: Reporter, **needed: Any
+    ) -> MatchResult:
+        """Find the permutation, and report iterations; `needed` holds the arguments that `needs` names."""
         raise NotImplementedError
 
 

@@ -10,6 +10,7 @@ from rebasin.matching.activations import ActivationMatching
 from rebasin.matching.covariance import CovarianceMatching
 from rebasin.matching.frank_wolfe import FrankWolfeMatching
 from rebasin.matching.method import Method, build_method
+from rebasin.matching.progress import ProgressFn
 from rebasin.matching.result import MatchResult
 from rebasin.matching.sinkhorn import SinkhornMatching
 from rebasin.matching.straight_through import StraightThroughMatching
@@ -62,6 +63,7 @@ def match(
     apply_fn: Callable[..., Any] | None = None,
     metrics_fn: Callable[..., Mapping[str, jax.Array]] | None = None,
     data: Any = None,
+    progress: ProgressFn | None = None,
     **options: Any,
 ) -> MatchResult:
     """Find a permutation of B that aligns it with A, by any method.
@@ -75,6 +77,7 @@ def match(
       apply_fn: as in `Method.match`.
       metrics_fn: as in `Method.match`.
       data: as in `Method.match`.
+      progress: as in `Method.match`.
       **options: options of the method of that name.
 
     Returns:
@@ -93,5 +96,12 @@ def match(
     """
     chosen = as_method(method, **options)
     return chosen.match(
-        spec, params_a, params_b, key=key, apply_fn=apply_fn, metrics_fn=metrics_fn, data=data
+        spec,
+        params_a,
+        params_b,
+        key=key,
+        apply_fn=apply_fn,
+        metrics_fn=metrics_fn,
+        data=data,
+        progress=progress,
     )

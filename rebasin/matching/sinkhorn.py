@@ -37,6 +37,7 @@ from rebasin.matching.learned import (
     mean_loss,
 )
 from rebasin.matching.method import Method, build_method, check_at_least, check_networks
+from rebasin.matching.progress import ProgressFn, Reporter
 from rebasin.matching.result import MatchResult
 from rebasin.matching.soft import SoftPermutation, harden, soft_permute, soften, uniform_soft
 from rebasin.matching.weights import weight_matching
@@ -125,6 +126,7 @@ class SinkhornMatching(Method):
         spec: PermutationSpec,
         params_a: Any,
         params_b: Any,
+        report: Reporter,
         *,
         key: jax.Array,
         metrics_fn: MetricsFn | None = None,
@@ -147,6 +149,7 @@ class SinkhornMatching(Method):
         batches = itertools.repeat(None) if data is None else iter_batches(batch_key, data, self.batch_size)
         statics = {"spec": spec, "metrics_fn": metrics_fn, "roles": self.roles}
         soft_losses = []
+        report("step", 0, self.num_steps, history.objective)
         for step, batch in zip(range(self.num_steps), batches, strict=False):
             is_random = self.loss == "random"
             alpha = jax.random.uniform(jax.random.fold_in(alpha_key, step)) if is_random else 0.5
@@ -156,6 +159,7 @@ class SinkhornMatching(Method):
             updates, state = optimizer.update(gradient, state)
             x = optax.apply_updates(x, updates)
             history = history.after_step(harden(spec, x), hard_loss)
+            report("step", step + 1, self.num_steps, history.objective)
         stats = {
             "start": self.start if isinstance(self.start, str) else "given",
             "loss": self.loss,
@@ -213,6 +217,7 @@ def sinkhorn_matching(
     data: Any = None,
     *,
     key: jax.Array,
+    progress: ProgressFn | None = None,
     **options: Any,
 ) -> MatchResult:
     """Find a permutation of B by gradient descent over doubly stochastic matrices.
@@ -226,6 +231,7 @@ def sinkhorn_matching(
       data: a `Batch`, or whatever tree of arrays ``[n, …]`` `metrics_fn` takes as its batch; ignored with
         ``loss="l2"``.
       key: PRNG key for the shuffled batches, for α, and for the weight matching at the start.
+      progress: called at the start, after each step and at the end, as in `Method.match`.
       **options: fields of `SinkhornMatching`, which documents them.
 
     Returns:
@@ -247,7 +253,9 @@ def sinkhorn_matching(
     method = build_method(SinkhornMatching, options)
     if method.loss != "l2" and (metrics_fn is None or data is None):
         raise ConfigError(f"loss={method.loss!r} needs metrics_fn and data; only loss='l2' does without")
-    return method.match(spec, params_a, params_b, key=key, metrics_fn=metrics_fn, data=data)
+    return method.match(
+        spec, params_a, params_b, key=key, metrics_fn=metrics_fn, data=data, progress=progress
+    )
 
 
 def _half_mass(matrices: np.ndarray) -> jax.Array:

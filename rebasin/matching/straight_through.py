@@ -31,6 +31,7 @@ from rebasin.matching.learned import (
     with_weights,
 )
 from rebasin.matching.method import Method, build_method, check_at_least, check_networks
+from rebasin.matching.progress import ProgressFn, Reporter
 from rebasin.matching.result import MatchResult
 from rebasin.matching.weights import weight_matching
 from rebasin.permutation import Permutation, compiled_permute
@@ -87,6 +88,7 @@ class StraightThroughMatching(Method):
         spec: PermutationSpec,
         params_a: Any,
         params_b: Any,
+        report: Reporter,
         *,
         metrics_fn: MetricsFn,
         data: Any,
@@ -110,6 +112,7 @@ class StraightThroughMatching(Method):
         optimizer = optax.adam(self.learning_rate)
         state = optimizer.init(target)
         batches = iter_batches(batch_key, data, self.batch_size)
+        report("step", 0, self.num_steps, history.objective)
         for step, batch in zip(range(self.num_steps), batches, strict=False):
             moved = weights_of(compiled_permute(spec, history.current, wide_b), weights)
             step_loss, gradient = midpoint_gradient(
@@ -122,6 +125,7 @@ class StraightThroughMatching(Method):
             tree = with_weights(wide_a, target)
             nearest = match(params_a=tree, key=step_key, start=history.current, restarts=0).permutation
             history = history.after_step(nearest, loss)
+            report("step", step + 1, self.num_steps, history.objective)
         return history.result({"seconds": time.perf_counter() - began})
 
     def _build_midpoint_loss(
@@ -145,6 +149,7 @@ def straight_through_matching(
     data: Any,
     *,
     key: jax.Array,
+    progress: ProgressFn | None = None,
     **options: Any,
 ) -> MatchResult:
     """Find a permutation of B whose midpoint with A has a low loss.
@@ -157,6 +162,7 @@ def straight_through_matching(
         `params`.
       data: a `Batch`, or whatever tree of arrays ``[n, …]`` `metrics_fn` takes as its batch.
       key: PRNG key for the shuffled batches and for weight matching.
+      progress: called at the start, after each step and at the end, as in `Method.match`.
       **options: fields of `StraightThroughMatching`, which documents them.
 
     Returns:
@@ -176,7 +182,9 @@ def straight_through_matching(
       ConfigError: an option has a value that cannot work.
     """
     method = build_method(StraightThroughMatching, options)
-    return method.match(spec, params_a, params_b, key=key, metrics_fn=metrics_fn, data=data)
+    return method.match(
+        spec, params_a, params_b, key=key, metrics_fn=metrics_fn, data=data, progress=progress
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("metrics_fn", "roles"))

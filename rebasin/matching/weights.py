@@ -28,6 +28,7 @@ from rebasin.matching.ascent import (
 )
 from rebasin.matching.blocks import LeafPairs, PairBlock, pair_blocks
 from rebasin.matching.method import Method, build_method, check_at_least, check_weights_move
+from rebasin.matching.progress import ProgressFn, Reporter, report_end
 from rebasin.matching.result import MatchResult
 from rebasin.permutation import Permutation, check_permutation, identity_permutation
 from rebasin.roles import check_weight_dtypes, weight_leaves
@@ -99,13 +100,32 @@ class WeightMatching(Method):
         """A PRNG key, for the order of groups and for restarts."""
         return ("key",)
 
-    def _match(self, spec: PermutationSpec, params_a: Any, params_b: Any, **needed: Any) -> MatchResult:
-        return self.match_jointly(spec, [params_a], [params_b], key=needed["key"])
+    def _match(
+        self, spec: PermutationSpec, params_a: Any, params_b: Any, report: Reporter, **needed: Any
+    ) -> MatchResult:
+        return self._match_all(spec, [params_a], [params_b], report, needed["key"])
 
     def match_jointly(
-        self, spec: PermutationSpec, trees_a: Sequence[Any], trees_b: Sequence[Any], *, key: jax.Array
+        self,
+        spec: PermutationSpec,
+        trees_a: Sequence[Any],
+        trees_b: Sequence[Any],
+        *,
+        key: jax.Array,
+        progress: ProgressFn | None = None,
     ) -> MatchResult:
         """Find one permutation for two sequences of networks; see `joint_weight_matching`."""
+        match = self._match_all(spec, trees_a, trees_b, Reporter(self.name, progress), key)
+        return report_end(self.name, progress, match)
+
+    def _match_all(
+        self,
+        spec: PermutationSpec,
+        trees_a: Sequence[Any],
+        trees_b: Sequence[Any],
+        report: Reporter,
+        key: jax.Array,
+    ) -> MatchResult:
         began = time.perf_counter()
         blocks = _check_and_cut(self, spec, trees_a, trees_b)
         work = Work()
@@ -116,11 +136,12 @@ class WeightMatching(Method):
                 blocks, scale = _rescaled(blocks)
                 problem = lay_out(spec, blocks, identity)
         seed = np.asarray(jax.random.key_data(key)).ravel().tolist()
-        state, history, chosen = _ascend(self, problem, work, seed)
+        report = dataclasses.replace(report, scale=scale)
+        state, history, chosen = _ascend(self, problem, work, seed, report)
         for number in range(self.restarts):
             if state.objective >= problem.bound - 2 * problem.rounding:
                 break  # B is A in another order, and has been put back
-            state, iterations = _restart(self, problem, work, state, [*seed, number])
+            state, iterations = _restart(self, problem, work, state, [*seed, number], report)
             history += [state.objective] * iterations
         stats = {
             "start": chosen,
@@ -135,7 +156,13 @@ class WeightMatching(Method):
 
 
 def weight_matching(
-    spec: PermutationSpec, params_a: Any, params_b: Any, *, key: jax.Array, **options: Any
+    spec: PermutationSpec,
+    params_a: Any,
+    params_b: Any,
+    *,
+    key: jax.Array,
+    progress: ProgressFn | None = None,
+    **options: Any,
 ) -> MatchResult:
     """Find a permutation of B that brings it close to A in Euclidean distance.
 
@@ -155,6 +182,7 @@ def weight_matching(
       params_a: tree of A, which stays.
       params_b: tree of B, with the leaves, shapes and dtypes of A.
       key: PRNG key for the order of groups and for restarts.
+      progress: called after each iteration and at the end, as in `Method.match`.
       **options: the fields of `WeightMatching`.
 
     Returns:
@@ -178,11 +206,18 @@ def weight_matching(
       >>> match.permutation["P0"].tolist(), match.objective.tolist()
       ([1, 2, 0], [19.0, 19.0])
     """
-    return build_method(WeightMatching, options).match(spec, params_a, params_b, key=key)
+    method = build_method(WeightMatching, options)
+    return method.match(spec, params_a, params_b, key=key, progress=progress)
 
 
 def joint_weight_matching(
-    spec: PermutationSpec, trees_a: Iterable[Any], trees_b: Iterable[Any], *, key: jax.Array, **options: Any
+    spec: PermutationSpec,
+    trees_a: Iterable[Any],
+    trees_b: Iterable[Any],
+    *,
+    key: jax.Array,
+    progress: ProgressFn | None = None,
+    **options: Any,
 ) -> MatchResult:
     """Find one permutation for two whole sequences of networks, such as two training trajectories.
 
@@ -195,6 +230,7 @@ def joint_weight_matching(
       trees_b: networks that one permutation moves, as many, each with the leaves, shapes and dtypes of its
         partner. All are held on the host at once.
       key: PRNG key for the order of groups and for restarts.
+      progress: called after each iteration and at the end, as in `Method.match`.
       **options: the fields of `WeightMatching`.
 
     Returns:
@@ -204,7 +240,7 @@ def joint_weight_matching(
       TreeMismatchError: the sequences are empty or differ in length, or two partners differ.
     """
     method = build_method(WeightMatching, options)
-    return method.match_jointly(spec, list(trees_a), list(trees_b), key=key)
+    return method.match_jointly(spec, list(trees_a), list(trees_b), key=key, progress=progress)
 
 
 def weight_matchings(
@@ -306,7 +342,7 @@ def _check_pair(
 
 
 def _ascend(
-    method: WeightMatching, problem: Problem, work: Work, seed: list[int]
+    method: WeightMatching, problem: Problem, work: Work, seed: list[int], report: Reporter
 ) -> tuple[State, list[float], str]:
     """Return the end of the first ascent, its objectives from the start on, and where it started."""
     if isinstance(method.start, Mapping):
@@ -317,17 +353,27 @@ def _ascend(
     else:
         chosen, first = "identity", problem.identity
     begin = state_at(problem, work, first)
-    state, history = _iterate(method, problem, work, begin, seed)
+    state, history = _iterate(method, problem, work, begin, seed, report)
     if chosen == "depth" and state.objective < objective_of(problem, work, problem.identity):
         chosen, begin = "identity", state_at(problem, work, problem.identity)
-        state, history = _iterate(method, problem, work, begin, seed)
+        state, history = _iterate(method, problem, work, begin, seed, report)
     return state, [begin.objective, *history], chosen
 
 
 def _iterate(
-    method: WeightMatching, problem: Problem, work: Work, state: State, seed: list[int]
+    method: WeightMatching,
+    problem: Problem,
+    work: Work,
+    state: State,
+    seed: list[int],
+    report: Reporter,
+    *,
+    stage: str = "ascent",
+    least: float = -np.inf,
 ) -> tuple[State, list[float]]:
     """Iterate until no group is stale; the order of groups depends on the seed and the iteration alone.
+
+    The report is of the objective that is reached, or of `least` if that is higher.
 
     Returns:
       The last state, and the objective after each iteration.
@@ -339,13 +385,14 @@ def _iterate(
         for group in (problem.groups[i] for i in order):
             state = improve(problem, work, state, group)
         history.append(state.objective)
+        report(stage, len(history), method.max_iterations, max(state.objective, least))
         if not state.stale:
             break
     return state, history
 
 
 def _restart(
-    method: WeightMatching, problem: Problem, work: Work, state: State, seed: list[int]
+    method: WeightMatching, problem: Problem, work: Work, state: State, seed: list[int], report: Reporter
 ) -> tuple[State, int]:
     """Assign two or three coupled groups anew, in random order, and iterate from there.
 
@@ -363,7 +410,8 @@ def _restart(
         return state, 0
     stale = state.stale.union(changed, *(problem.neighbours[group] for group in changed))
     begin = state_at(problem, work, found)._replace(stale=stale)
-    end, history = _iterate(method, problem, work, begin, seed)
+    stage = f"restart {seed[-1] + 1}"
+    end, history = _iterate(method, problem, work, begin, seed, report, stage=stage, least=state.objective)
     return end if end.objective > state.objective + problem.rounding else state, len(history)
 
 

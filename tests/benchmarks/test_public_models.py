@@ -14,14 +14,13 @@ from benchmarks.public_models import (
     Row,
     measure,
     measure_all,
-    parameter_share,
     select,
-    short_reason,
     unit_share,
     write_between_markers,
     write_table,
 )
 from benchmarks.public_zoo import PACKAGES, Specimen
+from benchmarks.shares import parameter_share, short_reason
 from rebasin.errors import ConfigError
 
 

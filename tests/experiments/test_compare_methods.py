@@ -278,8 +278,12 @@ def rates_config(**changes):
     return learning_rates.RatesConfig(**{**fields, **changes})
 
 
-def test_rates(tmp_path):
+def test_rates(tmp_path, monkeypatch):
     """Two rates and one pair each; then from the first rate on again, with networks that are dropped."""
+    used, match = [], rebasin.CovarianceMatching.match
+    monkeypatch.setattr(
+        rebasin.CovarianceMatching, "match", lambda *args, **kw: used.append(args[0]) or match(*args, **kw)
+    )
     experiment, dataset = learning_rates.EXPERIMENT, load_dataset("digits")
     text = io.StringIO()
     folders = {"output_dir": tmp_path / "out", "runs_dir": tmp_path / "runs"}
@@ -298,6 +302,7 @@ def test_rates(tmp_path):
     assert not (tmp_path / "none").exists()
     assert not (tmp_path / "again/networks").exists()
 
+    assert set(used) == {rebasin.CovarianceMatching(order="depth")}  # as in the paper
     assert [record.rate for record in results.records] == [0.01, 0.1]
     for rate, record in zip((0.01, 0.1), results.records, strict=True):
         recipe = dataclasses.replace(RECIPE, peak_learning_rate=rate)

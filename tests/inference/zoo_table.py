@@ -10,7 +10,6 @@ import collections
 import functools
 import itertools
 import pathlib
-import re
 import time
 
 import jax
@@ -18,8 +17,7 @@ import numpy as np
 from zoo import ZOO, arrays, sort_key
 
 import rebasin
-from rebasin.axis import iter_blocks
-from rebasin.trees import leaf_table
+from benchmarks.shares import parameter_share, short_reason
 
 ARCHITECTURES = pathlib.Path(__file__).parents[2] / "docs/architectures.md"
 BEGIN, END = "<!-- zoo-table begins -->\n", "<!-- zoo-table ends -->\n"
@@ -32,30 +30,11 @@ def row(name):
     spec = _infer(specimen)()
     sizes = sorted(spec.group_sizes(specimen.tree).values(), key=sort_key)
     texts = ["×".join(map(str, size)) if isinstance(size, tuple) else str(size) for size in sizes]
-    share = f"{100 * moving_share(spec, specimen.tree):.0f} %"
+    share = f"{100 * parameter_share(spec, specimen.tree):.0f} %"
     units = f"{100 * spec.unit_shares(specimen.tree).moving:.0f} %"
-    reasons = collections.Counter(_short(pin.reason) for pin in spec.pins)
+    reasons = collections.Counter(short_reason(pin.reason) for pin in spec.pins)
     pins = ", ".join(f"{reason} × {count}" for reason, count in reasons.most_common())
     return [name.replace("_", " "), str(len(sizes)), ", ".join(texts), share, units, pins]
-
-
-def moving_share(spec, tree):
-    """Return the share of all numbers in a tree that lie on an axis which some group permutes."""
-    shapes = {path: np.shape(leaf) for path, leaf in leaf_table(tree).items()}
-    moving = total = 0
-    for path, axes in spec.leaves:
-        for block in iter_blocks(axes, shapes[path]):
-            count = int(np.prod(block.shape))
-            total += count
-            moving += count * any(label in spec.groups for label in block.labels)
-    return moving / total
-
-
-def _short(reason):
-    """Return the reason of a pin without its source line and numbers."""
-    reason = re.sub(r" \([^()]*:\d+\)", "", reason)
-    kinds = {r"meets an axis of input \d+": "input", r"reaches an axis of output \d+": "output"}
-    return next((short for long, short in kinds.items() if re.fullmatch(long, reason)), reason)
 
 
 def _infer(specimen):
