@@ -57,6 +57,7 @@ def infer_spec(
 
     Raises:
       InferenceError: the function cannot be traced with these arguments, or a leaf to be pinned is unknown.
+      TreeError: a leaf of `params` is neither an array nor a number.
       TreeMismatchError: `state_outputs` do not fit the function.
 
     Examples:
@@ -69,12 +70,12 @@ def infer_spec(
         b: w
         v: w, -
     """
+    paths = list(leaf_table(params))
     try:
         closed, output_shapes = jax.make_jaxpr(apply_fn, return_shape=True)(params, *inputs)
     except Exception as error:  # whatever the function raises: Flax has errors of its own
         raise InferenceError(f"the function cannot be traced: {error}") from error
     closed = live_program(closed)
-    paths = list(leaf_table(params))
     values = []
     for i, aval in enumerate(var.aval for var in closed.jaxpr.invars):
         nodes = [Node(size) for size in aval.shape]

@@ -175,6 +175,8 @@ def _redraw(leaf: Any, rng: np.random.Generator) -> Any:
 
 
 def _redraw_real(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    if not np.isfinite(values).all():
+        return values  # a mask whose entries are −inf; other ones would not be finite, or mask nothing
     scale = float(np.sqrt(np.mean(values**2))) if values.size else 0.0
     draw = rng.normal(size=values.shape) * (scale or 0.1)
     if values.size and (values.min() > 0 or values.max() < 0):
