@@ -52,6 +52,7 @@ from experiments.harness.record import (
     Metrics,
     TrajectoryRecord,
     added,
+    check_names,
     summarise,
 )
 from experiments.harness.results import Claim, Schema, claim
@@ -110,9 +111,20 @@ class TrajectoryConfig(Config):
         """The recorded epochs."""
         return self.epochs
 
-    def is_complete(self, record: TrajectoryRecord[float]) -> bool:
-        """Say whether all epochs are measured."""
-        return tuple(part.epoch for part in record.epochs) == self.epochs
+    @property
+    def wanted_parts(self) -> tuple[int, ...]:
+        """The recorded epochs."""
+        return self.epochs
+
+    def misfits(self, record: TrajectoryRecord[float], pair: Pair) -> list[str]:
+        """Return the problems that the base finds, and those of methods and match epochs."""
+        problems = super().misfits(record, pair)
+        for epoch in record.epochs:
+            problems += check_names(f"epochs.{epoch.epoch}.methods", epoch.methods, self.methods)
+            for name, aligned in epoch.methods.items():
+                where = f"epochs.{epoch.epoch}.methods.{name}.under"
+                problems += check_names(where, aligned.under, self.match_epochs)
+        return problems
 
 
 class _Epoch(NamedTuple):

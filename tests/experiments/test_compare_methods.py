@@ -124,7 +124,7 @@ def normed():
     spec = rebasin.infer_spec(model.apply, trees[0], images[:1])
     setup = Setup(methods_config(), dataset, model, spec, None, Seconds(), reporter())
     comparison = MethodComparison(setup, ("weights",), num_test=200, num_repair=100)
-    measured = comparison.measure([SimpleNamespace(last=tree) for tree in trees], "")
+    *_, measured = comparison.measure([SimpleNamespace(last=tree) for tree in trees], "", {})
     config = methods_config(methods=("weights",), replicates=1)
     results = Results("compare_methods", config, records=[MethodsRecord((0, 1), measured)])
     return dataset, model, trees, results

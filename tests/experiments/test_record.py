@@ -93,7 +93,7 @@ def test_a_summary_has_the_structure_of_its_records():
 
 
 def test_a_record_without_parts_is_not_added_to():
-    with pytest.raises(TypeError, match="MethodsRecord is measured whole and has no parts"):
+    with pytest.raises(TypeError, match="MethodsRecord has no parts in an order"):
         added(MethodsRecord((0, 1), {}), None)
 
 
