@@ -56,7 +56,7 @@ from experiments.harness.record import (
     summarise,
 )
 from experiments.harness.results import Claim, Schema, claim
-from experiments.harness.statistics import Interval
+from experiments.harness.statistics import Interval, ratio
 from rebasin import permutation
 from rebasin.training.trajectory import Trajectory
 
@@ -352,7 +352,7 @@ def _judge_distances(config: TrajectoryConfig, records: Sequence[TrajectoryRecor
             "weights: P_t[B_t] is closer to A_t in Euclidean distance than P_end[B_t] is: the 95 % interval "
             f"of the relative difference, averaged over {when}, is below 0",
             "P_t aligns weights more closely than P_end early in training (appendix H.1)",
-            (near / far)[:, early].mean(axis=1) - 1,
+            ratio(near, far)[:, early].mean(axis=1) - 1,
             below=True,
         ),
         claim(

@@ -11,6 +11,7 @@ import io
 import json
 import logging
 import math
+import operator
 import os
 import pathlib
 import re
@@ -28,7 +29,7 @@ import orbax.checkpoint as ocp
 import tensorstore
 from flax import traverse_util
 
-from rebasin.errors import ConfigError, TrajectoryError, problem_list
+from rebasin.errors import TrajectoryError, problem_list
 from rebasin.training.lock import LOCK_FILE
 from rebasin.training.recipes import Recipe
 from rebasin.trees import leaf_table
@@ -134,8 +135,15 @@ class RunRecord:
                     f"reads {_SCHEMA_VERSION}"
                 )
             fields = {field.name: content[field.name] for field in dataclasses.fields(cls)}
+            traverse_util.unflatten_dict(_parse_leaves(content["leaves"]), sep="/")
+            if content["start"] is not None:
+                operator.index(content["start"]["epoch"])
+            operator.index(content["seed"])
             return cls(**{**fields, "recipe": Recipe(**content["recipe"])})
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ConfigError) as error:
+        # A file that is no JSON, no text, or has a number of too many digits gives a ValueError.
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, AssertionError) as error:
+            if isinstance(error, TrajectoryError):
+                raise
             raise TrajectoryError(
                 f"{path} is damaged or was not written by this version of rebasin"
             ) from error
@@ -217,7 +225,7 @@ class Trajectory:
         Raises:
           TrajectoryError: the epoch is not stored, does not fit ``run.json``, or is damaged.
         """
-        wanted = {name: _parse_leaf(text) for name, text in self.record.leaves.items()}
+        wanted = _parse_leaves(self.record.leaves)
         return self.restore(epoch, {"variables": traverse_util.unflatten_dict(wanted, sep="/")})["variables"]
 
     def metrics(self, epoch: int) -> dict[str, float]:
@@ -455,10 +463,13 @@ def tree_bytes(tree: Any) -> int:
     return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
 
 
-def _parse_leaf(text: str) -> jax.ShapeDtypeStruct:
-    """Read dtype and shape of one leaf from its description by `describe_leaves`."""
-    dtype, _, shape = text.partition("[")
-    return jax.ShapeDtypeStruct(tuple(json.loads("[" + shape)), jnp.dtype(dtype))
+def _parse_leaves(leaves: Mapping[str, str]) -> dict[str, jax.ShapeDtypeStruct]:
+    """Read dtype and shape of every leaf from the descriptions by `describe_leaves`."""
+    parsed = {}
+    for name, text in leaves.items():
+        dtype, _, shape = text.partition("[")
+        parsed[name] = jax.ShapeDtypeStruct(tuple(json.loads("[" + shape)), jnp.dtype(dtype))
+    return parsed
 
 
 def _flatten(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:

@@ -168,7 +168,7 @@ def test_files_of_other_versions_and_programs_are_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"is incomplete:\n  experiment: missing\n  config: missing"):
         Results.load(path, schema)
     path.write_text("[]")
-    with pytest.raises(ConfigError, match="is not a results.json of this program"):
+    with pytest.raises(ConfigError, match="is damaged, or not a results.json of this program"):
         Results.load(path, schema)
 
 
