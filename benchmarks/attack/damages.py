@@ -48,7 +48,7 @@ def _garble(content: bytes, rng: random.Random) -> bytes:
     return content[:start] + rng.randbytes(rng.randint(1, 32)) + content[start:]
 
 
-def _lines(change: Callable[[list[bytes], int, int], None]) -> _Bytes:
+def _lines(change: Callable[[list[bytes], int, int], object]) -> _Bytes:
     def damage(content: bytes, rng: random.Random) -> bytes:
         lines = content.splitlines(keepends=True)
         change(lines, rng.randrange(len(lines)), rng.randrange(len(lines)))

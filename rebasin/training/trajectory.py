@@ -7,7 +7,6 @@ named by its number. `open_run` begins or reopens a run in order to train it; `T
 import contextlib
 import dataclasses
 import hashlib
-import io
 import json
 import logging
 import math
@@ -544,17 +543,18 @@ def _without_late_tracebacks() -> Iterator[None]:
     """Silence the leaves that fail after the first one while a checkpoint is written.
 
     When a leaf cannot be written, Orbax raises its error and closes the event loop to which the others
-    report. Each of them then prints a traceback, from a thread of TensorStore. What is printed meanwhile is
-    passed on where the checkpoint can be written.
+    report. Each of them then raises in a thread of TensorStore, where nobody can catch it, and Python prints
+    its traceback.
     """
-    printed = io.StringIO()
-    with contextlib.redirect_stderr(printed):
-        try:
-            yield
-        except Exception:
-            time.sleep(_LATE_SECONDS)
-            raise
-    sys.stderr.write(printed.getvalue())
+    hook = sys.unraisablehook
+    sys.unraisablehook = lambda _: None
+    try:
+        yield
+    except Exception:
+        time.sleep(_LATE_SECONDS)
+        raise
+    finally:
+        sys.unraisablehook = hook
 
 
 @contextlib.contextmanager
