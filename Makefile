@@ -8,7 +8,10 @@ STAMP := $(VENV)/installed
 # The packages of public models have an environment of their own, since their exact versions may not fit the tests'.
 PUBLIC_VENV := .venv-public-models
 
-.PHONY: help demo bench test test-slow zoo-table primitive-table public-models check format clean
+# Options of the attack, see `python -m benchmarks.attack --help`.
+ARGS ?=
+
+.PHONY: help demo bench attack test test-slow zoo-table primitive-table public-models check format clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -19,6 +22,9 @@ demo: $(STAMP)  ## train ten small networks on digits, align them, print the tab
 
 bench: $(STAMP)  ## time, objective and barrier of weight matching against git-re-basin's loop, half an hour
 	$(BIN)/python -m benchmarks.weight_matching --output=results/weight_matching
+
+attack: $(STAMP)  ## kill, race, damage and misuse everything and write the table in docs/reliability.md, 20 minutes
+	$(BIN)/python -m benchmarks.attack $(ARGS)
 
 test: $(STAMP)  ## the test suite, at most five minutes on two cores
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile

@@ -15,6 +15,8 @@ see its flags.
   inference_time     seconds that inferring a spec takes
   public_models      what inference finds on public models of transformers, diffusers and other packages
                      (`make public-models`); public_zoo builds them
+  attack             what comes of kills, races, full disks, damaged files and malformed inputs
+                     (`make attack`)
   house              size of the code, and how much of it one call enters
 
 What they share:

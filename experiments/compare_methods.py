@@ -97,6 +97,11 @@ class MethodsConfig(Config):
     num_repair: int
     num_steps: int
 
+    @property
+    def wanted_parts(self) -> tuple[str, ...]:
+        """The pair as it was trained, and the methods."""
+        return (BASELINE, *self.methods)
+
     def problems(self) -> list[str]:
         """Return the problems of the base, then those of the fields that are added here."""
         problems = [*super().problems(), *check_methods(self.methods)]
@@ -120,8 +125,9 @@ def _build_measure(setup: Setup[MethodsConfig]) -> Measure[MethodsRecord[float]]
     def measure(
         pair: Pair, trained: list[Trajectory], begun: MethodsRecord[float] | None
     ) -> Iterator[MethodsRecord[float]]:
-        del begun
-        yield MethodsRecord(pair.seeds, comparison.measure(trained, f"match {pair}"))
+        measured = begun.methods if begun else {}
+        for methods in comparison.measure(trained, f"match {pair}", measured):
+            yield MethodsRecord(pair.seeds, methods)
 
     return measure
 

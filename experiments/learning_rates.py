@@ -34,7 +34,7 @@ from experiments.harness import options
 from experiments.harness.console import Reporter, cell
 from experiments.harness.experiment import Config, Experiment, Measure, Setup
 from experiments.harness.figures import GROUND, RC, Style, Target, draw_band, entitle, share_legend
-from experiments.harness.methods import MethodComparison
+from experiments.harness.methods import BASELINE, MethodComparison
 from experiments.harness.networks import Pair
 from experiments.harness.record import RateRecord, RatesSummary, summarise
 from experiments.harness.results import Claim, Results, Schema, claim, describe_mean
@@ -102,6 +102,18 @@ class RatesConfig(Config):
         return problems
 
     @property
+    def wanted_parts(self) -> tuple[str, ...]:
+        """The pair as it was trained, and the methods."""
+        return (BASELINE, *METHODS)
+
+    def misfits(self, record: RateRecord[float], pair: Pair) -> list[str]:
+        """Return the problems that the base finds, and that of the rate."""
+        problems = super().misfits(record, pair)
+        if record.rate != float(f"{pair.recipe.peak_learning_rate:.7g}"):  # as it is stored
+            problems.append(f"rate: wanted {pair.recipe.peak_learning_rate:g}, got {record.rate:g}")
+        return problems
+
+    @property
     def pairs(self) -> list[Pair]:
         """One pair for each replicate and rate, all rates of a replicate in a row."""
         recipes = [dataclasses.replace(self.recipe, peak_learning_rate=rate) for rate in self.rates]
@@ -114,9 +126,10 @@ def _build_measure(setup: Setup[RatesConfig]) -> Measure[RateRecord[float]]:
     def measure(
         pair: Pair, trained: list[Trajectory], begun: RateRecord[float] | None
     ) -> Iterator[RateRecord[float]]:
-        del begun
+        measured = begun.methods if begun else {}
         rate = pair.recipe.peak_learning_rate
-        yield RateRecord(pair.seeds, rate, comparison.measure(trained, f"rate {rate:g}, {pair}"))
+        for methods in comparison.measure(trained, f"rate {rate:g}, {pair}", measured):
+            yield RateRecord(pair.seeds, rate, methods)
 
     return measure
 

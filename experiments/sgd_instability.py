@@ -42,6 +42,7 @@ from experiments.harness.record import (
     ParentsRecord,
     SpawnRecord,
     added,
+    check_names,
     summarise,
 )
 from experiments.harness.results import Claim, Schema, claim
@@ -103,9 +104,20 @@ class InstabilityConfig(Config):
         """All of `epochs`."""
         return self.epochs
 
-    def is_complete(self, record: FamilyRecord[float]) -> bool:
-        """Say whether children of all epochs are measured."""
-        return tuple(part.epoch for part in record.spawns) == self.epochs
+    @property
+    def wanted_parts(self) -> tuple[int, ...]:
+        """The epochs at which children leave."""
+        return self.epochs
+
+    def misfits(self, record: FamilyRecord[float], pair: Pair) -> list[str]:
+        """Return the problems that the base finds, and those of methods."""
+        problems = super().misfits(record, pair)
+        problems += check_names("parents.aligned", record.parents.aligned, self.methods)
+        for spawn in record.spawns:
+            for name in ("children", "at_end"):
+                where = f"spawns.{spawn.epoch}.{name}"
+                problems += check_names(where, getattr(spawn, name), self.methods)
+        return problems
 
 
 def _build_measure(setup: Setup[InstabilityConfig]) -> Measure[FamilyRecord[float]]:

@@ -52,10 +52,11 @@ from experiments.harness.record import (
     Metrics,
     TrajectoryRecord,
     added,
+    check_names,
     summarise,
 )
 from experiments.harness.results import Claim, Schema, claim
-from experiments.harness.statistics import Interval
+from experiments.harness.statistics import Interval, ratio
 from rebasin import permutation
 from rebasin.training.trajectory import Trajectory
 
@@ -110,9 +111,20 @@ class TrajectoryConfig(Config):
         """The recorded epochs."""
         return self.epochs
 
-    def is_complete(self, record: TrajectoryRecord[float]) -> bool:
-        """Say whether all epochs are measured."""
-        return tuple(part.epoch for part in record.epochs) == self.epochs
+    @property
+    def wanted_parts(self) -> tuple[int, ...]:
+        """The recorded epochs."""
+        return self.epochs
+
+    def misfits(self, record: TrajectoryRecord[float], pair: Pair) -> list[str]:
+        """Return the problems that the base finds, and those of methods and match epochs."""
+        problems = super().misfits(record, pair)
+        for epoch in record.epochs:
+            problems += check_names(f"epochs.{epoch.epoch}.methods", epoch.methods, self.methods)
+            for name, aligned in epoch.methods.items():
+                where = f"epochs.{epoch.epoch}.methods.{name}.under"
+                problems += check_names(where, aligned.under, self.match_epochs)
+        return problems
 
 
 class _Epoch(NamedTuple):
@@ -340,7 +352,7 @@ def _judge_distances(config: TrajectoryConfig, records: Sequence[TrajectoryRecor
             "weights: P_t[B_t] is closer to A_t in Euclidean distance than P_end[B_t] is: the 95 % interval "
             f"of the relative difference, averaged over {when}, is below 0",
             "P_t aligns weights more closely than P_end early in training (appendix H.1)",
-            (near / far)[:, early].mean(axis=1) - 1,
+            ratio(near, far)[:, early].mean(axis=1) - 1,
             below=True,
         ),
         claim(

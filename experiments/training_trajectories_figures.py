@@ -21,7 +21,7 @@ from experiments.harness.figures import (
 )
 from experiments.harness.record import METRICS, AlignedEpoch, EpochRecord, Metrics, TrajectoryRecord
 from experiments.harness.results import Results, describe_mean
-from experiments.harness.statistics import Interval
+from experiments.harness.statistics import Interval, ratio
 
 __all__ = ["draw_fixed_permutations", "draw_permutations", "draw_trajectories", "report", "tidy_rows"]
 
@@ -230,7 +230,7 @@ def _print_table(summary: TrajectoryRecord[Interval], method: str, reporter: Rep
                     cell(barriers[n][i].test_error, percent=True)
                     for n in ("none", "end", "same_epoch", "at_end")
                 ),
-                f"{100 * own.distance_same_epoch.mean / own.distance_end.mean:.0f}",
+                f"{100 * ratio(own.distance_same_epoch.mean, own.distance_end.mean):.0f}",
                 f"{100 * own.fixed_points.total.mean:.0f}",
             ]
         )

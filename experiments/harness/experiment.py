@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import io
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Generic, TypeAlias, TypeVar
@@ -10,16 +11,26 @@ import jax
 
 from experiments.harness.console import Reporter
 from experiments.harness.figures import Target
+from experiments.harness.files import write_whole
 from experiments.harness.networks import Networks, Pair
 from experiments.harness.paths import infer_model_spec
 from experiments.harness.record import PairRecord
-from experiments.harness.results import Claim, Results, Schema, Seconds, open_results, write_csv
+from experiments.harness.results import (
+    WAY_OUT,
+    Claim,
+    Results,
+    Schema,
+    Seconds,
+    open_results,
+    write_csv,
+)
 from experiments.harness.serialisation import from_json, to_json
 from rebasin.barrier import MetricsFn, classification_metrics
 from rebasin.errors import ConfigError, problem_list
 from rebasin.models import build_model
 from rebasin.spec import PermutationSpec
 from rebasin.training.data import Dataset
+from rebasin.training.lock import locked
 from rebasin.training.loop import build_apply
 from rebasin.training.recipes import Recipe
 from rebasin.training.trajectory import Trajectory
@@ -84,9 +95,26 @@ class Config:
         """Epochs at which children leave each pair."""
         return ()
 
-    def is_complete(self, record: Any) -> bool:
-        """Say whether a stored record, whose pair may be measured in parts, has all its parts."""
-        return True
+    @property
+    def wanted_parts(self) -> tuple[Any, ...]:
+        """The key of each part in which a pair is measured, in order; none where it is measured whole."""
+        return ()
+
+    def is_complete(self, record: PairRecord[float]) -> bool:
+        """Say whether a stored record has all its parts."""
+        return record.part_keys == self.wanted_parts
+
+    def misfits(self, record: Any, pair: Pair) -> list[str]:
+        """Return one line for each way in which a stored record cannot be one of a pair of this config."""
+        problems = []
+        if record.seeds != pair.seeds:
+            problems.append(f"seeds: wanted {list(pair.seeds)}, got {list(record.seeds)}")
+        found = record.part_keys
+        if found != tuple(key for key in self.wanted_parts if key in found):
+            problems.append(
+                f"{record.parts[0]}: wanted some of {list(self.wanted_parts)} in order, got {list(found)}"
+            )
+        return problems
 
 
 C = TypeVar("C", bound=Config)
@@ -171,8 +199,10 @@ class Experiment(Generic[C, R, S]):
         return self.schema.experiment
 
     def load(self, path: pathlib.Path) -> Results[C, R, S]:
-        """Read a ``results.json`` of this experiment; raise `ConfigError` for any other file."""
-        return Results.load(path, self.schema)
+        """Read a ``results.json`` of this experiment; raise `ConfigError` for any other or damaged file."""
+        results = Results.load(path, self.schema)
+        _check_records(path, results)
+        return results
 
     def run(
         self,
@@ -200,25 +230,34 @@ class Experiment(Generic[C, R, S]):
           The finished results. Results of an equal config that are finished already are only drawn anew.
 
         Raises:
-          ConfigError: the output folder holds another config, or an unfinished run without `resume`.
+          ConfigError: the output folder holds another config, damaged results, or an unfinished run without
+            `resume`; or the networks are too large for the memory or the disk.
+          FolderInUseError: another process is writing to the output folder.
+          OSError: a file cannot be written. What was measured before is stored.
         """
         reporter = reporter or Reporter()
-        results = open_results(output_dir, self.schema, config, resume=resume)
-        if not results.finished:
-            folders = {"runs_dir": runs_dir, "output_dir": output_dir, "keep": keep or self.keep}
-            networks = Networks(dataset, **folders, reporter=reporter, seconds=results.seconds)
-            self._measure(dataset, networks, results, reporter, output_dir / "results.json")
-        self.draw(results, output_dir)
-        self.report(results, reporter)
-        files = ("results.json", self.csv, *self.figures)
-        reporter.conclude(results, [output_dir / name for name in files])
+        output_dir.mkdir(parents=True, exist_ok=True)
+        with locked(output_dir):
+            results = open_results(output_dir, self.schema, config, resume=resume)
+            path = output_dir / "results.json"
+            _check_records(path, results)
+            if not results.finished:
+                folders = {"runs_dir": runs_dir, "output_dir": output_dir, "keep": keep or self.keep}
+                networks = Networks(dataset, **folders, reporter=reporter, seconds=results.seconds)
+                self._measure(dataset, networks, results, reporter, path)
+            self.draw(results, output_dir)
+            self.report(results, reporter)
+            files = ("results.json", self.csv, *self.figures)
+            reporter.conclude(results, [output_dir / name for name in files])
         return results
 
     def draw(self, results: Results[C, R, S], output_dir: pathlib.Path) -> None:
-        """Write the tidy rows and the figures of finished results."""
+        """Write the tidy rows and the figures of finished results, each file whole or not at all."""
         write_csv(output_dir / self.csv, self.rows(results))
         for name, draw in self.figures.items():
-            draw(results, output_dir / name)
+            image = io.BytesIO()
+            draw(results, image)
+            write_whole(output_dir / name, image.getvalue())
 
     def _measure(
         self,
@@ -232,7 +271,9 @@ class Experiment(Generic[C, R, S]):
         config, records = results.config, results.records
         recipe, pairs = config.recipe, config.pairs
         done = sum(config.is_complete(record) for record in records)
-        networks.say_disk_use(pairs[done:], config.wanted_epochs, config.spawn_epochs)
+        networks.check_resources(pairs[done:], config.wanted_epochs, config.spawn_epochs)
+        # The first thing that is written says what the folder is of; a run that is refused leaves nothing.
+        results.save(path)
         # A killed run may have stored its last measurement and not yet deleted the networks.
         for pair in pairs[:done]:
             networks.release(pair)
@@ -251,6 +292,26 @@ class Experiment(Generic[C, R, S]):
         claims = self.judge(config, records) if self.judge else []
         results.claims = [_as_stored(Claim, claim) for claim in claims]
         results.save(path)
+
+
+def _check_records(path: pathlib.Path, results: Results[Any, Any, Any]) -> None:
+    """Raise `ConfigError` where the records of a file are not those of its config."""
+    config, records = results.config, results.records
+    pairs = config.pairs
+    problems = [
+        f"records.{i}.{problem}"
+        for i, (record, pair) in enumerate(zip(records, pairs, strict=False))
+        for problem in config.misfits(record, pair)
+    ]
+    if len(records) > len(pairs):
+        problems.append(f"records: wanted {len(pairs)} at most, got {len(records)}")
+    begun = [i for i, record in enumerate(records) if not config.is_complete(record)]
+    if not problems and begun and (begun[0] < len(records) - 1 or results.finished):
+        problems.append(f"records.{begun[0]}: parts are missing, and yet the run goes on behind it")
+    if results.finished and len(records) < len(pairs):
+        problems.append(f"records: wanted {len(pairs)} in a finished run, got {len(records)}")
+    if problems:
+        raise ConfigError(problem_list(f"{path} is damaged ({WAY_OUT}):", problems))
 
 
 def _as_stored(kind: Any, value: Any) -> Any:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -128,24 +128,32 @@ class MethodComparison:
         self._images, self._test = jax.device_put((setup.match_data.inputs[:num_repair], test))
         self._sweep = rebasin.build_sweep(setup.metrics_fn, num_alphas=setup.config.num_alphas)
 
-    def measure(self, trained: Sequence[Trajectory], title: str) -> Mapping[str, MatchRecord[float]]:
-        """Measure the last networks of two trajectories under every method.
+    def measure(
+        self, trained: Sequence[Trajectory], title: str, begun: Mapping[str, MatchRecord[float]]
+    ) -> Iterator[Mapping[str, MatchRecord[float]]]:
+        """Measure the last networks of two trajectories under every method that is not measured yet.
 
         Args:
           trained: both trajectories.
           title: name of the pair, for the progress bar.
+          begun: the records of the methods that are measured already.
 
-        Returns:
-          The record of each method by its name, after that of `BASELINE`.
+        Yields:
+          The records so far by method, that of `BASELINE` first; again after each method.
         """
         params_a, params_b = (trajectory.last for trajectory in trained)
-        names = (BASELINE, *self._methods)
-        records = {}
-        with self._setup.reporter.stage(title, len(names)) as advance:
-            for name in names:
+        records = dict(begun)
+        missing = [name for name in self.names if name not in records]
+        with self._setup.reporter.stage(title, len(missing)) as advance:
+            for name in missing:
                 records[name] = self._measure_method(name, params_a, params_b)
+                yield dict(records)
                 advance()
-        return records
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What is measured of each pair: `BASELINE`, then the methods."""
+        return (BASELINE, *self._methods)
 
     def _measure_method(self, name: str, params_a: Any, params_b: Any) -> MatchRecord[float]:
         """Match by one method and measure the paths that it leaves."""

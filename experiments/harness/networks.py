@@ -1,16 +1,17 @@
 """The networks of experiments: found by recipe and seed, trained where missing, deleted once measured."""
 
+import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import math
 import os
 import pathlib
 import shutil
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, NamedTuple
-
-import jax
+from typing import Any, NamedTuple, TypeVar
 
 from experiments.harness.console import Reporter
 from experiments.harness.paths import network_shapes
@@ -18,13 +19,16 @@ from experiments.harness.results import Seconds
 from rebasin.errors import ConfigError, TrajectoryError
 from rebasin.models import build_model
 from rebasin.training.data import Dataset
+from rebasin.training.lock import FolderInUseError
 from rebasin.training.loop import InitialState, train
 from rebasin.training.recipes import Recipe
-from rebasin.training.trajectory import Trajectory
+from rebasin.training.resources import check_disk, check_memory, format_bytes
+from rebasin.training.trajectory import Trajectory, tree_bytes
 
 __all__ = [
     "CHILDREN",
     "KEEP",
+    "WAIT_SECONDS",
     "Networks",
     "Pair",
     "child_seed",
@@ -43,6 +47,11 @@ KEEP = {
 # The children that leave a pair of parents at a spawn epoch, A¹, A² and B¹, each as the index of its parent
 # in the pair and its own number among the parent's children.
 CHILDREN = ((0, 1), (0, 2), (1, 1))
+
+# How often a network that another process trains is looked at again.
+WAIT_SECONDS = 1.0
+
+T = TypeVar("T")
 
 # A network whose training loss is at least this fraction of the loss of guessing has learned nothing.
 _GUESSING = 0.99
@@ -116,19 +125,40 @@ def train_networks(
       keep: epochs to store; `None` stores all.
 
     Returns:
-      The trajectories, in the order of `seeds`.
+      The trajectories, in the order of `seeds`. A network that another process trains is waited for.
     """
-    trajectories = []
-    for seed in seeds:
+
+    def train_one(seed: int) -> Trajectory:
         directory = run_directory(runs_dir, recipe, seed)
         begun = _last_stored(directory)
         title = f"train seed {seed}" + f" from epoch {begun}" * bool(begun)
         with seconds.count("training"), reporter.stage(title, recipe.epochs - begun) as advance:
-            options = {"keep": keep, "resume": True, "progress": lambda *_, advance=advance: advance()}
-            trajectory = train(recipe, dataset, seed=seed, directory=directory, **options)
+            options = {"keep": keep, "resume": True, "progress": lambda *_: advance()}
+            return train(recipe, dataset, seed=seed, directory=directory, **options)
+
+    trajectories = []
+    for seed in seeds:
+        trajectory = _when_free(functools.partial(train_one, seed), reporter)
         _warn_if_guessing(trajectory, f"seed {seed}", dataset, reporter)
         trajectories.append(trajectory)
     return trajectories
+
+
+def _when_free(run: Callable[[], T], reporter: Reporter) -> T:
+    """Call a function that trains, and wait as long as another process trains the same network.
+
+    Two experiments with one folder of networks share the work in this way. If the other process ends without
+    having finished the network, training goes on here.
+    """
+    said = False
+    while True:
+        try:
+            return run()
+        except FolderInUseError as error:
+            if not said:
+                reporter.say(f"waiting for {error.holder}, which trains {error.directory}")
+            said = True
+            time.sleep(WAIT_SECONDS)
 
 
 class Networks:
@@ -215,17 +245,20 @@ class Networks:
                 to_come -= 1
                 advance()
 
-        with self.seconds.count("training"):
-            trajectory = train(
-                parent.recipe,
-                self.dataset,
-                seed=child_seed(parent.seed, epoch, number),
-                directory=directory,
-                start=InitialState(tree, epoch),
-                keep=None if self.keep == "all" else (),
-                resume=True,
-                progress=progress,
-            )
+        def train_child() -> Trajectory:
+            with self.seconds.count("training"):
+                return train(
+                    parent.recipe,
+                    self.dataset,
+                    seed=child_seed(parent.seed, epoch, number),
+                    directory=directory,
+                    start=InitialState(tree, epoch),
+                    keep=None if self.keep == "all" else (),
+                    resume=True,
+                    progress=progress,
+                )
+
+        trajectory = _when_free(train_child, self.reporter)
         progress(parent.recipe.epochs, parent.recipe.epochs, {})
         name = f"child {number} of seed {parent.seed} from epoch {epoch}"
         _warn_if_guessing(trajectory, name, self.dataset, self.reporter)
@@ -257,13 +290,18 @@ class Networks:
                 if folder.is_dir() and not any(folder.iterdir()):
                     folder.rmdir()
 
-    def say_disk_use(self, pairs: Sequence[Pair], epochs: Sequence[int], spawned: Sequence[int] = ()) -> None:
+    def check_resources(
+        self, pairs: Sequence[Pair], epochs: Sequence[int], spawned: Sequence[int] = ()
+    ) -> None:
         """Say how much disk space the networks that are still to be trained take at most.
 
         Args:
           pairs: pairs that are not measured yet, of one model and number of epochs.
           epochs: epochs that are wanted of each parent.
           spawned: epochs at which `CHILDREN` leave each pair.
+
+        Raises:
+          ConfigError: the networks are too large for the memory or the disk.
         """
         if not pairs:
             return
@@ -276,14 +314,18 @@ class Networks:
             return
         recipe = pairs[0].recipe
         model = build_model(recipe.model, width=recipe.width, num_classes=self.dataset.num_classes)
-        tree, _ = network_shapes(model, self.dataset)
-        # A stored epoch has its momentum beside it.
-        size = 2 * sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+        size = tree_bytes(network_shapes(model, self.dataset)[0])
+        what = f"a network ({recipe.model}) of width {recipe.width}"
+        check_memory(size, what)
         count = self._count_stored(recipe.epochs, new, epochs, spawned)
         where = self.runs_dir if self.keep == "all" else self.scratch
+        bases = {run_directory(where, pair.recipe, pair.seeds[0]).parent for pair in pairs}
+        check_disk(size, count, where, "the networks", stored=sum(map(_disk_use, bases)))
+        # A stored epoch has its momentum beside it.
+        size *= 2
         self.reporter.say(
-            f"disk: at most {_bytes(count * size)} for networks in {where}, {_bytes(size)} an epoch "
-            f"(keeping {self.keep})"
+            f"disk: at most {format_bytes(count * size)} for networks in {where}, {format_bytes(size)} an "
+            f"epoch (keeping {self.keep})"
         )
 
     def _count_stored(
@@ -329,10 +371,10 @@ def _holds(directory: pathlib.Path, epochs: Collection[int]) -> bool:
     return trajectory.complete and set(epochs) <= set(trajectory.epochs)
 
 
-def _bytes(count: float) -> str:
-    """Write a number of bytes with three digits and its unit."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
+def _disk_use(folder: pathlib.Path) -> int:
+    """Return the size of all files below a folder, in bytes; 0 for one that is not there."""
+    total = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(OSError):  # deleted by another process meanwhile
+            total += path.stat().st_size if path.is_file() else 0
+    return total

@@ -10,16 +10,26 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 from absl import app, flags, logging
 
 import rebasin
 from experiments.harness.experiment import C, Experiment
+from experiments.harness.files import explain
 from experiments.harness.networks import KEEP, shared_runs
 from experiments.harness.presets import PRESETS, Preset, choose_preset
 from rebasin.errors import ConfigError, RebasinError
 from rebasin.training.data import load_dataset
 
-__all__ = ["Choice", "choose", "choose_epochs", "chosen_methods", "define_flags", "run_binary"]
+__all__ = [
+    "INTERRUPTED",
+    "Choice",
+    "choose",
+    "choose_epochs",
+    "chosen_methods",
+    "define_flags",
+    "run_binary",
+]
 
 _MODELS = "; ".join(f"{', '.join(models)} ({name})" for name, models in PRESETS.items())
 
@@ -81,6 +91,9 @@ _KEEP_CHECKPOINTS = flags.DEFINE_enum(
     + ".",
 )
 _SHARED = tuple(flag.name for flag in flags.FLAGS.get_key_flags_for_module(sys.modules[__name__]))
+
+# Exit status after Ctrl-C, as shells have it: 128 and the number of the signal.
+INTERRUPTED = 130
 
 # Presets whose networks are so small that they stay beside the results.
 _SMALL = ("demo", "digits")
@@ -203,9 +216,27 @@ def run_binary(
         )
     except RebasinError as error:
         sys.exit(f"error: {error}")
+    except OSError as error:
+        sys.exit(f"error: {explain(error)}{_going_on()}")
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if not (isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)):
+            raise
+        sys.exit(f"error: out of memory; choose a smaller --width, --num_eval or --num_match{_going_on()}")
+    except KeyboardInterrupt:
+        print(f"interrupted{_going_on()}", file=sys.stderr)
+        sys.exit(INTERRUPTED)
     # Experiments without claims do not define the flag, but another binary of this process may have done so.
     if experiment.judge and flags.FLAGS["strict"].value and not all(claim.holds for claim in results.claims):
         sys.exit(1)
+
+
+def _going_on() -> str:
+    """Return what to say of the results in the output folder, nothing where there are none."""
+    try:
+        begun = (_output_directory() / "results.json").is_file()
+    except (OSError, RebasinError):
+        return ""
+    return ". What was measured before is stored: go on with --resume" if begun else ""
 
 
 def _output_directory() -> pathlib.Path:

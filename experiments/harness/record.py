@@ -6,15 +6,16 @@ the dataclasses into JSON and back; claims, tables, CSV files and figures take t
 All records are generic in the type `N` of their numbers: a record of one pair holds floats,
 ``TrajectoryRecord[float]``, and the summary over pairs holds intervals, ``TrajectoryRecord[Interval]``.
 
-A record grows while a pair is measured. Its last field is a tuple of parts, one for each epoch; experiments
-to come will have one for each level of pruning or for each width. `added` returns a record with one part
-more. The experiment stores the record after each part, so that a killed run goes on at the next one.
+A record grows while a pair is measured. Its last field is a tuple of parts, one for each epoch, or a mapping
+of them, one for each method; experiments to come will have one for each level of pruning or for each width.
+`added` returns a record with one part more. The experiment stores the record after each part, so that a
+killed run goes on at the next one.
 
 To add an experiment, add its record here: a subclass of `PairRecord` that is made of the small types below.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar, Generic, TypeVar
 
 from experiments.harness.serialisation import field_types
@@ -42,6 +43,7 @@ __all__ = [
     "TestPath",
     "TrajectoryRecord",
     "added",
+    "check_names",
     "summarise",
 ]
 
@@ -129,10 +131,19 @@ class PairRecord(Generic[N]):
       seeds: seeds of both networks; in a summary the seeds of all networks behind it.
     """
 
-    # Name of the field that holds the parts, and of the field of a part that orders them.
-    parts: ClassVar[tuple[str, str] | None] = None
+    # Name of the field that holds the parts, and of the field of a part that orders them. The latter is
+    # `None` where the parts are a mapping, whose keys tell them apart.
+    parts: ClassVar[tuple[str, str | None] | None] = None
 
     seeds: tuple[int, ...]
+
+    @property
+    def part_keys(self) -> tuple[Any, ...]:
+        """What tells the parts that are measured already apart, such as their epochs, in order."""
+        if self.parts is None:
+            return ()
+        name, key = self.parts
+        return tuple(part if key is None else getattr(part, key) for part in getattr(self, name))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -309,8 +320,11 @@ class MethodsRecord(PairRecord[N]):
 
     Attributes:
       seeds: see `PairRecord`.
-      methods: the pair as it was trained under ``none``, then each method by its name.
+      methods: the methods that are measured already: the pair as it was trained under ``none``, then each
+        method by its name.
     """
+
+    parts: ClassVar = ("methods", None)
 
     methods: Mapping[str, MatchRecord[N]]
 
@@ -324,6 +338,8 @@ class RateRecord(PairRecord[N]):
       rate: the peak learning rate.
       methods: as in `MethodsRecord`.
     """
+
+    parts: ClassVar = ("methods", None)
 
     rate: float
     methods: Mapping[str, MatchRecord[N]]
@@ -348,11 +364,23 @@ def added(record: P, part: Any) -> P:
       >>> [part.epoch for part in added(added(TrajectoryRecord((0, 1)), first), second).epochs]
       [1, 3]
     """
-    if record.parts is None:
-        raise TypeError(f"{type(record).__name__} is measured whole and has no parts")
-    name, key = record.parts
+    name, key = record.parts or (None, None)
+    if name is None or key is None:
+        raise TypeError(f"{type(record).__name__} has no parts in an order")
     parts = sorted([*getattr(record, name), part], key=lambda part: getattr(part, key))
     return dataclasses.replace(record, **{name: tuple(parts)})
+
+
+def check_names(where: str, found: Collection[Any], wanted: Collection[Any]) -> list[str]:
+    """Return a line if the keys of a stored mapping are not those of the config, else none.
+
+    Examples:
+      >>> check_names("methods", {"weights": 1}, ("weights", "activations"))
+      ["methods: wanted ['weights', 'activations'], got ['weights']"]
+    """
+    if set(found) == set(wanted):
+        return []
+    return [f"{where}: wanted {list(wanted)}, got {list(found)}"]
 
 
 def summarise(records: Sequence[Any]) -> Any:

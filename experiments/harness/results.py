@@ -3,6 +3,8 @@
 import contextlib
 import csv
 import dataclasses
+import hashlib
+import io
 import json
 import pathlib
 import platform
@@ -16,11 +18,13 @@ import jax
 import numpy as np
 
 import rebasin
+from experiments.harness.files import write_whole
 from experiments.harness.serialisation import from_json, to_json
 from experiments.harness.statistics import student_interval
 from rebasin.errors import ConfigError, problem_list
 
 __all__ = [
+    "WAY_OUT",
     "Claim",
     "Results",
     "Schema",
@@ -34,7 +38,14 @@ __all__ = [
 ]
 
 SCHEMA_VERSION = 2
+# The name of the hash of all other entries of the file.
+_DIGEST = "sha256"
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "scipy", "orbax-checkpoint")
+
+# What to do about a file that cannot be used.
+WAY_OUT = (
+    "delete it and run again (networks that are trained already are found again), or choose another folder"
+)
 
 C = TypeVar("C")
 R = TypeVar("R")
@@ -154,9 +165,8 @@ class Results(Generic[C, R, S]):
         """Write the file in one step, so that a killed run leaves the last complete one."""
         content = {"schema_version": SCHEMA_VERSION, **to_json(self)}
         content["seconds"] = {phase: round(seconds, 2) for phase, seconds in self.seconds.items()}
-        partial = path.with_suffix(".partial")
-        partial.write_text(_layout(content) + "\n")
-        partial.replace(path)
+        content[_DIGEST] = _digest(content)
+        write_whole(path, f"{_layout(content)}\n".encode())
 
     @classmethod
     def load(cls, path: pathlib.Path, schema: Schema[C, R, S]) -> "Results[C, R, S]":
@@ -180,6 +190,9 @@ class Results(Generic[C, R, S]):
             "claims": list[Claim],
         }
         fields = {name: from_json(kind, content[name], f"{path}: {name}") for name, kind in kinds.items()}
+        # Last, as the checks above say where the damage is. Early files of this version have no hash.
+        if content.pop(_DIGEST, None) not in (None, _digest(content)):
+            raise ConfigError(f"{path} is damaged: it was changed since it was written; {WAY_OUT}")
         return cls(**{**fields, "seconds": Seconds(fields["seconds"])})
 
 
@@ -199,13 +212,13 @@ def open_results(
     """Find or begin the results of a run in its output folder.
 
     Args:
-      directory: the output folder, made if needed.
+      directory: the output folder.
       schema: what the results of the experiment hold.
       config: every option that the results depend on.
       resume: whether to go on with an unfinished run.
 
     Returns:
-      New, unfinished (only if `resume`) or finished results.
+      New, unfinished (only if `resume`) or finished results. New ones are not on disk yet.
 
     Raises:
       ConfigError: the folder holds results of another experiment or config, or unfinished ones without
@@ -213,12 +226,11 @@ def open_results(
     """
     path = directory / "results.json"
     if not path.exists():
-        directory.mkdir(parents=True, exist_ok=True)
-        results = Results(schema.experiment, config, describe_environment())
-        results.save(path)
-        return results
+        return Results(schema.experiment, config, describe_environment())
     # Compared as text, since the file of a config that lacks a field of today cannot be read as one of today.
     found, wanted = _read_content(path, schema.experiment)["config"], to_json(config)
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path} is damaged: config is no object; {WAY_OUT}")
     differences = [
         f"{name}: {found.get(name)!r} there, {wanted.get(name)!r} wanted"
         for name in {**found, **wanted}
@@ -236,12 +248,12 @@ def open_results(
 
 
 def write_csv(path: pathlib.Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write tidy rows, all with the same keys."""
-    rows = list(rows)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    """Write tidy rows, all with the same keys, as one file that is replaced whole."""
+    rows, text = list(rows), io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(path, text.getvalue().encode())
 
 
 def describe_environment() -> dict[str, Any]:
@@ -266,13 +278,22 @@ def _commit() -> str | None:
         return None
 
 
+def _digest(content: Mapping[str, Any]) -> str:
+    """Return a hash of the entries of a file but its own, whatever their layout."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def _read_content(path: pathlib.Path, experiment: str) -> dict[str, Any]:
     """Read a file of this version and experiment, its fields still as JSON."""
     try:
-        content = json.loads(path.read_text())
-        version = content.pop("schema_version")
-    except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
-        raise ConfigError(f"{path} is not a results.json of this program: {error!r}") from error
+        content = json.loads(path.read_bytes())
+        version = content["schema_version"]
+    # A number of too many digits and bytes that are no text are ValueErrors.
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        problem = "; ".join(str(error).splitlines()) if isinstance(error, ValueError) else "other entries"
+        raise ConfigError(
+            f"{path} is damaged, or not a results.json of this program ({problem}); {WAY_OUT}"
+        ) from error
     if version != SCHEMA_VERSION:
         raise ConfigError(f"{path} has schema_version {version}, this program reads {SCHEMA_VERSION}")
     missing = [field.name for field in dataclasses.fields(Results) if field.name not in content]

@@ -95,7 +95,10 @@ def _read_plain(kind: type, value: Any) -> Any:
     if kind is float and value is None:
         return math.nan
     if kind is float and type(value) is int:
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise _Misfit("wanted float, got an integer that is too large for one") from None
     # Not isinstance: True is an int as well.
     if type(value) is not kind:
         raise _Misfit(f"wanted {kind.__name__}, got {value!r}")

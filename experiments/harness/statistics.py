@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy import stats
 
-__all__ = ["Interval", "Onset", "mean_onset", "onset", "student_interval"]
+__all__ = ["Interval", "Onset", "mean_onset", "onset", "ratio", "student_interval"]
 
 
 class Interval(NamedTuple):
@@ -24,6 +25,20 @@ class Interval(NamedTuple):
     low: float
     high: float
     deviation: float
+
+
+def ratio(value: ArrayLike, base: ArrayLike) -> np.ndarray:
+    """Return ``value / base`` of numbers that are not negative, elementwise, where the base may be 0.
+
+    Two zeros are equal, so that their ratio is 1; any other number is infinitely larger than 0.
+
+    Examples:
+      >>> ratio([1.0, 0.0, 1.0], [2.0, 0.0, 0.0]).tolist()
+      [0.5, 1.0, inf]
+    """
+    value, base = np.asarray(value, float), np.asarray(base, float)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where((value == 0) & (base == 0), 1.0, value / base)
 
 
 def student_interval(values: Sequence[float] | np.ndarray, *, confidence: float = 0.95) -> Interval:
@@ -45,7 +60,8 @@ def student_interval(values: Sequence[float] | np.ndarray, *, confidence: float 
     n, mean = array.size, float(array.mean())
     if n < 2:
         return Interval(mean, math.nan, math.nan, math.nan)
-    deviation = float(array.std(ddof=1))
+    with np.errstate(invalid="ignore"):  # the spread around an infinite mean is NaN
+        deviation = float(array.std(ddof=1))
     half = float(stats.t.ppf(0.5 + confidence / 2, n - 1)) * deviation / math.sqrt(n)
     return Interval(mean, mean - half, mean + half, deviation)
 

@@ -22,8 +22,18 @@ from rebasin.errors import ConfigError, NonFiniteError, problem_list
 from rebasin.models import build_model
 from rebasin.training.augmentation import random_crop_and_flip
 from rebasin.training.data import Dataset, normalise
+from rebasin.training.lock import locked
 from rebasin.training.recipes import Recipe
-from rebasin.training.trajectory import RunRecord, Trajectory, describe_leaves, open_run
+from rebasin.training.resources import check_disk, check_memory
+from rebasin.training.trajectory import (
+    RunRecord,
+    Trajectory,
+    describe_leaves,
+    find_finished,
+    make_run_folder,
+    open_run,
+    tree_bytes,
+)
 from rebasin.trees import check_finite, check_same_shapes, leaf_table
 
 __all__ = [
@@ -139,9 +149,11 @@ def train(
       The finished trajectory.
 
     Raises:
-      ConfigError: recipe, data and start do not fit each other.
+      ConfigError: recipe, data and start do not fit each other, or the network is too large for the memory or
+        the disk.
       DataError: the recipe's `num_train` exceeds the size of the training split.
       TrajectoryError: the folder holds something else, another run, or an unfinished one without `resume`.
+      FolderInUseError: another process trains in the folder.
       NonFiniteError: the loss or a weight is no longer finite; epochs stored before stay on disk.
     """
     split = dataset.take(num_train=recipe.num_train).train
@@ -149,32 +161,43 @@ def train(
     data = TrainingData(*jax.device_put((split, dataset.mean, dataset.std)))
     init_key, data_key = jax.random.split(jax.random.key(seed))
     init = build_init(recipe, dataset.num_classes)
-    template = jax.eval_shape(init, init_key, data)
+    template = _template(recipe, init, init_key, data)
     if start is not None:
         _check_start(recipe, start, template)
     leaves = describe_leaves(template.variables)
     record = RunRecord(recipe, int(seed), len(split.labels), leaves, _fingerprint(start))
-    trajectory = open_run(directory, record, resume=resume)
-    if trajectory.complete:
-        return trajectory
-
-    if trajectory.epochs:
-        first = trajectory.epochs[-1]
-        state = _to_device(TrainState(**trajectory.restore(first, template._asdict())))
-    else:
-        first = record.first_epoch
-        state = init(init_key, data) if start is None else _fresh_state(recipe, start.variables)
-        if keep is None or first in keep:
-            trajectory.save(first, state._asdict(), {})
-    run_epoch = build_epoch(recipe, dataset.num_classes)
-    _train_epochs(
-        trajectory,
-        state,
-        lambda state, epoch: run_epoch(state, epoch, data_key, data),
-        first=first,
-        keep=keep,
-        progress=progress,
-    )
+    # A finished run is only read, perhaps from a folder in which nothing may be written.
+    finished = find_finished(directory, record)
+    if finished is not None:
+        return finished
+    size = tree_bytes(template.variables)
+    what = f"a network ({recipe.model}) of width {recipe.width}"
+    check_memory(size, what)
+    folder = make_run_folder(directory)
+    with locked(folder):
+        trajectory = open_run(folder, record, resume=resume)
+        if trajectory.complete:  # since another process has trained it meanwhile
+            return trajectory
+        first = max(trajectory.epochs, default=record.first_epoch - 1)
+        # Of chosen epochs alone, the one at which training would go on is there too while the next is stored.
+        wanted = recipe.epochs - first if keep is None else sum(epoch > first for epoch in keep) + 2
+        check_disk(size, wanted, folder, what)
+        if trajectory.epochs:
+            state = _to_device(TrainState(**trajectory.restore(first, template._asdict())))
+        else:
+            first = record.first_epoch
+            state = init(init_key, data) if start is None else _fresh_state(recipe, start.variables)
+            if keep is None or first in keep:
+                trajectory.save(first, state._asdict(), {})
+        run_epoch = build_epoch(recipe, dataset.num_classes)
+        _train_epochs(
+            trajectory,
+            state,
+            lambda state, epoch: run_epoch(state, epoch, data_key, data),
+            first=first,
+            keep=keep,
+            progress=progress,
+        )
     return trajectory
 
 
@@ -421,6 +444,16 @@ def _check_fit(recipe: Recipe, dataset: Dataset, split: Batch) -> None:
         problems.append(f"batch_size: wanted at most the {size} examples, got {recipe.batch_size}")
     if problems:
         raise ConfigError(problem_list("recipe and dataset do not fit:", problems))
+
+
+def _template(
+    recipe: Recipe, init: Callable[..., TrainState], key: jax.Array, data: TrainingData
+) -> TrainState:
+    """Return the shapes and dtypes of a state."""
+    try:
+        return jax.eval_shape(init, key, data)
+    except OverflowError:
+        raise ConfigError(f"width: no network of width {recipe.width} fits any memory") from None
 
 
 def _check_start(recipe: Recipe, start: InitialState, template: TrainState) -> None:

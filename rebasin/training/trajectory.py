@@ -9,8 +9,13 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
+import operator
 import os
 import pathlib
+import re
+import sys
+import time
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import metadata
@@ -23,11 +28,20 @@ import orbax.checkpoint as ocp
 import tensorstore
 from flax import traverse_util
 
-from rebasin.errors import ConfigError, TrajectoryError, problem_list
+from rebasin.errors import TrajectoryError, problem_list
+from rebasin.training.lock import LOCK_FILE
 from rebasin.training.recipes import Recipe
 from rebasin.trees import leaf_table
 
-__all__ = ["RunRecord", "Trajectory", "describe_leaves", "open_run"]
+__all__ = [
+    "RunRecord",
+    "Trajectory",
+    "describe_leaves",
+    "find_finished",
+    "make_run_folder",
+    "open_run",
+    "tree_bytes",
+]
 
 # Version of the format of ``run.json``. Increase it when old versions cannot read new files.
 _SCHEMA_VERSION = 1
@@ -49,6 +63,10 @@ _ITEM = "state"
 _CHECKSUMS = "crc32"
 # The name under which the epoch and the digest of the run stand there: exchanged folders are found out.
 _ORIGIN = "origin"
+
+
+# How long after the first leaf that cannot be written the others are awaited.
+_LATE_SECONDS = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,8 +134,15 @@ class RunRecord:
                     f"reads {_SCHEMA_VERSION}"
                 )
             fields = {field.name: content[field.name] for field in dataclasses.fields(cls)}
+            traverse_util.unflatten_dict(_parse_leaves(content["leaves"]), sep="/")
+            if content["start"] is not None:
+                operator.index(content["start"]["epoch"])
+            operator.index(content["seed"])
             return cls(**{**fields, "recipe": Recipe(**content["recipe"])})
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ConfigError) as error:
+        # A file that is no JSON, no text, or has a number of too many digits gives a ValueError.
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, AssertionError) as error:
+            if isinstance(error, TrajectoryError):
+                raise
             raise TrajectoryError(
                 f"{path} is damaged or was not written by this version of rebasin"
             ) from error
@@ -199,7 +224,7 @@ class Trajectory:
         Raises:
           TrajectoryError: the epoch is not stored, does not fit ``run.json``, or is damaged.
         """
-        wanted = {name: _parse_leaf(text) for name, text in self.record.leaves.items()}
+        wanted = _parse_leaves(self.record.leaves)
         return self.restore(epoch, {"variables": traverse_util.unflatten_dict(wanted, sep="/")})["variables"]
 
     def metrics(self, epoch: int) -> dict[str, float]:
@@ -216,13 +241,23 @@ class Trajectory:
           epoch: the epoch, later than all stored ones.
           state: the subtree ``"variables"``, and all else that a resumed run needs.
           metrics: training metrics of the epoch.
+
+        Raises:
+          TrajectoryError: the epoch cannot be written, for example because the disk is full.
         """
         state = jax.device_get(dict(state))
         arguments = ocp.args.Composite(**{_ITEM: ocp.args.PyTreeSave(state)})
         origin = {"epoch": epoch, "run": self.record.digest}
         notes = {**metrics, _CHECKSUMS: _checksums(state), _ORIGIN: origin}
-        with _quiet():
-            self._manager.save(epoch, args=arguments, custom_metadata=notes)
+        try:
+            with _quiet(), _without_late_tracebacks():
+                self._manager.save(epoch, args=arguments, custom_metadata=notes)
+        # What fails comes from the system as OSError, and from TensorStore as ValueError or RuntimeError.
+        except Exception as error:
+            raise TrajectoryError(
+                f"epoch {epoch} cannot be stored in {self.directory}: {_reason(error)}. Epochs before it are "
+                "stored; mend that and resume (resume=True, or --resume of an experiment)"
+            ) from error
 
     def drop(self, epochs: Iterable[int]) -> None:
         """Delete stored epochs to free their disk space, and ignore epochs that are not stored.
@@ -325,11 +360,36 @@ class Trajectory:
             ) from error
 
 
-def open_run(directory: str | os.PathLike[str], record: RunRecord, *, resume: bool) -> Trajectory:
+def find_finished(directory: str | os.PathLike[str], record: RunRecord) -> Trajectory | None:
+    """Return the finished run of a record if the folder holds it, else `None`; change nothing.
+
+    Raises:
+      TrajectoryError: the folder has a name in which checkpoints cannot be read again.
+    """
+    directory = _resolve(directory)
+    try:
+        trajectory = Trajectory(directory)
+    except TrajectoryError:
+        return None
+    return trajectory if trajectory.complete and not trajectory.record.differences(record) else None
+
+
+def make_run_folder(directory: str | os.PathLike[str]) -> pathlib.Path:
+    """Make the folder of a run unless it is there, and return its absolute path.
+
+    Raises:
+      TrajectoryError: the folder has a name in which checkpoints cannot be read again.
+    """
+    folder = _resolve(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def open_run(directory: pathlib.Path, record: RunRecord, *, resume: bool) -> Trajectory:
     """Open the folder of a run in order to train it, and begin the run if the folder is new or empty.
 
     Args:
-      directory: the run's folder.
+      directory: the run's folder, made by `make_run_folder` and locked by the caller.
       record: the run that the folder should hold.
       resume: whether an unfinished run may be continued.
 
@@ -338,13 +398,11 @@ def open_run(directory: str | os.PathLike[str], record: RunRecord, *, resume: bo
       there is nothing left to train.
 
     Raises:
-      TrajectoryError: the folder holds something else, another run, or an unfinished one without `resume`, or
-        has a name in which checkpoints cannot be read again. Nothing in the folder is changed then.
+      TrajectoryError: the folder holds something else, another run, or an unfinished one without `resume`.
+        Nothing in the folder is changed then.
     """
-    directory = _resolve(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    # A process that is killed before the run has begun leaves an empty folder, or the partial file alone.
-    if all(path.name == _PARTIAL_RUN_FILE for path in directory.iterdir()):
+    # A process that is killed before the run has begun leaves a folder with nothing else in it.
+    if all(path.name in (_PARTIAL_RUN_FILE, LOCK_FILE) for path in directory.iterdir()):
         record.write(directory)
         return Trajectory(directory)
 
@@ -394,10 +452,23 @@ def describe_leaves(tree: Any) -> dict[str, str]:
     return {name: f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}" for name, leaf in leaf_table(tree).items()}
 
 
-def _parse_leaf(text: str) -> jax.ShapeDtypeStruct:
-    """Read dtype and shape of one leaf from its description by `describe_leaves`."""
-    dtype, _, shape = text.partition("[")
-    return jax.ShapeDtypeStruct(tuple(json.loads("[" + shape)), jnp.dtype(dtype))
+def tree_bytes(tree: Any) -> int:
+    """Return the size of all leaves of a tree in bytes.
+
+    Examples:
+      >>> tree_bytes({"bias": np.zeros(3, np.float32)})
+      12
+    """
+    return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _parse_leaves(leaves: Mapping[str, str]) -> dict[str, jax.ShapeDtypeStruct]:
+    """Read dtype and shape of every leaf from the descriptions by `describe_leaves`."""
+    parsed = {}
+    for name, text in leaves.items():
+        dtype, _, shape = text.partition("[")
+        parsed[name] = jax.ShapeDtypeStruct(tuple(json.loads("[" + shape)), jnp.dtype(dtype))
+    return parsed
 
 
 def _flatten(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
@@ -456,12 +527,45 @@ def _compare_checksums(tree: Any, stored: Mapping[str, int] | None) -> None:
             raise ValueError(f"not as saved: {', '.join(changed)}")
 
 
+def _reason(error: BaseException) -> str:
+    """Return what the system says about an error of TensorStore or Orbax, or else the error's own text."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    # TensorStore puts the number of the system's error into its text.
+    found = re.search(r"os_error_code='(\d+)'", str(error))
+    if found:
+        return os.strerror(int(found.group(1)))
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+@contextlib.contextmanager
+def _without_late_tracebacks() -> Iterator[None]:
+    """Silence the leaves that fail after the first one while a checkpoint is written.
+
+    When a leaf cannot be written, Orbax raises its error and closes the event loop to which the others
+    report. Each of them then raises in a thread of TensorStore, where nobody can catch it, and Python prints
+    its traceback.
+    """
+    hook = sys.unraisablehook
+    sys.unraisablehook = lambda _: None
+    try:
+        yield
+    except Exception:
+        time.sleep(_LATE_SECONDS)
+        raise
+    finally:
+        sys.unraisablehook = hook
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence Orbax's warning, at every save, that there was only one process to merge."""
+    """Silence Orbax: it warns at every save, and prints the traceback of each thread that fails.
+
+    What fails is raised as well.
+    """
     logger = logging.getLogger("absl")
     level = logger.level
-    logger.setLevel(max(level, logging.ERROR))
+    logger.setLevel(logging.CRITICAL + 1)
     try:
         yield
     finally:

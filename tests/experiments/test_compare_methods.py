@@ -124,7 +124,7 @@ def normed():
     spec = rebasin.infer_spec(model.apply, trees[0], images[:1])
     setup = Setup(methods_config(), dataset, model, spec, None, Seconds(), reporter())
     comparison = MethodComparison(setup, ("weights",), num_test=200, num_repair=100)
-    measured = comparison.measure([SimpleNamespace(last=tree) for tree in trees], "")
+    *_, measured = comparison.measure([SimpleNamespace(last=tree) for tree in trees], "", {})
     config = methods_config(methods=("weights",), replicates=1)
     results = Results("compare_methods", config, records=[MethodsRecord((0, 1), measured)])
     return dataset, model, trees, results
@@ -227,7 +227,7 @@ def without_seconds(value):
 
 @pytest.mark.slow
 def test_a_killed_comparison_ends_with_the_same_numbers(methods, tmp_path, monkeypatch):
-    """Killed at the second pair; of the networks trained here, the last epochs alone are left."""
+    """Killed in the second pair; of the networks trained here, the last epochs alone are left."""
     complete, _, _ = methods
     experiment, dataset = compare_methods.EXPERIMENT, load_dataset("digits")
     config = methods_config(methods=("weights",))
@@ -235,19 +235,22 @@ def test_a_killed_comparison_ends_with_the_same_numbers(methods, tmp_path, monke
     measure, calls = MethodComparison.measure, []
 
     def killed(*arguments):
-        calls.append(None)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return measure(*arguments)
+        calls.append(arguments[-1])
+        for methods in measure(*arguments):
+            yield methods
+            if len(calls) == 2:
+                raise KeyboardInterrupt
 
     monkeypatch.setattr(MethodComparison, "measure", killed)
     with pytest.raises(KeyboardInterrupt):
         experiment.run(config, dataset, **folders, keep="ends")
-    assert len(experiment.load(tmp_path / "out/results.json").records) == 1
+    # Of the second pair what was measured before is stored.
+    begun = experiment.load(tmp_path / "out/results.json").records
+    assert [list(record.methods) for record in begun] == [["none", "weights"], ["none"]]
     with pytest.raises(ConfigError, match="pass --resume to go on with it"):
         experiment.run(config, dataset, **folders, keep="ends")
     experiment.run(config, dataset, **folders, keep="ends", resume=True)
-    assert len(calls) == 3
+    assert [list(begun) for begun in calls] == [[], [], ["none"]]
     resumed = experiment.load(tmp_path / "out/results.json")
     for ours, theirs in zip(resumed.records, complete.records, strict=True):
         for name, record in ours.methods.items():

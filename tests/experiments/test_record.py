@@ -93,7 +93,7 @@ def test_a_summary_has_the_structure_of_its_records():
 
 
 def test_a_record_without_parts_is_not_added_to():
-    with pytest.raises(TypeError, match="MethodsRecord is measured whole and has no parts"):
+    with pytest.raises(TypeError, match="MethodsRecord has no parts in an order"):
         added(MethodsRecord((0, 1), {}), None)
 
 
@@ -168,7 +168,7 @@ def test_files_of_other_versions_and_programs_are_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"is incomplete:\n  experiment: missing\n  config: missing"):
         Results.load(path, schema)
     path.write_text("[]")
-    with pytest.raises(ConfigError, match="is not a results.json of this program"):
+    with pytest.raises(ConfigError, match="is damaged, or not a results.json of this program"):
         Results.load(path, schema)
 
 

@@ -134,7 +134,7 @@ def test_barriers_are_those_of_the_networks_on_disk(finished):
 def test_results_have_the_schema_and_the_statistics(finished):
     results, folder, _ = finished
     content = json.loads((folder / "out/results.json").read_text())
-    keys = "schema_version experiment config environment seconds records summary claims"
+    keys = "schema_version experiment config environment seconds records summary claims sha256"
     assert list(content) == keys.split()
     assert content["config"]["recipe"]["width"] == 16
     assert [record["seeds"] for record in content["records"]] == [[0, 1], [2, 3]]
