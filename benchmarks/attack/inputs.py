@@ -243,7 +243,7 @@ _SINGLE_CALLS: dict[str, Callable[[], Any]] = {
     "verify_spec: a spec that changes the function": lambda: rebasin.verify_spec(
         _from_axes({**_AXES, "d0/bias": (None,)}), _apply, _A, _X
     ),
-    "build_norm_reset: nothing to replace": lambda: rebasin.build_norm_reset(lambda p, x: p, _X)(_A, 0.5),
+    "build_norm_reset: nothing to replace": lambda: rebasin.build_norm_reset(_A, lambda p, x: p, _X),
     "load_permutation: no file": lambda: rebasin.load_permutation("/nonexistent/file", _SPEC),
     "PermutationSpec.load: no file": lambda: rebasin.PermutationSpec.load("/nonexistent/file"),
 }
