@@ -15,9 +15,9 @@ import numpy as np
 from jax.tree_util import Partial
 
 from rebasin.arithmetic import interpolate
-from rebasin.batches import Batch, check_batch_size, check_data, inputs_of, num_examples, to_batches
+from rebasin.batches import Batch, check_counts, check_data, inputs_of, num_examples, to_batches
 from rebasin.compilation import compiler_options
-from rebasin.errors import ConfigError, DataError, NonFiniteError, problem_list
+from rebasin.errors import ConfigError, DataError, NonFiniteError, RebasinError, problem_list
 from rebasin.roles import RoleNames, check_roles, check_weight_dtypes, weight_leaves
 from rebasin.trees import check_finite, conform
 
@@ -285,10 +285,7 @@ def build_sweep(
       >>> sweep({"w": jnp.ones(())}, {"w": -jnp.ones(())}, jnp.zeros((4,))).loss.tolist()
       [1.0, 0.0, 1.0]
     """
-    if num_alphas < 2:
-        raise ConfigError(
-            f"a sweep needs both ends of the path: num_alphas must be at least 2, got {num_alphas}"
-        )
+    check_counts(2, num_alphas=num_alphas)  # both ends of the path, at least
     # Made on the host in float64, alphas are exact at both ends and in the middle.
     alphas = np.linspace(0.0, 1.0, num_alphas)
 
@@ -334,7 +331,7 @@ def build_evaluation(
     Raises:
       ConfigError: `batch_size` is below 1.
     """
-    check_batch_size(batch_size)
+    check_counts(1, batch_size=batch_size)
     roles = check_roles(roles)
     if prepare is not None and not isinstance(prepare, Partial):
         prepare = Partial(prepare)
@@ -366,7 +363,12 @@ def build_evaluation(
         for name, tree in zip(trees, conformed, strict=True):
             check_finite(tree, name, leaves=weights)
         check_data(data)
-        values = compiled(conformed, jnp.asarray(points), data, prepare)
+        try:
+            values = compiled(conformed, jnp.asarray(points), data, prepare)
+        except RebasinError:
+            raise
+        except (TypeError, ValueError) as error:  # from the user's function, while it is traced
+            raise DataError(f"metrics_fn cannot be evaluated on these networks and data: {error}") from error
         return dict(jax.device_get(values))
 
     return evaluate

@@ -20,7 +20,7 @@ __all__ = [
     "Batches",
     "Sum",
     "batch_shapes",
-    "check_batch_size",
+    "check_counts",
     "check_data",
     "inputs_of",
     "map_batches",
@@ -76,7 +76,7 @@ def check_data(data: Any, batch_size: int | None = None) -> None:
         labels: 4 examples
     """
     if batch_size is not None:
-        check_batch_size(batch_size)
+        check_counts(1, batch_size=batch_size)
     lengths = {path: np.shape(leaf)[0] if np.ndim(leaf) else None for path, leaf in leaf_table(data).items()}
     if len(set(lengths.values())) != 1 or None in lengths.values():
         problems = [
@@ -89,16 +89,23 @@ def check_data(data: Any, batch_size: int | None = None) -> None:
         raise DataError("data hold no examples: at least one is needed")
 
 
-def check_batch_size(batch_size: int) -> None:
-    """Raise `ConfigError` if a batch would be empty.
+def check_counts(least: int, **counts: Any) -> None:
+    """Raise `ConfigError` for the first count that is no integer, or is below `least`.
+
+    Args:
+      least: the smallest count that can work.
+      **counts: the counts, by the name that the message calls them.
 
     Examples:
-      >>> check_batch_size(0)
+      >>> check_counts(1, batch_size=0)
       Traceback (most recent call last):
       rebasin.errors.ConfigError: batch_size must be at least 1, got 0
     """
-    if batch_size < 1:
-        raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
+    for name, count in counts.items():
+        if not isinstance(count, int | np.integer) or isinstance(count, bool):
+            raise ConfigError(f"{name} must be an integer, got {count!r}")
+        if count < least:
+            raise ConfigError(f"{name} must be at least {least}, got {count}")
 
 
 def num_examples(data: Any) -> int:

@@ -9,6 +9,7 @@ import numpy as np
 
 from rebasin.arithmetic import mix
 from rebasin.barrier import MetricsFn, build_evaluation, excess_over_chord, standard_error
+from rebasin.batches import check_counts
 from rebasin.errors import ConfigError
 from rebasin.roles import RoleNames, weight_leaves
 
@@ -116,11 +117,8 @@ def simplex_grid(num_networks: int, resolution: int) -> np.ndarray:
       >>> simplex_grid(2, 2).tolist()
       [[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]]
     """
-    if num_networks < 2 or resolution < 1:
-        raise ConfigError(
-            f"a grid needs at least two networks and a resolution of at least 1, "
-            f"got {num_networks} networks and a resolution of {resolution}"
-        )
+    check_counts(2, num_networks=num_networks)
+    check_counts(1, resolution=resolution)
     # Stars and bars: k − 1 bars stand among resolution + k − 1 places, the other places hold stars, and the
     # numbers of stars between the bars, divided by the resolution, are the weights of one point.
     places = resolution + num_networks - 1

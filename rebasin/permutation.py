@@ -128,21 +128,61 @@ def check_permutation(
         group 'P0': not a permutation of 0 to 2
     """
     sizes = {group: _shape(size) for group, size in spec.group_sizes(tree).items()}
-    problems = [f"group {group!r}: missing" for group in sizes if group not in permutation]
-    problems += [f"group {group!r}: not in the spec" for group in permutation if group not in sizes]
+    rows = _rows(permutation, "the permutation")
+    problems = [f"group {group!r}: missing" for group in sizes if group not in rows]
+    problems += [f"group {group!r}: not in the spec" for group in rows if group not in sizes]
     for group, shape in sizes.items():
-        if group not in permutation:
+        if group not in rows:
             continue
-        row = permutation[group]
-        if np.shape(row) != shape or not jnp.issubdtype(jnp.result_type(row), jnp.integer):
-            got = f"{jnp.result_type(row)} array of shape {np.shape(row)}"
-            problems.append(f"group {group!r}: wanted an integer array of shape {shape}, got {got}")
-        elif values and not np.array_equal(
-            np.sort(row, axis=-1), np.broadcast_to(np.arange(shape[-1]), shape)
-        ):
+        row = rows[group]
+        if not _is_integer(row) or np.shape(row) != shape:
+            problems.append(
+                f"group {group!r}: wanted an integer array of shape {shape}, got {_describe_row(row)}"
+            )
+        elif values and not _is_permutation(row):
             problems.append(f"group {group!r}: not a permutation of 0 to {shape[-1] - 1}")
     if problems:
         raise PermutationError(problem_list("the permutation does not fit the spec:", problems))
+
+
+def _rows(permutation: Any, name: str) -> dict[str, Any]:
+    """Return the array of each group; what cannot be an array is left as it is.
+
+    Raises:
+      PermutationError: it is no mapping.
+    """
+    if not isinstance(permutation, Mapping):
+        raise PermutationError(
+            f"{name} must be a mapping from group to integer array, got a {type(permutation).__name__}"
+        )
+    return {group: _as_array(row) for group, row in permutation.items()}
+
+
+def _as_array(row: Any) -> Any:
+    if isinstance(row, np.ndarray | jax.Array):
+        return row
+    try:
+        return np.asarray(row)
+    except ValueError:  # of a list whose parts differ in length
+        return row
+
+
+def _is_integer(row: Any) -> bool:
+    return isinstance(row, np.ndarray | jax.Array) and jnp.issubdtype(row.dtype, np.integer)
+
+
+def _is_permutation(row: Any) -> bool:
+    """Tell whether an integer array holds a permutation on its last axis; true where values are unknown."""
+    if isinstance(row, Tracer):
+        return True
+    shape = np.shape(row)
+    return len(shape) > 0 and bool((np.sort(row, axis=-1) == np.arange(shape[-1])).all())
+
+
+def _describe_row(row: Any) -> str:
+    if isinstance(row, np.ndarray | jax.Array):
+        return f"{row.dtype} array of shape {np.shape(row)}"
+    return f"a {type(row).__name__} that is no array"
 
 
 def permute(spec: PermutationSpec, permutation: Permutation, tree: Any) -> Any:
@@ -163,15 +203,15 @@ def permute(spec: PermutationSpec, permutation: Permutation, tree: Any) -> Any:
 
     Raises:
       SpecMismatchError: the tree does not fit the spec.
-      PermutationError: a group is missing or unknown, or its array has a wrong shape or dtype. Values are
-        not checked; `check_permutation` does that.
+      PermutationError: a group is missing or unknown, its array has a wrong shape or dtype, or its values are
+        no permutation. Under ``jit`` values are not known, and so not checked.
 
     Examples:
       >>> spec = PermutationSpec.from_axes({"bias": ("P0",)})
       >>> permute(spec, {"P0": jnp.array([2, 0, 1])}, {"bias": jnp.array([10, 11, 12])})["bias"].tolist()
       [12, 10, 11]
     """
-    check_permutation(spec, tree, permutation, values=False)
+    check_permutation(spec, tree, permutation)
     table, outer = spec.table, spec.outer_groups
 
     def reorder(path: str, leaf: Any) -> jax.Array:
@@ -293,7 +333,7 @@ def invert(spec: PermutationSpec, permutation: Permutation) -> dict[str, jax.Arr
       >>> invert(spec, {"P0": np.array([2, 0, 1])})["P0"].tolist()
       [1, 2, 0]
     """
-    _check_rows(spec, permutation, "the permutation")
+    permutation = _checked_rows(spec, permutation, "the permutation")
     inverse: dict[str, jax.Array] = {}
     for group in spec.outward:
         rows = jnp.argsort(jnp.asarray(permutation[group]), axis=-1).astype(jnp.int32)
@@ -323,8 +363,8 @@ def compose(spec: PermutationSpec, first: Permutation, second: Permutation) -> d
       >>> compose(spec, {"P0": np.array([2, 0, 1])}, {"P0": np.array([0, 2, 1])})["P0"].tolist()
       [2, 1, 0]
     """
-    _check_rows(spec, first, "the first permutation")
-    _check_rows(spec, second, "the second permutation")
+    first = _checked_rows(spec, first, "the first permutation")
+    second = _checked_rows(spec, second, "the second permutation")
     differ = [f"group {g!r}: {np.shape(first[g])} and {np.shape(second[g])}" for g in spec.groups]
     differ = [
         line for line, g in zip(differ, spec.groups, strict=True) if np.shape(first[g]) != np.shape(second[g])
@@ -335,30 +375,36 @@ def compose(spec: PermutationSpec, first: Permutation, second: Permutation) -> d
     return {g: jnp.take_along_axis(row, jnp.asarray(second[g]), axis=-1) for g, row in moved.items()}
 
 
-def _check_rows(spec: PermutationSpec, permutation: Permutation, name: str) -> None:
-    """Raise `PermutationError` unless arrays are a permutation of a spec's groups, whatever their sizes.
+def _checked_rows(spec: PermutationSpec, permutation: Permutation, name: str) -> dict[str, Any]:
+    """Return the arrays of a permutation of a spec's groups, whatever their sizes.
 
     Values are checked where they are known, which they are not under ``jit``.
+
+    Raises:
+      PermutationError: groups are missing or unknown, or an array is no permutation.
     """
+    permutation = _rows(permutation, name)
     problems = [f"group {group!r}: missing" for group in spec.groups if group not in permutation]
     problems += [f"group {group!r}: not in the spec" for group in permutation if group not in spec.groups]
     for group in (group for group in spec.groups if group in permutation):
         row, outer = permutation[group], spec.outer_groups.get(group, ())
-        if np.ndim(row) != len(outer) + 1 or not jnp.issubdtype(jnp.result_type(row), jnp.integer):
-            got = f"{jnp.result_type(row)} array of shape {np.shape(row)}"
-            problems.append(f"group {group!r}: wanted an integer array with {len(outer) + 1} axes, got {got}")
+        if not _is_integer(row) or np.ndim(row) != len(outer) + 1:
+            wanted = f"an integer array with {len(outer) + 1} axes"
+            problems.append(f"group {group!r}: wanted {wanted}, got {_describe_row(row)}")
             continue
         for axis, other in enumerate(outer):
-            if other in permutation and np.shape(row)[axis] != np.shape(permutation[other])[-1]:
+            if not (other in permutation and np.ndim(permutation[other])):
+                continue
+            if np.shape(row)[axis] != np.shape(permutation[other])[-1]:
                 size = np.shape(permutation[other])[-1]
                 problems.append(
                     f"group {group!r}: {np.shape(row)[axis]} positions of group {other!r}, which has {size}"
                 )
-        n = np.shape(row)[-1]
-        if not isinstance(row, Tracer) and (np.sort(row, axis=-1) != np.arange(n)).any():
-            problems.append(f"group {group!r}: not a permutation of 0 to {n - 1}")
+        if not _is_permutation(row):
+            problems.append(f"group {group!r}: not a permutation of 0 to {np.shape(row)[-1] - 1}")
     if problems:
         raise PermutationError(problem_list(f"{name} does not fit the spec:", problems))
+    return permutation
 
 
 def _at_outer(rows: jax.Array, group: str, permutation: Permutation, spec: PermutationSpec) -> jax.Array:
@@ -404,22 +450,35 @@ def fixed_points(first: Permutation, second: Permutation | None = None) -> Fixed
       The counts of each group, from which fractions follow.
 
     Raises:
-      PermutationError: the two differ in groups or shapes.
+      PermutationError: one of them is no permutation, or the two differ in groups or shapes.
 
     Examples:
       >>> fixed_points({"P0": np.array([0, 2, 1]), "P1": np.array([0])}).total
       0.5
     """
-    rows = {group: np.asarray(row) for group, row in first.items()}
+    rows = _host_rows(first, "the first permutation")
     if second is None:
         others = {group: np.broadcast_to(np.arange(row.shape[-1]), row.shape) for group, row in rows.items()}
     else:
-        others = {group: np.asarray(row) for group, row in second.items()}
+        others = _host_rows(second, "the second permutation")
     shapes = [{group: row.shape for group, row in p.items()} for p in (rows, others)]
     if shapes[0] != shapes[1]:
         raise PermutationError(f"permutations of different groups or sizes: {shapes[0]} and {shapes[1]}")
     counts = {group: int((row == others[group]).sum()) for group, row in rows.items()}
     return FixedPoints(counts, {group: math.prod(row.shape) for group, row in rows.items()})
+
+
+def _host_rows(permutation: Permutation, name: str) -> dict[str, np.ndarray]:
+    """Return the arrays of a permutation on the host, after checking that each is one."""
+    rows = _rows(permutation, name)
+    problems = [
+        f"group {group!r}: {_describe_row(row)}"
+        for group, row in rows.items()
+        if not (_is_integer(row) and _is_permutation(row))
+    ]
+    if problems:
+        raise PermutationError(problem_list(f"{name} has arrays that are no permutations:", problems))
+    return {group: np.asarray(row) for group, row in rows.items()}
 
 
 def save_permutation(path: str | pathlib.Path, spec: PermutationSpec, permutation: Permutation) -> None:
@@ -429,8 +488,12 @@ def save_permutation(path: str | pathlib.Path, spec: PermutationSpec, permutatio
       path: the file.
       spec: the symmetries that the permutation belongs to.
       permutation: the permutation.
+
+    Raises:
+      PermutationError: it is no permutation of the groups of `spec`.
     """
-    groups = {group: np.asarray(row).tolist() for group, row in permutation.items()}
+    rows = _checked_rows(spec, permutation, "the permutation")
+    groups = {group: np.asarray(row).tolist() for group, row in rows.items()}
     data = {"format": _FORMAT, "version": _VERSION, "spec_digest": spec.digest, "groups": groups}
     pathlib.Path(path).write_text(json.dumps(data) + "\n")
 
@@ -461,7 +524,7 @@ def load_permutation(path: str | pathlib.Path, spec: PermutationSpec) -> dict[st
         data = json.loads(pathlib.Path(path).read_text())
         form, digest = (data["format"], data["version"]), data["spec_digest"]
         permutation = {group: np.array(row) for group, row in data["groups"].items()}
-    except (KeyError, TypeError, AttributeError, ValueError) as error:  # of which JSON's errors are
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise PermutationError(f"{path}: not a saved permutation: {error!r}") from error
     if form != (_FORMAT, _VERSION):
         raise PermutationError(
@@ -471,5 +534,5 @@ def load_permutation(path: str | pathlib.Path, spec: PermutationSpec) -> dict[st
         raise PermutationError(
             f"{path}: saved for another spec (hash {digest[:12]}…), wanted hash {spec.digest[:12]}…"
         )
-    _check_rows(spec, permutation, f"{path}: the permutation")
-    return {group: row.astype(np.int32) for group, row in permutation.items()}
+    rows = _checked_rows(spec, permutation, f"{path}: the permutation")
+    return {group: row.astype(np.int32) for group, row in rows.items()}

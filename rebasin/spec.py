@@ -95,6 +95,16 @@ class PermutationSpec:
           >>> spec.group_sizes({"in": {"kernel": np.ones((3, 8))}, "out": {"kernel": np.ones((8, 2))}})
           {'P0': 8}
         """
+        wrong = ["the table must be a mapping from path name to axes"] * (not isinstance(table, Mapping))
+        for path, axes in table.items() if not wrong else ():
+            if not isinstance(path, str):
+                wrong.append(f"{path!r}: a path name must be text, got a {type(path).__name__}")
+            if isinstance(axes, str) or not isinstance(axes, Sequence):
+                wrong.append(f"{path!r}: wanted a tuple with an entry for each axis, got {axes!r}")
+            elif others := [x for x in axes if not (x is None or isinstance(x, str | Axis))]:
+                wrong.append(f"{path!r}: an axis is a group, None or an Axis, got {others[0]!r}")
+        if wrong:
+            raise SpecError(problem_list("the table does not make a spec:", wrong))
         leaves = tuple(
             (path, tuple(axis if isinstance(axis, Axis) else Axis.whole(axis) for axis in axes))
             for path, axes in table.items()
@@ -253,7 +263,9 @@ class PermutationSpec:
             leaves = tuple((path, tuple(map(_axis_of_lists, axes))) for path, axes in data["leaves"])
             indexed = tuple((group, tuple(outer)) for group, outer in data["indexed"])
             return cls(leaves, indexed, tuple(data["fixed"]), tuple(Pin(*pin) for pin in data["pins"]))
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
+        except SpecError:
+            raise
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise SpecError(f"not a saved spec: {error!r}") from error
 
     def save(self, path: str | pathlib.Path) -> None:
@@ -265,7 +277,7 @@ class PermutationSpec:
         """Read a spec that `save` wrote; raise `SpecError` for any other file."""
         try:
             return cls.from_json(pathlib.Path(path).read_text())
-        except SpecError as error:
+        except (SpecError, UnicodeDecodeError) as error:
             raise SpecError(f"{path}: {error}") from error
 
     @property

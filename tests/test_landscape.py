@@ -96,9 +96,9 @@ def test_one_program_for_equal_shapes():
 def test_what_cannot_work_is_refused():
     trees, data = draw(2)
     measure = rebasin.build_simplex_sweep(metrics_fn)
-    with pytest.raises(ConfigError, match="at least two networks and a resolution of at least 1, got 1 net"):
+    with pytest.raises(ConfigError, match="num_networks must be at least 2, got 1"):
         measure(trees[:1], data)
-    with pytest.raises(ConfigError, match="got 2 networks and a resolution of 0"):
+    with pytest.raises(ConfigError, match="resolution must be at least 1, got 0"):
         rebasin.build_simplex_sweep(metrics_fn, resolution=0)
     with pytest.raises(ConfigError, match="batch_size must be at least 1, got 0"):
         rebasin.build_simplex_sweep(metrics_fn, batch_size=0)

@@ -213,8 +213,8 @@ def test_every_problem_of_a_permutation_is_listed(tree):
         "  group 'P0': missing",
         "  group 'layer': not in the spec",
         "  group 'P1': not a permutation of 0 to 2",
-        "  group 'heads': wanted an integer array of shape (2,), got float32 array of shape (2,)",
-        "  group 'inner': wanted an integer array of shape (2, 3), got int32 array of shape (3,)",
+        "  group 'heads': wanted an integer array of shape (2,), got float64 array of shape (2,)",
+        "  group 'inner': wanted an integer array of shape (2, 3), got int64 array of shape (3,)",
     ]
 
 
@@ -260,11 +260,11 @@ HEADS = PermutationSpec.from_axes({"w": (None, "H", "D")}, indexed={"D": ["H"]})
         ({"P0": [7, 8, 9]}, "group 'P0': not a permutation of 0 to 2"),
         (
             {"P0": [0.9, 1.9, 2.9]},
-            "group 'P0': wanted an integer array with 1 axes, got float32 array of shape (3,)",
+            "group 'P0': wanted an integer array with 1 axes, got float64 array of shape (3,)",
         ),
         (
             {"P0": [[0, 1]]},
-            "group 'P0': wanted an integer array with 1 axes, got int32 array of shape (1, 2)",
+            "group 'P0': wanted an integer array with 1 axes, got int64 array of shape (1, 2)",
         ),
         ({}, "group 'P0': missing"),
         ({"P0": [0, 1, 2], "Q": [0]}, "group 'Q': not in the spec"),

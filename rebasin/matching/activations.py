@@ -18,11 +18,20 @@ import numpy as np
 from jax import lax
 
 from rebasin.axis import cut, iter_blocks
-from rebasin.batches import Batches, Sum, batch_shapes, check_data, inputs_of, num_examples, sum_batches
+from rebasin.batches import (
+    Batches,
+    Sum,
+    batch_shapes,
+    check_counts,
+    check_data,
+    inputs_of,
+    num_examples,
+    sum_batches,
+)
 from rebasin.errors import ConfigError, InferenceError, NonFiniteError, problem_list
 from rebasin.inference.programs import bind
 from rebasin.matching.assignment import best_inner_match, maximise_assignments
-from rebasin.matching.method import Method, build_method, check_at_least, check_networks
+from rebasin.matching.method import Method, build_method, check_networks
 from rebasin.matching.progress import ProgressFn, Reporter
 from rebasin.matching.result import MatchResult
 from rebasin.permutation import Permutation, compiled_permute, identity_permutation
@@ -71,7 +80,7 @@ class ActivationMatching(Method):
             raise ConfigError(f"unknown similarity {self.similarity!r}; known: 'inner', 'correlation'")
         if self.sites not in ("last", "all"):
             raise ConfigError(f"unknown sites {self.sites!r}; known: 'last', 'all'")
-        check_at_least(1, batch_size=self.batch_size)
+        check_counts(1, batch_size=self.batch_size)
 
     @property
     def needs(self) -> tuple[str, ...]:

@@ -29,10 +29,10 @@ from jax import lax
 
 from rebasin.arithmetic import distance, inner_product, widen_weights
 from rebasin.axis import Axis
-from rebasin.batches import Batches, Sum, batch_shapes, check_data, inputs_of, sum_batches
+from rebasin.batches import Batches, Sum, batch_shapes, check_counts, check_data, inputs_of, sum_batches
 from rebasin.errors import ConfigError, NonFiniteError
 from rebasin.inference.programs import bind
-from rebasin.matching.method import Method, build_method, check_at_least, check_networks
+from rebasin.matching.method import Method, build_method, check_networks
 from rebasin.matching.progress import ProgressFn, Reporter
 from rebasin.matching.result import MatchResult
 from rebasin.matching.weights import weight_matching
@@ -89,7 +89,7 @@ class CovarianceMatching(Method):
         super().__post_init__()
         if self.order not in ("ascent", "depth"):
             raise ConfigError(f"unknown order {self.order!r}; known: 'ascent', 'depth'")
-        check_at_least(1, batch_size=self.batch_size, max_iterations=self.max_iterations)
+        check_counts(1, batch_size=self.batch_size, max_iterations=self.max_iterations)
 
     @property
     def needs(self) -> tuple[str, ...]:

@@ -25,8 +25,8 @@ import numpy as np
 
 from rebasin.arithmetic import widen_weights
 from rebasin.axis import cut, iter_blocks
-from rebasin.errors import ConfigError
-from rebasin.matching.method import Method, build_method, check_at_least, check_networks
+from rebasin.batches import check_counts
+from rebasin.matching.method import Method, build_method, check_at_least, check_networks, check_start
 from rebasin.matching.progress import ProgressFn, Reporter
 from rebasin.matching.result import MatchResult
 from rebasin.matching.soft import (
@@ -91,11 +91,8 @@ class FrankWolfeMatching(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.start, Mapping) and self.start not in get_args(FrankWolfeStart):
-            raise ConfigError(
-                f"unknown start {self.start!r}; known: 'barycentre', 'identity', or permutations"
-            )
-        check_at_least(1, max_iterations=self.max_iterations)
+        check_start(self.start, get_args(FrankWolfeStart))
+        check_counts(1, max_iterations=self.max_iterations)
         check_at_least(0, tolerance=self.tolerance)
 
     def _match(self, spec: PermutationSpec, params_a: Any, params_b: Any, report: Reporter) -> MatchResult:

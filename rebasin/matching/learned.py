@@ -45,7 +45,12 @@ def check_metrics(metrics_fn: MetricsFn, params: Any, data: Any, batch_size: int
     """
     check_data(data, batch_size)
     size = min(batch_size, num_examples(data))
-    metrics = jax.eval_shape(metrics_fn, params, batch_shapes(data, size))
+    try:
+        metrics = jax.eval_shape(metrics_fn, params, batch_shapes(data, size))
+    except RebasinError:
+        raise
+    except (TypeError, ValueError) as error:  # from the user's function, while it is traced
+        raise DataError(f"metrics_fn cannot be evaluated on these networks and data: {error}") from error
     if not isinstance(metrics, Mapping) or "loss" not in metrics:
         got = f"the keys {list(metrics)}" if isinstance(metrics, Mapping) else _describe(metrics)
         raise DataError(f'metrics_fn must return a dictionary with the key "loss"; got {got}')

@@ -20,9 +20,10 @@ import jax
 import numpy as np
 
 from rebasin.arithmetic import average, widen_weights
+from rebasin.batches import check_counts
 from rebasin.errors import ConfigError, PermutationError
 from rebasin.matching.frank_wolfe import FrankWolfeMatching, FrankWolfeStart, joint_ascent, joint_objective
-from rebasin.matching.method import Method, build_method, check_at_least, check_networks
+from rebasin.matching.method import Method, build_method, check_networks
 from rebasin.matching.registry import as_method
 from rebasin.matching.result import same_permutation
 from rebasin.matching.weights import weight_matching
@@ -194,7 +195,7 @@ def merge_many(
       ConfigError: there are fewer than two networks, or `max_iterations` is below 1.
     """
     began = time.perf_counter()
-    check_at_least(1, max_iterations=max_iterations)
+    check_counts(1, max_iterations=max_iterations)
     trees, weights = _check_many(spec, trees, roles)
     permutations = [identity_permutation(spec, trees[0])] * len(trees)
     moved = list(trees)

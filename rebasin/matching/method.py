@@ -1,10 +1,12 @@
 """What a matching method is: a frozen value that holds its options and finds a permutation of one network."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from rebasin.errors import ConfigError, SpecMismatchError, problem_list
 from rebasin.matching.progress import ProgressFn, Reporter, report_end
@@ -13,7 +15,16 @@ from rebasin.roles import RoleNames, check_roles, check_weight_dtypes, weight_le
 from rebasin.spec import PermutationSpec
 from rebasin.trees import check_finite, conform
 
-__all__ = ["Method", "Networks", "build_method", "check_at_least", "check_networks", "check_weights_move"]
+__all__ = [
+    "Method",
+    "Networks",
+    "build_method",
+    "check_at_least",
+    "check_networks",
+    "check_spec_and_key",
+    "check_start",
+    "check_weights_move",
+]
 
 
 M = TypeVar("M", bound="Method")
@@ -79,7 +90,7 @@ class Method:
           The match, never worse than its start in the method's own objective.
 
         Raises:
-          ConfigError: an argument that the method needs is missing.
+          ConfigError: an argument that the method needs is missing, `spec` is no spec, or `key` no key.
           RebasinError: whatever the method raises; its function's documentation lists it.
         """
         given = {"key": key, "apply_fn": apply_fn, "metrics_fn": metrics_fn, "data": data}
@@ -89,6 +100,7 @@ class Method:
                 problem_list(f"the method {self.name!r} needs {', '.join(self.needs)}:", missing)
             )
         needed = {name: given[name] for name in self.needs}
+        check_spec_and_key(spec, needed.get("key"))
         report = Reporter(self.name, progress)
         return report_end(self.name, progress, self._match(spec, params_a, params_b, report, **needed))
 
@@ -184,8 +196,25 @@ def check_weights_move(spec: PermutationSpec, weights: frozenset[str]) -> None:
         )
 
 
+def check_start(start: Any, names: Sequence[str]) -> None:
+    """Raise `ConfigError` unless a start is one of some names, or a permutation."""
+    if not isinstance(start, Mapping) and not (isinstance(start, str) and start in names):
+        known = ", ".join(map(repr, names))
+        raise ConfigError(f"unknown start {start!r}; known: {known}, or a permutation")
+
+
+def check_spec_and_key(spec: Any, key: Any) -> None:
+    """Raise `ConfigError` unless the arguments are a spec and a PRNG key, or `None` in place of a key."""
+    if not isinstance(spec, PermutationSpec):
+        raise ConfigError(f"spec must be a PermutationSpec, got a {type(spec).__name__}")
+    is_typed = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    is_raw = getattr(key, "dtype", None) == np.uint32 and np.ndim(key) == 1
+    if key is not None and not (is_typed and key.shape == ()) and not is_raw:
+        raise ConfigError(f"key must be a PRNG key, such as jax.random.key(0), got {key!r}")
+
+
 def check_at_least(least: float, **options: float) -> None:
     """Raise `ConfigError` for the first option whose value is below `least`."""
     for name, value in options.items():
-        if not value >= least:
+        if not isinstance(value, int | float | np.number) or not value >= least:
             raise ConfigError(f"{name} must be at least {least}, got {value}")

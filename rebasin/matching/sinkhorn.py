@@ -26,7 +26,7 @@ import numpy as np
 
 from rebasin.arithmetic import distance, interpolate, wide_dtype
 from rebasin.barrier import MetricsFn
-from rebasin.batches import check_batch_size
+from rebasin.batches import check_counts
 from rebasin.errors import ConfigError, RebasinError
 from rebasin.matching.learned import (
     LossHistory,
@@ -36,7 +36,7 @@ from rebasin.matching.learned import (
     iter_batches,
     mean_loss,
 )
-from rebasin.matching.method import Method, build_method, check_at_least, check_networks
+from rebasin.matching.method import Method, build_method, check_networks, check_start
 from rebasin.matching.progress import ProgressFn, Reporter
 from rebasin.matching.result import MatchResult
 from rebasin.matching.soft import SoftPermutation, harden, soft_permute, soften, uniform_soft
@@ -109,12 +109,8 @@ class SinkhornMatching(Method):
         super().__post_init__()
         if self.loss not in get_args(SinkhornLoss):
             raise ConfigError(f"unknown loss {self.loss!r}; known: 'l2', 'midpoint', 'random'")
-        if not isinstance(self.start, Mapping) and self.start not in get_args(SinkhornStart):
-            raise ConfigError(
-                f"unknown start {self.start!r}; known: 'weights', 'identity', 'uniform', or a permutation"
-            )
-        check_at_least(1, num_steps=self.num_steps)
-        check_batch_size(self.batch_size)
+        check_start(self.start, get_args(SinkhornStart))
+        check_counts(1, num_steps=self.num_steps, batch_size=self.batch_size)
 
     @property
     def needs(self) -> tuple[str, ...]:

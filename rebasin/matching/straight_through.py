@@ -18,8 +18,7 @@ import jax.numpy as jnp
 
 from rebasin.arithmetic import interpolate, widen_weights
 from rebasin.barrier import MetricsFn
-from rebasin.batches import check_batch_size
-from rebasin.errors import ConfigError
+from rebasin.batches import check_counts
 from rebasin.matching.learned import (
     LossHistory,
     check_metrics,
@@ -30,7 +29,7 @@ from rebasin.matching.learned import (
     weights_of,
     with_weights,
 )
-from rebasin.matching.method import Method, build_method, check_at_least, check_networks
+from rebasin.matching.method import Method, build_method, check_networks, check_start
 from rebasin.matching.progress import ProgressFn, Reporter
 from rebasin.matching.result import MatchResult
 from rebasin.matching.weights import weight_matching
@@ -73,10 +72,8 @@ class StraightThroughMatching(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.start, Mapping) and self.start not in ("depth", "identity"):
-            raise ConfigError(f"unknown start {self.start!r}; known: 'depth', 'identity', or a permutation")
-        check_at_least(1, num_steps=self.num_steps)
-        check_batch_size(self.batch_size)
+        check_start(self.start, ("depth", "identity"))
+        check_counts(1, num_steps=self.num_steps, batch_size=self.batch_size)
 
     @property
     def needs(self) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal, TypeAlias, get_args
 import jax
 import numpy as np
 
+from rebasin.batches import check_counts
 from rebasin.errors import ConfigError, TreeMismatchError, problem_list
 from rebasin.matching.ascent import (
     Problem,
@@ -27,7 +28,7 @@ from rebasin.matching.ascent import (
     state_at,
 )
 from rebasin.matching.blocks import LeafPairs, PairBlock, pair_blocks
-from rebasin.matching.method import Method, build_method, check_at_least, check_weights_move
+from rebasin.matching.method import Method, build_method, check_spec_and_key, check_start, check_weights_move
 from rebasin.matching.progress import ProgressFn, Reporter, report_end
 from rebasin.matching.result import MatchResult
 from rebasin.permutation import Permutation, check_permutation, identity_permutation
@@ -81,10 +82,9 @@ class WeightMatching(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.start, Mapping) and self.start not in get_args(AscentStart):
-            raise ConfigError(f"unknown start {self.start!r}; known: 'depth', 'identity', or a permutation")
-        check_at_least(1, max_iterations=self.max_iterations)
-        check_at_least(0, restarts=self.restarts)
+        check_start(self.start, get_args(AscentStart))
+        check_counts(1, max_iterations=self.max_iterations)
+        check_counts(0, restarts=self.restarts)
         weights = dict(self.leaf_weights)
         object.__setattr__(self, "leaf_weights", tuple(weights.items()))  # pairs, unlike a dict, have a hash
         problems = [
@@ -115,6 +115,7 @@ class WeightMatching(Method):
         progress: ProgressFn | None = None,
     ) -> MatchResult:
         """Find one permutation for two sequences of networks; see `joint_weight_matching`."""
+        check_spec_and_key(spec, key)
         match = self._match_all(spec, trees_a, trees_b, Reporter(self.name, progress), key)
         return report_end(self.name, progress, match)
 
@@ -270,7 +271,7 @@ def weight_matchings(
       ConfigError: `workers` is below 1, or an option cannot work.
     """
     workers = min(4, os.cpu_count() or 1) if workers is None else workers
-    check_at_least(1, workers=workers)
+    check_counts(1, workers=workers)
     method = build_method(WeightMatching, options)
     with ThreadPoolExecutor(workers) as pool:
         return list(pool.map(lambda pair: method.match(spec, *pair, key=key), pairs))
