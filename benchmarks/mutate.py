@@ -69,7 +69,7 @@ def read_rows(text: str) -> dict[str, tuple[str, ...]]:
     """Return the rows of the table in a page, by the name of the mutation."""
     body = text[text.index(BEGIN) + len(BEGIN) : text.index(END)]
     rows = [tuple(line.strip("| \n").split(" | ")) for line in body.splitlines() if line.startswith("| `")]
-    return {f"{row[0].strip('`')}: {row[1]}": row for row in rows}
+    return {f"{row[0].strip('`')}: {row[1]}".replace("\\|", "|"): row for row in rows}
 
 
 def write_table(
