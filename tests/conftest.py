@@ -12,7 +12,12 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Seeds are fixed, as a failure must be repeatable; compilation makes the first example of a shape slow.
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, print_blob=True)
-hypothesis.settings.load_profile("repeatable")
+# Of a mutation it only counts whether an example fails, and shrinking one can take a minute.
+_PHASES = (hypothesis.Phase.explicit, hypothesis.Phase.generate)
+hypothesis.settings.register_profile(
+    "unshrunk", hypothesis.settings.get_profile("repeatable"), phases=_PHASES, print_blob=False
+)
+hypothesis.settings.load_profile("unshrunk" if "REBASIN_TESTS_CACHE" in os.environ else "repeatable")
 
 
 def pytest_configure(config):
