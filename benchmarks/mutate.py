@@ -2,14 +2,15 @@
 
   make mutate
   python -m benchmarks.mutate --only=matching/assignment
+  python -m benchmarks.mutate --again
   python -m benchmarks.mutate --dry_run
 
 The mutations are those of `benchmarks/mutation/catalogue.toml`. Each is made in a temporary copy of the
 checkout, never in the checkout itself. Then its tests run in one process until the first fails. Before that,
 all these tests run once on the code as it is, which also fills the cache of compiled programs that all share.
 
-Writes the table in `docs/mutations.md` after every mutation; with --only, the rows of the others stay. The
-exit status is 1 if a mutation survives that the catalogue does not explain.
+Writes the table in `docs/mutations.md` after every mutation; with --only or --again, the rows of the others
+stay. The exit status is 1 if a mutation survives that the catalogue does not explain.
 """
 
 import pathlib
@@ -38,19 +39,26 @@ _SURVIVED = "**survived**"
 def define_flags() -> None:
     """Define the flags of this benchmark."""
     flags.DEFINE_string("only", "", "Make only the mutations whose file or words contain this text.")
+    flags.DEFINE_boolean(
+        "again", False, "Make only the mutations that the table lacks or that survived in it."
+    )
     flags.DEFINE_integer("timeout", 300, "Seconds after which a mutation counts as hanging.", lower_bound=1)
     flags.DEFINE_boolean("dry_run", False, "Only check that every mutation can be made.")
 
 
-def choose(mutations: Sequence[Mutation], only: str) -> list[Mutation]:
-    """Return the mutations whose name contains a text.
+def choose(
+    mutations: Sequence[Mutation], only: str, rows: Mapping[str, tuple[str, ...]] | None = None
+) -> list[Mutation]:
+    """Return the mutations whose name contains a text, and of which `rows` does not say that they are killed.
 
     Raises:
       ConfigError: there are none.
     """
-    chosen = [mutation for mutation in mutations if only in mutation.name]
+    killed = [name for name, row in (rows or {}).items() if row[2] != _SURVIVED]
+    chosen = [mutation for mutation in mutations if only in mutation.name and mutation.name not in killed]
     if not chosen:
-        raise ConfigError(f"no mutation has {only!r} in its file or words")
+        again = " and was not killed before" if rows is not None else ""
+        raise ConfigError(f"no mutation has {only!r} in its file or words{again}")
     return chosen
 
 
@@ -90,15 +98,27 @@ def write_table(
         f"{len(known)} of {len(mutations)} mutations: {len(known) - survived} killed, {survived} survived."
     )
     lines = [f"| {' | '.join(row)} |" for row in (_HEAD, ("---",) * len(_HEAD), *known)]
+    notes = [
+        f"- `{mutation.file}`, {mutation.words}: {mutation.survives or 'not explained yet.'}"
+        for mutation in mutations
+        if mutation.name in rows and rows[mutation.name][2] == _SURVIVED
+    ]
+    if notes:
+        lines += ["", "Why those survived:", "", *notes]
     begin, end = text.index(BEGIN) + len(BEGIN), text.index(END)
     page.write_text(text[:begin] + "\n".join([how, "", count, "", *lines, ""]) + text[end:])
 
 
-def _describe_run(only: str) -> str:
+def _describe_run() -> str:
     """Say how the table was made."""
     machine = describe_machine()
     hardware = machine["hardware"]
-    command = "make mutate" if not only else f"python -m benchmarks.mutate --only={only}"
+    given = [
+        f" --{name}={value}"
+        for name, value in (("only", flags.FLAGS.only), ("again", flags.FLAGS.again))
+        if value
+    ]
+    command = f"python -m benchmarks.mutate{''.join(given)}" if given else "make mutate"
     return (
         f"Last run: `{command}`, commit {machine['environment']['commit']}, one process on "
         f"{hardware['processor']} ({hardware['cores']} cores)."
@@ -107,16 +127,16 @@ def _describe_run(only: str) -> str:
 
 def main() -> None:
     """Make the mutations, run their tests, and write the table."""
-    only, reporter = flags.FLAGS.only, build_reporter()
+    reporter, rows = build_reporter(), read_rows(PAGE.read_text())
     mutations = read_catalogue()
     check_mutations(mutations, ROOT)
-    chosen = choose(mutations, only)
+    chosen = choose(mutations, flags.FLAGS.only, rows if flags.FLAGS.again else None)
     reporter.say(
         f"{len(chosen)} mutations of {len({mutation.file for mutation in chosen})} files can be made"
     )
     if flags.FLAGS.dry_run:
         return
-    how, rows, unexplained = _describe_run(only), read_rows(PAGE.read_text()), []
+    how, unexplained = _describe_run(), []
     with tempfile.TemporaryDirectory(prefix="rebasin_mutations_") as folder:
         laboratory = Laboratory(ROOT, pathlib.Path(folder), timeout=flags.FLAGS.timeout)
         plain = laboratory.run_unmutated([test for mutation in chosen for test in mutation.tests])

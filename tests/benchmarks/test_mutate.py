@@ -111,7 +111,11 @@ def test_the_table_keeps_the_rows_of_mutations_that_were_not_made(tmp_path):
         "| --- | --- | --- | --- |",
         "| `rebasin/sums.py` | sign | `test_add` | 2 |",
         "| `rebasin/sums.py` | a \\| b | **survived** | 2 |",
-        f"{mutate.END}",
+        "",
+        "Why those survived:",
+        "",
+        "- `rebasin/sums.py`, a | b: not explained yet.",
+        mutate.END,
         "# After",
     ]
     read = mutate.read_rows(page.read_text())
@@ -124,6 +128,9 @@ def test_mutations_are_chosen_by_file_or_words():
     mutations = mutations_of([entry(), entry(words="order")])
     assert mutate.choose(mutations, "sums") == mutations
     assert mutate.choose(mutations, "order") == mutations[1:]
+    outcomes = {mutations[0].name: "", mutations[1].name: "tests/test_sums.py::test_add"}
+    rows = {m.name: mutate.build_row(m, Outcome(outcomes[m.name], 1.0)) for m in mutations}
+    assert mutate.choose(mutations, "sums", rows) == mutations[:1]
     with pytest.raises(ConfigError, match="no mutation has 'trees' in its file or words"):
         mutate.choose(mutations, "trees")
 
