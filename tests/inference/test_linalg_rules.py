@@ -100,6 +100,16 @@ def test_right_hand_sides_of_a_triangular_system_move():
     verify_spec(spec, function, tree, of_length(7))
 
 
+def test_units_that_a_triangular_system_solves_for_stay():
+    def function(t, x):
+        h = jnp.tanh(x @ t["w"]).T
+        return lax.linalg.triangular_solve(t["a"], h, left_side=True, lower=True).T @ t["v"]
+
+    tree = random_tree(w=(3, 6), a=(6, 6), v=(6, 2))
+    spec = check(function, tree, X, w=(None, None), a=(None, None), v=(None, None))
+    assert reasons(spec)["a", 1] == "rows and columns of a matrix depend on each other"
+
+
 def test_a_system_in_the_weights_pins_what_it_solves_for():
     def function(t, x):
         return jnp.linalg.solve(t["a"], jnp.tanh(x @ t["w"]).T).T @ t["v"]
