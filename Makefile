@@ -11,7 +11,7 @@ PUBLIC_VENV := .venv-public-models
 # Options of the attack, see `python -m benchmarks.attack --help`.
 ARGS ?=
 
-.PHONY: help demo bench attack test test-slow zoo-table primitive-table public-models check format clean
+.PHONY: help demo bench attack test test-slow zoo-table primitive-table public-models mutate check format clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -40,6 +40,9 @@ primitive-table: $(STAMP)  ## write the table of docs/primitives.md, of every pr
 
 public-models: $(PUBLIC_VENV)/installed  ## verify the specs of public models and write their table in docs/architectures.md
 	$(PUBLIC_VENV)/bin/python -W ignore -m benchmarks.public_models
+
+mutate: $(STAMP)  ## make errors in a copy of the library, see whether tests notice, and write docs/mutations.md
+	$(BIN)/python -m benchmarks.mutate
 
 check: $(STAMP)  ## lint, format and types
 	$(BIN)/ruff check

@@ -75,6 +75,7 @@ def test_interpolation_is_exact_at_both_ends_for_every_leaf():
         quarter["params"]["w"], 0.25 * a["params"]["w"] + 0.75 * b["params"]["w"], rtol=1e-6
     )
     assert quarter["step"] == 7
+    assert interpolate(a, b, 0.5)["step"] == 3  # those of A from the middle on
     np.testing.assert_array_equal(quarter["batch_stats"]["mean"], b["batch_stats"]["mean"])
 
 

@@ -77,6 +77,7 @@ def test_simplifying_joins_what_stays():
     stays = Axis.concatenate(Axis.product(1), Axis.product(3))
     assert str(Axis.product(("H", 2), stays).simplify()) == "H:2*4"
     assert str(Axis.product(3, stays).simplify()) == "-"
+    assert str(Axis.product(("H", 2), 3, 5).simplify()) == "H:2*15"
     assert (
         str(Axis.concatenate(stays, Axis.product(("H", 2), 1), Axis.product(2, 2)).simplify())
         == "4 + H:2 + 4"

@@ -75,6 +75,17 @@ def test_standard_error_is_paired():
     np.testing.assert_allclose(uneven.loss_barrier.standard_error, 1 / np.sqrt(3))
 
 
+def test_means_are_taken_in_float64():
+    """2²⁴ + 1 is 2²⁴ in float32, so a mean in float32 would lose the three small losses."""
+    middle = np.array([2**24, 1, 1, 1], np.float32)
+    ends = np.zeros_like(middle)
+    curve = BarrierCurve(np.linspace(0, 1, 3), {"loss": np.stack([ends, middle, ends])})
+    assert curve.loss.dtype == np.float64
+    assert curve.loss.tolist() == [0.0, (2**24 + 3) / 4, 0.0]
+    for convention in ("chord", "endpoint_mean", "midpoint"):
+        assert curve.barrier("loss", convention=convention).value == (2**24 + 3) / 4
+
+
 def test_one_trace_for_a_shape_whatever_the_networks():
     traces = []
 

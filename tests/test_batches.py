@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rebasin.batches import Batch, Batches, Sum, check_data, inputs_of, map_batches, sum_batches
+from rebasin.batches import Batch, Batches, Sum, check_data, inputs_of, map_batches, sum_batches, to_batches
 from rebasin.errors import ConfigError, DataError
 
 
@@ -40,6 +40,12 @@ def test_sum_of_trees():
     two = one.add({"a": jnp.ones(2), "b": (jnp.full((), 3.0),)})
     assert two.value()["b"][0] == 3
     np.testing.assert_array_equal(two.value()["a"], [1, 1])
+
+
+def test_the_last_batch_is_filled_up_with_real_data():
+    """A function that is infinite at zero stays finite on all that it is given."""
+    filled = to_batches({"x": jnp.arange(1.0, 6.0)}, 4)["x"]
+    assert filled.tolist() == [[1, 2, 3, 4], [5, 1, 1, 1]]
 
 
 def test_inputs_are_what_the_network_takes_after_its_parameters():

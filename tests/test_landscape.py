@@ -7,7 +7,7 @@ import pytest
 
 import rebasin
 from rebasin.errors import ConfigError, DataError, NonFiniteError, TreeMismatchError
-from rebasin.landscape import simplex_grid
+from rebasin.landscape import SimplexSurface, simplex_grid
 
 
 def metrics_fn(params, batch):
@@ -64,6 +64,13 @@ def test_barriers_by_hand():
     assert down.barrier("loss").value == 0.0
     assert down.average_barrier("loss").value == pytest.approx(-2.0)
     assert np.isnan(measure(trees, jnp.array([1.0])).barrier("loss").standard_error)
+
+
+def test_means_are_taken_in_float64():
+    """2²⁴ + 1 is 2²⁴ in float32."""
+    losses = np.array([[2**24, 1, 1, 1]], np.float32)
+    surface = SimplexSurface(np.array([[1.0]]), {"loss": losses})
+    assert surface.means["loss"].tolist() == [(2**24 + 3) / 4]
 
 
 def test_an_edge_is_the_barrier_of_two():

@@ -191,6 +191,12 @@ def test_random_permutations_are_uniform():
     assert 60 < counts.min() <= counts.max() < 140
 
 
+def test_groups_are_drawn_independently():
+    spec = PermutationSpec.from_axes({"a": ("P0",), "b": ("P1",)})
+    drawn = rebasin.random_permutation(spec, {"a": np.zeros(50), "b": np.zeros(50)}, key=jax.random.key(0))
+    assert not np.array_equal(drawn["P0"], drawn["P1"])
+
+
 def test_inner_permutations_are_drawn_independently(tree):
     rows = np.asarray(draw(tree, 1)["inner"])
     assert rows.shape == (2, 3)
@@ -235,6 +241,11 @@ def test_fixed_points_of_appendix_g():
     assert points.total == 2 / 6
     with pytest.raises(PermutationError, match="permutations of different groups or sizes"):
         rebasin.fixed_points(first, {"P0": second["P0"]})
+
+
+def test_fixed_points_of_an_inner_group_are_counted_at_every_outer_position():
+    points = rebasin.fixed_points({"inner": np.array([[0, 1, 2], [0, 2, 1]])})
+    assert (points.counts, points.sizes) == ({"inner": 4}, {"inner": 6})
 
 
 def test_save_and_load(tmp_path, tree):

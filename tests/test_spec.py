@@ -56,6 +56,16 @@ def test_every_mismatch_is_listed():
     ]
 
 
+@pytest.mark.parametrize("size", [7, 9])
+def test_a_group_has_one_size_and_the_first_counts(size):
+    tree = mlp_tree(3, 8, 5, 2)
+    tree["Dense_0"]["bias"] = np.zeros(size)
+    with pytest.raises(
+        SpecMismatchError, match=f"Dense_0/bias axis 0: size {size}, but group 'P0' has size 8"
+    ):
+        MLP.group_sizes(tree)
+
+
 def test_sizes_of_segments_and_factors():
     axis = Axis.concatenate(Axis.product(4, ("P0", 8)), Axis.product(3), Axis.product(("P1", 5)))
     spec = PermutationSpec.from_axes({"w": (axis,), "v": ("P0", "P1")})
@@ -183,6 +193,14 @@ def test_hashable_static_and_compared_without_reasons():
     assert reasons.digest == MLP.digest
     sizes = jax.jit(lambda spec, x: x * spec.group_sizes({"b": x})["P0"], static_argnums=0)
     assert sizes(PermutationSpec.from_axes({"b": ("P0",)}), np.ones(3)).tolist() == [3, 3, 3]
+
+
+def test_the_digest_tells_groups_that_move_from_those_that_do_not():
+    table, indexed = {"w": ("heads", "inner")}, {"inner": ["heads"]}
+    moving, fixed = (
+        PermutationSpec.from_axes(table, indexed=indexed, fixed=names) for names in ((), ["heads"])
+    )
+    assert moving.digest != fixed.digest
 
 
 def test_json_round_trip(tmp_path):

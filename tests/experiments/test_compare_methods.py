@@ -95,6 +95,21 @@ def flat(tree, name=""):
     return {k: v for key, inner in tree.items() for k, v in flat(inner, f"{name}/{key}").items()}
 
 
+def test_repair_is_measured_and_not_the_plain_path_again(methods, pair):
+    results, _, _ = methods
+    dataset = load_dataset("digits")
+    chosen = dataset.take(num_train=SIZES["num_match"], num_test=SIZES["num_test"])
+    apply_fn = build_apply(build_model("mlp", width=16, num_classes=10), dataset)
+    images = jnp.asarray(chosen.train.inputs[:100])  # num_repair
+    spec = rebasin.infer_spec(apply_fn, pair[0], images[:1])
+    repair = rebasin.build_repair(spec, *pair, apply_fn, images)
+    metrics = classification_metrics(repair.apply)
+    curve = rebasin.sweep(*pair, chosen.test, metrics, num_alphas=3, prepare=repair.prepare)
+    record = results.records[0].methods["none"]
+    assert record.repaired.midpoint_loss == pytest.approx(curve.loss[1], rel=1e-4)
+    assert record.plain.midpoint_loss != pytest.approx(curve.loss[1], rel=1e-2)
+
+
 def test_repair_leaves_the_endpoints_alone(methods):
     results, _, _ = methods
     for record in results.records[0].methods.values():

@@ -21,7 +21,7 @@ from experiments.harness.record import (
     added,
     summarise,
 )
-from experiments.harness.results import Results, Schema
+from experiments.harness.results import Results, Schema, Seconds
 from experiments.harness.serialisation import from_json, to_json
 from experiments.harness.statistics import Interval
 from rebasin.errors import ConfigError
@@ -138,6 +138,19 @@ def test_fields_with_defaults_may_be_missing():
     assert from_json(Small, {"epochs": 3}, "") == Small(3)
     with pytest.raises(ConfigError, match="file: pair: wanted 2 entries, got 1"):
         from_json(Small, {"epochs": 3, "pair": [1]}, "file")
+
+
+def test_results_are_replaced_whole(tmp_path):
+    """Whoever reads the file while it is saved finds the last complete one; a killed save leaves it."""
+    path = tmp_path / "results.json"
+    results = Results("training_trajectories", config=None)
+    results.save(path)
+    complete = path.read_text()
+    with path.open() as reader:
+        dataclasses.replace(results, seconds=Seconds({"training": 1.0})).save(path)
+        assert reader.read() == complete
+    assert json.loads(path.read_text())["seconds"] == {"training": 1.0}
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_files_of_other_versions_and_programs_are_refused(tmp_path):

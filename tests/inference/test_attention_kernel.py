@@ -83,6 +83,26 @@ def test_positions_that_weights_make_are_tied_as_in_attention_written_out():
     assert masked.table["slots"][1].groups == ()
 
 
+def test_positions_of_keys_and_values_from_other_weights_are_tied():
+    def function(implementation):
+        kind = jnp.bfloat16 if implementation == "cudnn" else jnp.float32
+
+        def apply(t, x):
+            q = jnp.einsum("bti,ihd->bthd", x, t["q"]).astype(kind)
+            k, v = (
+                jnp.broadcast_to(t[n], (len(x), *t[n].shape[1:])).astype(kind) for n in ("keys", "values")
+            )
+            out = jax.nn.dot_product_attention(q, k, v, implementation=implementation)
+            return jnp.einsum("bthd,hdo->bto", out.astype(x.dtype), t["o"])
+
+        return apply
+
+    tree = random_tree(q=(6, 2, 8), keys=(1, 7, 2, 8), values=(1, 7, 2, 8), o=(2, 8, 3))
+    fused = infer_spec(function("cudnn"), tree, X)
+    assert fused.table["keys"][1].groups == fused.table["values"][1].groups != ()
+    assert fused.equivalent(infer_spec(function("xla"), tree, X)), str(fused)
+
+
 def test_gradients_of_the_kernel():
     def gradient(implementation):
         function = network(implementation)

@@ -117,6 +117,8 @@ def test_scanned_layers_have_inner_widths_of_their_own_and_one_stream():
     spec = infer_spec(function, params, X)
     verify_spec(spec, function, params, X)
     assert spec.equivalent(PermutationSpec.from_axes(table, indexed={"F": ["L"]}, fixed=["L"]))
+    (why,) = (pin.reason for pin in spec.pins if (pin.path, pin.axis) == ("layers/up", 0))
+    assert why.endswith("the axis is scanned over in order")
 
 
 def test_an_ensemble_under_vmap_permutes_each_member_by_itself():

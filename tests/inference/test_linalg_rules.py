@@ -100,6 +100,16 @@ def test_right_hand_sides_of_a_triangular_system_move():
     verify_spec(spec, function, tree, of_length(7))
 
 
+def test_units_that_a_triangular_system_solves_for_stay():
+    def function(t, x):
+        h = jnp.tanh(x @ t["w"]).T
+        return lax.linalg.triangular_solve(t["a"], h, left_side=True, lower=True).T @ t["v"]
+
+    tree = random_tree(w=(3, 6), a=(6, 6), v=(6, 2))
+    spec = check(function, tree, X, w=(None, None), a=(None, None), v=(None, None))
+    assert reasons(spec)["a", 1] == "rows and columns of a matrix depend on each other"
+
+
 def test_a_system_in_the_weights_pins_what_it_solves_for():
     def function(t, x):
         return jnp.linalg.solve(t["a"], jnp.tanh(x @ t["w"]).T).T @ t["v"]
@@ -137,12 +147,16 @@ def test_a_reducer_of_ones_own():
     def softer(a, b):
         return a[0] + b[0], a[1] + jnp.exp(b[1])
 
+    def alternating(a, b):
+        return a[0] - b[0], a[1] + b[1]
+
     tree = random_tree(w=(3, 6, 4), v=(6, 2))
     spec = infer_spec(function(sums), tree, X)
     assert spec.table["w"] == (Axis.whole(None), Axis.whole("w"), Axis.whole("w#2"))
-    spec = infer_spec(function(softer), tree, X)
-    assert spec.table["w"] == (Axis.whole(None), Axis.whole("w"), Axis.whole(None))
-    assert reasons(spec)["w", 2] == "the reducer may depend on the order of positions"
+    for reducer in (softer, alternating):
+        spec = infer_spec(function(reducer), tree, X)
+        assert spec.table["w"] == (Axis.whole(None), Axis.whole("w"), Axis.whole(None))
+        assert reasons(spec)["w", 2] == "the reducer may depend on the order of positions"
 
 
 def test_blocks_of_a_scaled_product():

@@ -59,6 +59,9 @@ def test_tensor_parallel_units_move_within_their_shard():
 
     units = Axis.product(2, ("P", 4))
     check_sharded(function, plain, TREE, w=(None, units), v=(units, None))
+    why = [pin.reason for pin in infer_spec(function, TREE, X).pins if (pin.path, pin.axis) == ("w", 1)]
+    assert len(why) == 1
+    assert "shard" in why[0]
 
 
 @pytest.mark.parametrize("tiled", [True, False])

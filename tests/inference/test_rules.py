@@ -175,6 +175,30 @@ def test_positions_that_are_computed_with_stay():
     assert reasons(spec)["other", 0] == "positions along it are computed with"
 
 
+def test_a_position_after_another_is_not_that_position():
+    def function(t, x):
+        return t["table"][jnp.argmax(x @ t["router"] + t["bias"], axis=1) + 1]
+
+    params = random_tree(router=(3, 4), bias=(1, 4), table=(4, 2))
+    spec = check(function, params, X, **dict.fromkeys(params, (None, None)))
+    assert reasons(spec)["table", 0] == "positions are looked up by index"
+
+
+def test_branches_have_one_order_of_units():
+    def function(t, x):
+        h = lax.cond(x.sum() > 0, lambda: jnp.tanh(x @ t["one"]), lambda: jnp.tanh(x @ t["other"]))
+        return h @ t["v"]
+
+    check(
+        function,
+        random_tree(one=(3, 6), other=(3, 6), v=(6, 2)),
+        X,
+        one=(None, "P"),
+        other=(None, "P"),
+        v=("P", None),
+    )
+
+
 def test_positions_that_are_an_output_or_carried_by_a_loop_stay():
     def function(t, x):
         which = jnp.argmax(x @ t["router"] + t["bias"], axis=1)

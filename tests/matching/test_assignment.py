@@ -37,6 +37,14 @@ def test_large_matrices_are_reduced_without_changing_the_optimum(kind):
     np.testing.assert_allclose(similarity[range(n), row].sum(), similarity[rows, columns].sum(), rtol=1e-12)
 
 
+@pytest.mark.parametrize("n", [20, 150])
+def test_digits_beyond_float32_decide(n):
+    """A constant that is added to all similarities leaves the optimum, but float32 would keep no more."""
+    draws = np.random.default_rng(0).normal(size=(n, n))
+    _, columns = linear_sum_assignment(draws, maximize=True)
+    np.testing.assert_array_equal(maximise_assignment(1e8 + draws), columns)
+
+
 def test_planted_permutation_in_the_gather_convention():
     rng = np.random.default_rng(0)
     units = rng.normal(size=(64, 9))

@@ -115,6 +115,22 @@ def test_an_epoch_equals_its_steps_by_hand():
     assert metrics.loss == pytest.approx(np.mean(losses), rel=1e-5)
 
 
+def test_a_subset_is_normalised_with_the_statistics_of_the_whole_dataset(trajectory):
+    """The first stored epoch is the one that starts from these statistics, and from no others."""
+    init_key, data_key = jax.random.split(jax.random.key(trajectory.seed))
+    subset = DIGITS.take(num_train=RECIPE.num_train)
+    assert not np.allclose(subset.mean, DIGITS.mean, rtol=1e-3)
+
+    def first_epoch(statistics):
+        data = TrainingData(*jax.device_put((subset.train, statistics.mean, statistics.std)))
+        state = build_init(RECIPE, 10)(init_key, data)
+        return build_epoch(RECIPE, 10)(state, 1, data_key, data)[0].variables
+
+    chex.assert_trees_all_equal(trajectory[1], jax.device_get(first_epoch(DIGITS)))
+    own = jax.device_get(first_epoch(subset))["params"]["Dense_0"]["kernel"]
+    assert not np.array_equal(trajectory[1]["params"]["Dense_0"]["kernel"], own)
+
+
 def test_augmentation_reaches_the_batches():
     plain, augmented = RECIPE, dataclasses.replace(RECIPE, augment=True)
     data = training_data(plain)

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import logging
+import pathlib
 import shutil
 import signal
 import subprocess
@@ -17,7 +18,7 @@ from rebasin.training.data import load_dataset
 from rebasin.training.lock import LOCK_FILE
 from rebasin.training.loop import InitialState, train
 from rebasin.training.recipes import Recipe
-from rebasin.training.trajectory import Trajectory
+from rebasin.training.trajectory import Trajectory, open_run
 
 DIGITS = load_dataset("digits")
 RECIPE = Recipe("digits", "mlp", width=8, epochs=6, num_train=200, batch_size=64, warmup_epochs=1)
@@ -181,6 +182,20 @@ def test_dropped_epochs_are_gone_and_the_last_stays(copied):
     with pytest.raises(TrajectoryError, match=rf"epoch 6 is the last stored of {copied}: without it the run"):
         trajectory.drop((0, 6))
     assert trajectory.epochs == (0, 3, 5, 6)
+
+
+def test_a_run_killed_while_run_json_is_written_begins_anew(finished, tmp_path, monkeypatch):
+    write_text = pathlib.Path.write_text
+
+    def half(path, text):
+        write_text(path, text[: len(text) // 2])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pathlib.Path, "write_text", half)
+        with pytest.raises(KeyboardInterrupt):
+            open_run(tmp_path / "run", finished.record, resume=False)
+    assert open_run(tmp_path / "run", finished.record, resume=False).record == finished.record
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this platform")

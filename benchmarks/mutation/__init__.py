@@ -1,0 +1,1 @@
+"""Mutations of the code, and the tests that have to notice them."""
