@@ -86,12 +86,13 @@ def build_norm_reset(
     def reset(inputs: tuple[Any, ...], held: Mapping[str, Any], params: Any, alpha: Any = None) -> Any:
         """Return the tree with new statistics; see `rebasin.build_norm_reset`."""
         del alpha
-        zeros = map_leaves(
-            lambda path, x: jnp.zeros_like(x) if path in momenta else held.get(path, x), params
-        )
+
+        def start(path: str, x: Any) -> Any:
+            return jnp.zeros_like(x) if path in momenta else held.get(path, x)
 
         def measure(batch: tuple[Any, ...], _: None) -> dict[str, jax.Array]:
-            updated = leaf_table(update_fn(zeros, *batch))
+            # The tree is made here, as Flax NNX only lets variables be updated where they were made.
+            updated = leaf_table(update_fn(map_leaves(start, params), *batch))
             return {path: updated[path] / (1 - m) for path, m in momenta.items()}
 
         return _with_statistics(params, map_batches(measure, inputs, batches))

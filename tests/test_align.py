@@ -1,6 +1,7 @@
 """One call aligns two networks: it infers, verifies, matches and permutes."""
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -118,3 +119,108 @@ def test_a_wrong_spec_and_wrong_inputs_are_errors(case):
         rebasin.align(*networks, case.data.inputs[:1], spec=wrong)
     with pytest.raises(InferenceError, match="cannot be traced"):
         rebasin.align(*networks, np.ones((1, 2), np.float32))
+
+
+class Headed(nn.Module):
+    """A trunk with a head for some number of classes."""
+
+    num_classes: int
+    deep: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Dense(7, name="l1")(nn.relu(nn.Dense(8, name="l0")(x))))
+        if self.deep:
+            x = nn.relu(nn.Dense(6, name="extra")(x))
+        return nn.Dense(self.num_classes, name="head")(x)
+
+
+X = np.random.default_rng(0).normal(size=(40, 5)).astype(np.float32)
+
+
+def headed(num_classes, seed, **options):
+    shapes = jax.eval_shape(Headed(num_classes, **options).init, jax.random.key(0), X)
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), shapes)
+
+
+@pytest.mark.parametrize("method", ["weights", "activations", "covariance", "frank_wolfe"])
+def test_trunks_with_heads_of_their_own(method):
+    """A planted order of the trunk is found, and B computes what it did, with its own number of classes."""
+    a, head = headed(10, 1), headed(4, 2)["params"]["head"]
+    spec = rebasin.infer_spec(Headed(10).apply, a, X)
+    planted = rebasin.permute(spec, rebasin.random_permutation(spec, a, key=KEY), a)
+    b = {"params": {**planted["params"], "head": head}}
+    aligned = rebasin.align(
+        Headed(10).apply, a, b, X, method=method, shared=["params/l0", "params/l1"], data=X
+    )
+    for name in ("l0", "l1"):
+        chex.assert_trees_all_equal(
+            aligned.params["params"][name], jax.tree.map(jnp.asarray, a["params"][name])
+        )
+    assert aligned.params["params"]["head"]["kernel"].shape == (7, 4)
+    np.testing.assert_allclose(
+        Headed(4).apply(aligned.params, X), Headed(4).apply(b, X), rtol=1e-4, atol=1e-4
+    )
+    assert jax.tree.structure(aligned.params) == jax.tree.structure(b)
+
+
+def test_heads_that_cannot_be_understood_are_refused():
+    a, deep = headed(10, 1), headed(4, 2, deep=True)
+    trunk = ["params/l0", "params/l1"]
+    with pytest.raises(TreeMismatchError) as info:
+        rebasin.align(Headed(10).apply, a, deep, X, shared=trunk)
+    assert str(info.value).splitlines() == [
+        "heads that are not shared must have the same leaves and numbers of axes in both networks:",
+        "  params/extra/bias: only in params_b",
+        "  params/extra/kernel: only in params_b",
+    ]
+    with pytest.raises(ConfigError, match="'params/l9' names no leaf"):
+        rebasin.align(Headed(10).apply, a, headed(4, 2), X, shared=["params/l0", "params/l9"])
+    with pytest.raises(TreeMismatchError, match=r"params/head/bias: shape \(10,\) in params_a, \(4,\)"):
+        rebasin.align(Headed(10).apply, a, headed(4, 2), X, shared=["params"])
+
+
+@pytest.mark.parametrize(("low", "high"), [(jnp.bfloat16, jnp.float32), (jnp.float16, jnp.bfloat16)])
+def test_networks_of_two_floating_types(case, low, high):
+    """They are matched in the wider type, and B keeps its own."""
+    a, b = (
+        jax.tree.map(lambda x, dtype=dtype: jnp.asarray(x, dtype), tree)
+        for tree, dtype in ((case.params_a, high), (case.planted, low))
+    )
+    for one, other in ((a, b), (b, a)):
+        aligned = rebasin.align(case.apply_fn, one, other, spec=case.spec, verify=False)
+        assert {x.dtype for x in jax.tree.leaves(aligned.params)} == {x.dtype for x in jax.tree.leaves(other)}
+        chex.assert_trees_all_close(
+            jax.tree.map(jnp.float32, aligned.params), jax.tree.map(jnp.float32, one), rtol=1e-2
+        )
+    with pytest.raises(TreeMismatchError, match="dtype float32 in params_a, int32 in params_b"):
+        rebasin.align(case.apply_fn, case.params_a, jax.tree.map(np.int32, case.params_b), case.data.inputs)
+
+
+def test_roles_reach_the_method(case):
+    inputs = case.data.inputs[:2]
+    only_first = {"params": "constant", "params/Dense_0": "weight"}
+    aligned = rebasin.align(case.apply_fn, case.params_a, case.params_b, inputs, roles=only_first)
+    assert aligned.match == rebasin.weight_matching(
+        case.spec, case.params_a, case.params_b, key=KEY, roles=only_first
+    )
+    with pytest.raises(ConfigError, match="holds its options; got roles beside it"):
+        rebasin.align(
+            case.apply_fn, case.params_a, case.params_b, inputs, method=WeightMatching(), roles=only_first
+        )
+
+
+def test_b_from_a_checkpoint_takes_the_containers_of_a():
+    def apply_fn(params, x):
+        for layer in params:
+            x = jnp.tanh(x @ layer["w"])
+        return x
+
+    rng = np.random.default_rng(0)
+    a, b = ([{"w": rng.normal(size=(4, 4)).astype(np.float32)} for _ in range(3)] for _ in range(2))
+    restored = {str(i): layer for i, layer in enumerate(b)}
+    aligned = rebasin.align(apply_fn, a, restored, np.ones((2, 4), np.float32))
+    chex.assert_trees_all_equal(
+        aligned.params, rebasin.align(apply_fn, a, b, np.ones((2, 4), np.float32)).params
+    )

@@ -1,5 +1,7 @@
 import chex
 import flax.linen as nn
+import hypothesis
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -125,3 +127,129 @@ def test_distance_and_inner_product_refuse_trees_that_differ(function):
         function({"w": np.ones(3)}, {"w": np.ones(3), "v": np.ones(3)})
     half, full = {"w": jnp.ones(3, jnp.bfloat16)}, {"w": np.ones(3)}
     assert function(half, full) == function(full, full)
+
+
+DTYPES = [jnp.float8_e4m3fn, jnp.float16, jnp.bfloat16, jnp.float32, jnp.complex64]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@hypothesis.given(alpha=st.floats(0, 1, width=32), seed=st.integers(0, 99))
+@hypothesis.settings(max_examples=20)
+def test_a_network_mixed_with_itself_is_itself_bit_for_bit(dtype, alpha, seed):
+    values = np.random.default_rng(seed).normal(size=(5, 7)) * 10.0 ** np.arange(-5, 2)
+    tree = {"w": jnp.asarray(values, jnp.float32).astype(dtype)}
+    for mixed in (interpolate(tree, tree, alpha), rebasin.average([tree] * 3, [alpha + 0.1, 1, 0.3])):
+        assert mixed["w"].dtype == dtype
+        np.testing.assert_array_equal(np.asarray(mixed["w"]), np.asarray(tree["w"]))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_narrow_types_are_rounded_once(dtype):
+    """The oracle is float64; sums in the narrow type would be off by several units in the last place."""
+    rng = np.random.default_rng(0)
+    trees = [{"w": jnp.asarray(rng.normal(size=500), dtype)} for _ in range(5)]
+    wide = [np.asarray(tree["w"], np.float64) for tree in trees]
+    for mixed, exact in (
+        (rebasin.average(trees), np.mean(wide, axis=0)),
+        (interpolate(trees[0], trees[1], 0.3), 0.3 * wide[0] + 0.7 * wide[1]),
+    ):
+        error = np.abs(np.asarray(mixed["w"], np.float64) - exact)
+        assert (error <= 0.501 * float(jnp.finfo(dtype).eps) * np.abs(exact) + 1e-7).all()
+
+
+def test_equal_infinite_entries_stay():
+    """A mask of −inf would become NaN at the ends of the path, where it is multiplied by zero."""
+    mask = np.array([0.0, -np.inf], np.float32)
+    a, b = {"mask": mask, "w": np.ones(1)}, {"mask": mask, "w": np.zeros(1)}
+    for alpha in (0.0, 0.3, 1.0):
+        np.testing.assert_array_equal(jax.jit(interpolate)(a, b, alpha)["mask"], mask)
+    np.testing.assert_array_equal(rebasin.average([a, b], [1, 0])["mask"], mask)
+
+
+def test_gradients_go_through_equal_leaves():
+    """Methods that learn start where networks are alike."""
+    same = {"w": jnp.arange(3.0)}
+
+    def loss(a, b, alpha):
+        return (interpolate(a, b, alpha)["w"] ** 2).sum()
+
+    grad_a, grad_b, grad_alpha = jax.grad(loss, argnums=(0, 1, 2))(same, same, 0.25)
+    np.testing.assert_allclose(grad_a["w"], 0.25 * 2 * same["w"], rtol=1e-6)
+    np.testing.assert_allclose(grad_b["w"], 0.75 * 2 * same["w"], rtol=1e-6)
+    assert grad_alpha == 0
+    other = {"w": jnp.array([1.0, -1.0, 5.0])}
+    chex.assert_numerical_grads(lambda a, b: loss({"w": a}, {"w": b}, 0.25), (same["w"], other["w"]), order=1)
+    slope = jax.grad(loss, argnums=2)(same, other, 0.25)
+    middle = interpolate(same, other, 0.25)["w"]
+    np.testing.assert_allclose(slope, (2 * middle * (same["w"] - other["w"])).sum(), rtol=1e-5)
+
+
+BLOCKS = [
+    {"layers": [{"w": jnp.full(2, v), "b": jnp.full(1, v)} for _ in range(3)], "head": jnp.full(n, v)}
+    for v, n in ((1.0, 2), (0.0, 2), (5.0, 2))
+]
+
+
+def test_a_ratio_for_each_layer():
+    a, b, _ = BLOCKS
+    mixed = interpolate(a, b, {"": 0.5, "layers/1": 0.25, "layers/*/b": 0.75, "head": 0})
+    assert [layer["w"][0] for layer in mixed["layers"]] == [0.5, 0.25, 0.5]
+    assert [layer["b"][0] for layer in mixed["layers"]] == [0.75, 0.75, 0.75]
+    chex.assert_trees_all_equal(mixed["head"], b["head"])
+    mean = rebasin.average(BLOCKS, {"": [1, 1, 2], "layers/2": [0, 1, 0]})
+    assert [float(layer["w"][0]) for layer in mean["layers"]] == [2.75, 2.75, 0.0]
+    traced = jax.jit(lambda x: interpolate(a, b, {"": x, "head": 1}))(0.25)
+    assert traced["layers"][0]["w"][0] == 0.25
+    chex.assert_trees_all_equal(traced["head"], a["head"])
+
+
+def test_leaves_are_taken_from_one_network_whatever_the_others_have_there():
+    a, b, c = BLOCKS
+    other = {**b, "head": {"up": jnp.ones((2, 9)), "down": jnp.ones(9)}}
+    mixed = interpolate(a, other, {"": 0.5, "head": 1})
+    chex.assert_trees_all_equal(mixed["head"], a["head"])
+    assert mixed["layers"][0]["w"][0] == 0.5
+    mean = rebasin.average([a, other, c], {"": [1, 1, 1], "head": [3, 0, 0]})
+    chex.assert_trees_all_equal(mean["head"], a["head"])
+    assert mean["layers"][0]["w"][0] == 2
+    with pytest.raises(TreeMismatchError, match="head: only in params_a"):
+        interpolate(a, other, {"": 0.5, "head": 0.9})
+    with pytest.raises(TreeMismatchError, match="head: only in params_a"):
+        interpolate(a, other, 1)
+
+
+def test_ratios_that_do_not_fit_are_refused():
+    a, b, _ = BLOCKS
+    with pytest.raises(ConfigError) as info:
+        interpolate(a, b, {"layers": 0.5, "heads": 1})
+    assert str(info.value).splitlines() == [
+        'alpha does not fit the tree (the name "" is the whole tree):',
+        "  head: no name fits this leaf",
+        "  'heads' names no leaf",
+    ]
+
+
+def test_integers_are_no_weights_that_could_be_averaged():
+    a = {"q": np.ones((2, 2), np.int8), "scale": np.ones(2)}
+    b = {"q": np.zeros((2, 2), np.int8), "scale": np.zeros(2)}
+    for mix in (lambda **k: interpolate(a, b, 0.5, **k), lambda **k: rebasin.average([a, b], **k)):
+        with pytest.raises(TreeMismatchError, match=r"integers; dequantise them first(.|\n)*q: int8"):
+            mix()
+        assert mix(roles={"q": "constant"})["scale"].tolist() == [0.5, 0.5]
+
+
+def test_networks_of_other_containers_and_optimisers_are_mixed_by_name():
+    a = {"layers": [jnp.full(1, float(i)) for i in range(12)]}
+    b = {"layers": {str(i): jnp.full(1, float(i)) for i in range(12)}}
+    for mixed in (interpolate(a, b, 0.25), rebasin.average([a, b])):
+        chex.assert_trees_all_equal(mixed, a)
+    assert inner_product(a, b) == inner_product(a, a)
+    assert distance(a, b) == 0
+
+
+def test_statistics_of_any_library_come_from_the_nearer_network():
+    a, b = ({"bn.running_mean": np.full(2, v), "bn.weight": np.full(2, v)} for v in (0.0, 100.0))
+    mixed = interpolate(a, b, 0.25)
+    assert (mixed["bn.running_mean"][0], mixed["bn.weight"][0]) == (100, 75)
+    mixed = interpolate(a, b, 0.25, roles={"bn.running_mean": "weight"})
+    assert mixed["bn.running_mean"][0] == 75

@@ -163,3 +163,19 @@ def test_a_network_without_hidden_units_has_no_shares():
 def test_units_of_another_tree_are_refused():
     with pytest.raises(SpecMismatchError, match="w: shape"):
         PermutationSpec.from_axes({"w": ("P", None)}).unit_shares({"w": np.ones(3)})
+
+
+def test_roles_of_leaves_that_are_no_weights_are_told():
+    tree = {"bn.running_mean": np.ones(3), "bn.weight": np.ones(3), "mask": np.ones(3), "step": 3}
+    spec = PermutationSpec.from_axes({path: (None,) * np.ndim(leaf) for path, leaf in tree.items()})
+    lines = spec.explain(tree, roles={"mask": "constant"}).splitlines()
+    first = lines.index("neither matched nor averaged, role statistic:")
+    assert lines[first:] == [
+        "neither matched nor averaged, role statistic:",
+        "  bn.running_mean",
+        "neither matched nor averaged, role constant:",
+        "  mask",
+        "neither matched nor averaged, role counter:",
+        "  step",
+    ]
+    assert "role" not in spec.explain()

@@ -147,7 +147,7 @@ def test_compiled_permute_is_permute(tree):
 
 
 def test_permute_on_sharded_arrays():
-    """Two devices, the permuted axis itself sharded, automatically or explicitly."""
+    """Two devices, the permuted axis itself sharded, automatically or explicitly; and a network on each."""
     program = """
 import jax, numpy as np
 import rebasin
@@ -172,6 +172,14 @@ for kind in (AxisType.Auto, AxisType.Explicit):
         assert (np.asarray(moved["w"]) == tree["w"][:, row]).all()
         assert (np.asarray(moved["v"]) == tree["v"][row]).all()
         assert (np.asarray(moved["u"]) == expected).all()
+
+# Networks on different devices meet on that of A.
+one, other = (jax.device_put(tree, device) for device in jax.devices())
+assert rebasin.weight_matching(spec, one, other, key=jax.random.key(0)).converged
+middle = rebasin.interpolate(one, other, 0.5)
+assert middle["w"].devices() == one["w"].devices() != other["w"].devices()
+curve = rebasin.sweep(one, other, np.ones(4), lambda t, x: {"loss": t["w"].sum() * x}, num_alphas=3)
+assert curve.loss_barrier.value == 0
 print(len(jax.devices()))
 """
     environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}

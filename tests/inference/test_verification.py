@@ -71,6 +71,25 @@ def test_leaves_that_cannot_be_negative_stay_positive():
     rebasin.verify_spec(spec, lambda t, x: x @ t["w"] / jnp.sqrt(t["variance"])[None] @ t["v"], tree, X)
 
 
+def test_a_mask_with_infinite_entries_is_kept():
+    """Drawn anew, its entries would mask nothing. Attention under it is finite: a wrong spec is caught."""
+    rng = np.random.default_rng(0)
+    tree = {name: rng.normal(size=(4, 4)).astype(np.float32) for name in "qkvo"}
+    tree["mask"] = np.triu(np.full((3, 3), -np.inf, np.float32), 1)
+
+    def attend(t, x):
+        scores = (x @ t["q"]) @ (x @ t["k"]).T + t["mask"]
+        return jax.nn.softmax(scores) @ (x @ t["v"]) @ t["o"]
+
+    x = rng.normal(size=(3, 4)).astype(np.float32)
+    spec = rebasin.infer_spec(attend, tree, x)
+    assert len(spec.groups) == 2
+    rebasin.verify_spec(spec, attend, tree, x)
+    wrong = PermutationSpec.from_axes({**spec.table, "v": (None, None)})
+    with pytest.raises(VerificationError, match="outputs change"):
+        rebasin.verify_spec(wrong, attend, tree, x)
+
+
 def test_outputs_that_are_not_finite_prove_nothing():
     spec = PermutationSpec.from_axes({"w": (None, "P")})
     with pytest.raises(VerificationError, match="the outputs are not finite for random weights"):

@@ -11,7 +11,14 @@ from helpers import build_case
 
 import rebasin
 from rebasin.batches import Batch
-from rebasin.errors import ConfigError, DataError, NonFiniteError, PermutationError, TreeMismatchError
+from rebasin.errors import (
+    ConfigError,
+    DataError,
+    NonFiniteError,
+    PermutationError,
+    SpecMismatchError,
+    TreeMismatchError,
+)
 from rebasin.matching.registry import METHODS
 from rebasin.permutation import check_permutation
 
@@ -184,3 +191,81 @@ def test_a_loss_of_the_wrong_shape_is_named(method):
         'metrics_fn must return a dictionary with the key "loss"; got float32 array of shape (16,)'
     )
     assert refusal(lambda p, b: {"error": case.metrics_fn(p, b)["loss"]}).endswith("got the keys ['error']")
+
+
+@every_method
+def test_b_is_paired_with_a_by_path_name(method):
+    """Eleven layers of one shape in a list, and the same as a checkpoint gives them back: "10" before "2"."""
+    rng = np.random.default_rng(0)
+    axes = {
+        f"layers/{i}/{name}": (None, f"P{i}")[:: 1 if name == "u" else -1] for i in range(11) for name in "uv"
+    }
+    spec = rebasin.PermutationSpec.from_axes(axes)
+    a = {
+        "layers": [{name: rng.normal(size=(5, 5)).astype(np.float32) / 2 for name in "uv"} for _ in range(11)]
+    }
+    b = jax.tree.map(lambda x: x + 0.3 * rng.normal(size=x.shape).astype(np.float32), a)
+    b = rebasin.permute(spec, rebasin.random_permutation(spec, a, key=KEY), b)
+    restored = {"layers": {str(i): layer for i, layer in enumerate(b["layers"])}}
+
+    def apply(tree, x):
+        layers = tree["layers"]
+        for i in range(11):
+            layer = layers[str(i)] if isinstance(layers, dict) else layers[i]
+            x = x + jnp.tanh(x @ layer["u"]) @ layer["v"]
+        return x
+
+    x = rng.normal(size=(32, 5)).astype(np.float32)
+    case = build_case("mlp")._replace(spec=spec, apply_fn=apply, data=Batch(x, np.asarray(apply(a, x))))
+    options = {"num_steps": 1} if has(method, "num_steps") else {}
+    assert run(method, case, a, restored, **options) == run(method, case, a, b, **options)
+
+
+@every_method
+@pytest.mark.parametrize("dtype", [jnp.float16, pytest.param(jnp.bfloat16, marks=pytest.mark.slow)])
+def test_networks_of_half_precision_are_matched(method, dtype):
+    case = build_case("mlp")
+
+    def apply(params, x):
+        return case.apply_fn(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params), x)
+
+    a, planted = (jax.tree.map(lambda x: jnp.asarray(x, dtype), t) for t in (case.params_a, case.planted))
+    match = run(method, case._replace(apply_fn=apply), a, planted)
+    if "apply_fn" not in METHODS[method]().needs:
+        chex.assert_trees_all_equal(rebasin.permute(case.spec, match.permutation, planted), a)
+    assert np.isfinite(match.objective).all()
+
+
+@every_method
+def test_integers_are_no_weights(method):
+    """Methods that compare activations evaluate the network, whatever its weights are."""
+    case = build_case("mlp")
+    a, b = (jax.tree.map(lambda x: (10 * x).astype(np.int8), tree) for tree in (case.params_a, case.params_b))
+    if method == "activations":
+        pytest.skip("activations are compared, not weights")
+    with pytest.raises(TreeMismatchError, match="params_a holds weights that are integers; dequantise them"):
+        run(method, case, a, b)
+
+
+@every_method
+def test_a_spec_that_moves_no_weight_is_refused(method):
+    """Every permutation would be as good as any other."""
+    case = build_case("mlp")
+    if method == "activations":
+        pytest.skip("activations are compared, not weights")
+    with pytest.raises(SpecMismatchError, match="none of the leaves that the spec moves is a weight: "):
+        run(method, case, case.params_a, case.params_b, roles={"params": "constant"})
+
+
+@every_method
+def test_a_mask_is_left_out_by_its_role(method):
+    case = build_case("mlp")
+    spec = rebasin.PermutationSpec.from_axes({**case.spec.table, "mask": (None,)})
+    mask = {"mask": np.array([0.0, -np.inf], np.float32)}
+    without = case._replace(spec=spec, apply_fn=lambda tree, x: case.apply_fn({"params": tree["params"]}, x))
+    a, b = ({**tree, **mask} for tree in (case.params_a, case.params_b))
+    with pytest.raises(NonFiniteError, match=r"leave it out by roles=\{'mask': 'constant'\}"):
+        run(method, without, a, b)
+    found = run(method, without, a, b, roles={"mask": "constant"})
+    assert found.permutation.keys() == set(spec.groups)
+    assert found == run(method, case, case.params_a, case.params_b)
