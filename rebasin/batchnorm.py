@@ -138,8 +138,7 @@ def _find_momenta(
     if problems:
         headline = (
             "update_fn does not set these statistics to m · old + (1 − m) · measured, as a moving average "
-            "does. State another role for those that are to stay, such as roles="
-            f"{{{problems[0]!r}: 'constant'}}:"
+            "does, so nothing tells their new values; roles= names those that are to stay as constants:"
         )
         raise ConfigError(problem_list(headline, problems))
     if not momenta:

@@ -19,6 +19,7 @@ from experiments.harness.results import Seconds
 from rebasin.errors import ConfigError, TrajectoryError
 from rebasin.models import build_model
 from rebasin.training.data import Dataset
+from rebasin.training.folders import expand_home
 from rebasin.training.lock import FolderInUseError
 from rebasin.training.loop import InitialState, train
 from rebasin.training.recipes import Recipe
@@ -80,7 +81,7 @@ def shared_runs(given: str | None) -> pathlib.Path:
         ``~/.cache/rebasin/runs``.
     """
     folder = given or os.environ.get("REBASIN_RUNS_DIR", "~/.cache/rebasin/runs")
-    return pathlib.Path(folder).expanduser()
+    return expand_home(folder)
 
 
 def run_directory(runs_dir: pathlib.Path, recipe: Recipe, seed: int) -> pathlib.Path:

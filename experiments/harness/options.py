@@ -20,6 +20,7 @@ from experiments.harness.networks import KEEP, shared_runs
 from experiments.harness.presets import PRESETS, Preset, choose_preset
 from rebasin.errors import ConfigError, RebasinError
 from rebasin.training.data import load_dataset
+from rebasin.training.folders import expand_home
 
 __all__ = [
     "INTERRUPTED",
@@ -243,7 +244,7 @@ def _output_directory() -> pathlib.Path:
     """Return the folder for results; an empty name, which would be the current folder, is a `ConfigError`."""
     if not _OUTPUT_DIR.value:
         raise ConfigError("--output_dir is empty; name a folder for results.json, the CSV and the figures")
-    return pathlib.Path(_OUTPUT_DIR.value).expanduser()
+    return expand_home(_OUTPUT_DIR.value)
 
 
 def _runs_directory() -> pathlib.Path:

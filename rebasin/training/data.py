@@ -32,6 +32,7 @@ from jax.typing import ArrayLike
 
 from rebasin.batches import Batch
 from rebasin.errors import DataError, problem_list
+from rebasin.training.folders import expand_home
 
 __all__ = ["DATASETS", "Dataset", "load_dataset", "normalise"]
 
@@ -276,7 +277,7 @@ def _load_digits() -> tuple[Batch, Batch]:
 def _data_root(data_dir: str | os.PathLike[str] | None) -> pathlib.Path:
     """Return the folder of prepared datasets."""
     root = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-    return pathlib.Path(root).expanduser().absolute()
+    return expand_home(root).absolute()
 
 
 def _load_prepared(name: str, root: pathlib.Path) -> tuple[Batch, Batch]:

@@ -29,6 +29,7 @@ import tensorstore
 from flax import traverse_util
 
 from rebasin.errors import TrajectoryError, problem_list
+from rebasin.training.folders import expand_home
 from rebasin.training.lock import LOCK_FILE
 from rebasin.training.recipes import Recipe
 from rebasin.trees import leaf_table
@@ -432,7 +433,7 @@ def _resolve(directory: str | os.PathLike[str]) -> pathlib.Path:
     """
     if not os.fspath(directory):
         raise TrajectoryError("the folder of a run has an empty name")
-    path = pathlib.Path(directory).expanduser().resolve()
+    path = expand_home(directory).resolve()
     found = [part for part in _UNREADABLE if part in str(path)]
     if found:
         raise TrajectoryError(

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from rebasin.errors import TrajectoryError
+from rebasin.errors import ConfigError, TrajectoryError
 from rebasin.training.data import load_dataset
 from rebasin.training.lock import LOCK_FILE
 from rebasin.training.loop import InitialState, train
@@ -326,3 +326,5 @@ def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     train(RECIPE, DIGITS, seed=0, directory="~/run")
     assert Trajectory(tmp_path / "run").complete
+    with pytest.raises(ConfigError, match=r"'~nobody_of_this_name/x': no such home folder is known"):
+        Trajectory("~nobody_of_this_name/x")
