@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -51,8 +52,8 @@ def infer_spec(
 
     Returns:
       A spec for every leaf of `params`, with the leaves in the order in which the function uses them. Leaves
-      that it does not use stay put, but for the state of an optimiser: what has the shape and the end of the
-      path name of one weight, as moments of gradients have, moves with that weight. Groups are named after
+      that it does not use stay put, but for the state of an optimiser and averages of weights (``ema``): what
+      has the shape and the end of the path name of one weight moves with that weight. Groups are named after
       the first leaf that carries them; a second group of the same leaf gets ``#2``.
 
     Raises:
@@ -93,8 +94,8 @@ def infer_spec(
     _tie_outputs(output_of, {path: (leaf, of_leaf[leaf]) for path, leaf in next_values.items()})
     seen.add_outputs(output_of, next_values)
     used = {path for path, value in of_leaf.items() if seen.first_use(value) < math.inf}
-    moments = _moments(params, used.union(next_values.values()))
-    of_leaf |= {path: of_leaf[weight] for path, weight in moments.items()}
+    followed = _followed_weights(params, used.union(next_values.values()))
+    of_leaf |= {path: of_leaf[weight] for path, weight in followed.items()}
     used = {path for path, value in of_leaf.items() if seen.first_use(value) < math.inf}
     _pin_unused(of_leaf, used, set(next_values.values()))
     _pin_unread(of_leaf.values(), seen)
@@ -112,26 +113,34 @@ def _pin_by_name(of_leaf: Mapping[str, Dims], names: Sequence[str]) -> None:
             _pin_each(dims, "pinned by the caller")
 
 
-def _moments(params: Any, others: Collection[str]) -> dict[str, str]:
-    """Pair leaves of an optimiser's state with the weights that they belong to, such as moments of gradients.
+# Names of averages of weights, such as ``ema``, ``ema_params`` or ``params_ema``.
+_EMA = re.compile(r"(^|[/_])ema(?=[/_])")
 
-    They have the shape of their weight, and the end of its path name: ``opt_state/0/mu/Dense_0/kernel``
-    belongs to ``params/Dense_0/kernel``. Where two weights fit equally well, the leaf belongs to neither.
+
+def _followed_weights(params: Any, others: Collection[str]) -> dict[str, str]:
+    """Pair leaves that the function does not use with the weights that they belong to.
+
+    These are leaves of an optimiser's state, such as moments of gradients, and averages of weights over the
+    training (``ema``). They have the shape of their weight, and the end of its path name:
+    ``opt_state/0/mu/Dense_0/kernel`` belongs to ``params/Dense_0/kernel``. Where two weights fit equally
+    well, the leaf belongs to neither.
 
     Args:
       params: the tree, or its shapes.
       others: leaves whose axes are known from the function.
 
     Returns:
-      The path name of the weight, by that of the leaf of the state.
+      The path name of the weight, by that of the leaf that belongs to it.
     """
     roles = leaf_roles(params)
     shapes = {path: np.shape(leaf) for path, leaf in leaf_table(params).items()}
     weights_by_end: dict[str, list[str]] = {}
-    for path in (path for path in roles if roles[path] == "weight"):
+    for path in (path for path in roles if roles[path] == "weight" and path in others):
         weights_by_end.setdefault(path.removesuffix("/value").rpartition("/")[2], []).append(path)
     found = {}
-    for path in (path for path in roles if roles[path] == "optimiser state" and path not in others):
+    for path, role in roles.items():
+        if path in others or not (role == "optimiser state" or _EMA.search(path)):
+            continue
         end = path.removesuffix("/value").rpartition("/")[2]
         fitting = [w for w in weights_by_end.get(end, ()) if shapes[w] == shapes[path]]
         lengths = [_common_end(path, weight) for weight in fitting]

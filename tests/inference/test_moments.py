@@ -1,4 +1,4 @@
-"""The state of an optimiser moves with the weights that it belongs to."""
+"""The state of an optimiser, and averages of weights, move with the weights that they belong to."""
 
 import chex
 import flax.linen as nn
@@ -88,6 +88,18 @@ def test_moments_of_nnx():
     assert table["optimizer/opt_state/0/mu/up/kernel/value"] == table["model/up/kernel/value"]
     assert table["optimizer/opt_state/0/nu/down/kernel/value"] == table["model/down/kernel/value"]
     assert table["model/up/kernel/value"][1].groups
+
+
+def test_averages_of_weights_move_with_them():
+    leaves = {"w": jnp.ones((3, 5)), "v": jnp.ones((5, 2))}
+
+    def apply(tree, x):
+        return jnp.tanh(x @ tree["params"]["w"]) @ tree["params"]["v"]
+
+    for name, moves in (("ema_params", True), ("ema", True), ("params_ema", True), ("schema", False)):
+        table = infer_spec(apply, {"params": leaves, name: leaves}, X).table
+        assert table["params/w"][1].groups
+        assert (table[f"{name}/w"] == table["params/w"]) == moves
 
 
 def test_a_leaf_that_fits_two_weights_belongs_to_neither():
