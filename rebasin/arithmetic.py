@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from rebasin.errors import ConfigError, problem_list
 from rebasin.roles import RoleNames, check_weight_dtypes, weight_leaves
@@ -73,8 +74,8 @@ def interpolate(params_a: Any, params_b: Any, alpha: Any, *, roles: RoleNames = 
         if path in kept:
             return a
         if path in weights:
-            share = jnp.asarray(share, real_dtype(wide_dtype(a)))
-            return _blend(jnp.stack([share, 1 - share]), (a, b))
+            share = _as_scalar(share, a)
+            return _blend((share, 1 - share), (a, b))
         return jnp.where(jnp.asarray(share) >= 0.5, a, b)
 
     return map_leaves(combine, params_a, params_b)
@@ -142,11 +143,11 @@ def _mixed(trees: Sequence[Any], shares: Mapping[str, Any], weights: frozenset[s
     check_weight_dtypes(trees[0], weights, "network 0")
 
     def combine(path: str, *leaves: Any) -> Any:
-        own = jnp.asarray(shares[path])
+        own = shares[path]
         if path in weights:
-            return _blend(own.astype(real_dtype(wide_dtype(leaves[0]))), leaves)
-        if isinstance(shares[path], np.ndarray):
-            return leaves[int(np.argmax(shares[path]))]
+            return _blend(tuple(_as_scalar(own[i], leaves[0]) for i in range(len(leaves))), leaves)
+        if isinstance(own, np.ndarray):
+            return leaves[int(np.argmax(own))]
         return jnp.stack(leaves)[jnp.argmax(own)]
 
     return map_leaves(combine, *trees)
@@ -228,27 +229,39 @@ def widen_weights(tree: Any, weights: Collection[str]) -> Any:
     )
 
 
-@jax.custom_jvp
-def _blend(shares: jax.Array, leaves: tuple[Any, ...]) -> jax.Array:
+def _as_scalar(share: Any, leaf: Any) -> Any:
+    """Return a share in the real dtype in which a leaf is computed with, on the host where it is known."""
+    dtype = real_dtype(wide_dtype(leaf))
+    return jnp.asarray(share, dtype) if isinstance(share, jax.Array) else np.asarray(share, dtype)[()]
+
+
+def _blend(shares: tuple[Any, ...], leaves: tuple[Any, ...]) -> jax.Array:
     """Return Σ shareᵢ · leafᵢ in the dtype of the leaves, and a common value of all leaves as it is.
 
     Args:
-      shares: ``[k]``, of sum 1.
+      shares: k scalars of sum 1.
       leaves: k arrays of one shape and dtype.
     """
+    # Without a derivative to take, the rule for it would only cost time, for each leaf.
+    is_traced = any(isinstance(x, Tracer) for x in (*shares, *leaves))
+    return _blend_with_derivative(shares, leaves) if is_traced else _blend_values(shares, leaves)
+
+
+def _blend_values(shares: tuple[Any, ...], leaves: tuple[Any, ...]) -> jax.Array:
     first = jnp.asarray(leaves[0])
-    wide = [jnp.asarray(leaf, wide_dtype(leaf)) for leaf in leaves]
-    total = sum(
-        (share * leaf for share, leaf in zip(shares, wide, strict=True)), jnp.zeros((), wide[0].dtype)
-    )
+    wide = (jnp.asarray(leaf, wide_dtype(leaf)) for leaf in leaves)
+    total = functools.reduce(jnp.add, (share * leaf for share, leaf in zip(shares, wide, strict=True)))
     return jnp.where(_all_equal(leaves), first, total.astype(first.dtype))
 
 
-@_blend.defjvp
+_blend_with_derivative = jax.custom_jvp(_blend_values)
+
+
+@_blend_with_derivative.defjvp
 def _blend_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     # The derivative is that of the sum, also where the values are equal: there `where` would lose it.
     (shares, leaves), (share_tangents, leaf_tangents) = primals, tangents
-    out = _blend(shares, leaves)
+    out = _blend_with_derivative(shares, leaves)
     dtype = wide_dtype(leaves[0])
     moved = sum(share * jnp.asarray(t, dtype) for share, t in zip(shares, leaf_tangents, strict=True))
     # Shares keep the sum 1. So equal leaves add nothing, and infinite ones must not make NaN of it. They are
@@ -259,7 +272,9 @@ def _blend_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
 
 
 def _all_equal(leaves: Sequence[Any]) -> jax.Array:
-    return functools.reduce(jnp.logical_and, (leaf == leaves[0] for leaf in leaves[1:]), jnp.asarray(True))
+    if len(leaves) == 1:
+        return jnp.asarray(True)
+    return functools.reduce(jnp.logical_and, (jnp.equal(leaf, leaves[0]) for leaf in leaves[1:]))
 
 
 def inner_product(params_a: Any, params_b: Any, *, leaves: Collection[str] | None = None) -> float:
