@@ -185,6 +185,7 @@ def test_dropped_epochs_are_gone_and_the_last_stays(copied):
 
 
 def test_a_run_killed_while_run_json_is_written_begins_anew(finished, tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()  # whoever trains has made and locked it
     write_text = pathlib.Path.write_text
 
     def half(path, text):
