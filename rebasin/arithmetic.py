@@ -264,9 +264,10 @@ def _blend_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     out = _blend_with_derivative(shares, leaves)
     dtype = wide_dtype(leaves[0])
     moved = sum(share * jnp.asarray(t, dtype) for share, t in zip(shares, leaf_tangents, strict=True))
-    turned = sum(t * jnp.asarray(leaf, dtype) for t, leaf in zip(share_tangents, leaves, strict=True))
-    # Shares keep the sum 1. So equal leaves add nothing, and infinite ones must not make NaN of it.
-    turned = jnp.where(_all_equal(leaves), 0, turned)
+    # Shares keep the sum 1. So equal leaves add nothing, and infinite ones must not make NaN of it. They are
+    # replaced before the product, since the product's transpose would multiply them by zero.
+    differing = [jnp.where(_all_equal(leaves), 0, jnp.asarray(leaf, dtype)) for leaf in leaves]
+    turned = sum(t * leaf for t, leaf in zip(share_tangents, differing, strict=True))
     return out, jnp.asarray(moved + turned, out.dtype)
 
 

@@ -198,6 +198,16 @@ def test_networks_of_two_floating_types(case, low, high):
         rebasin.align(case.apply_fn, case.params_a, jax.tree.map(np.int32, case.params_b), case.data.inputs)
 
 
+def test_digits_that_only_one_network_has_decide():
+    """The units of B differ beyond float32, in which A is."""
+    spec = rebasin.PermutationSpec.from_axes({"w": (None, "P")})
+    with jax.enable_x64(True):
+        a, b = {"w": np.array([[1.0, 2.0]], np.float32)}, {"w": np.array([[1.0 + 1e-10, 1.0]])}
+        aligned = rebasin.align(lambda params: 0, a, b, spec=spec, verify=False)
+        assert aligned.permutation["P"].tolist() == [1, 0]
+        assert aligned.params["w"].dtype == np.float64
+
+
 def test_roles_reach_the_method(case):
     inputs = case.data.inputs[:2]
     only_first = {"params": "constant", "params/Dense_0": "weight"}

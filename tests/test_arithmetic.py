@@ -10,6 +10,7 @@ import pytest
 import rebasin
 from rebasin.arithmetic import distance, inner_product, interpolate
 from rebasin.errors import ConfigError, TreeMismatchError
+from rebasin.roles import weight_leaves
 from rebasin.trees import leaf_table
 
 
@@ -184,6 +185,32 @@ def test_gradients_go_through_equal_leaves():
     np.testing.assert_allclose(slope, (2 * middle * (same["w"] - other["w"])).sum(), rtol=1e-5)
 
 
+def test_common_infinite_entries_have_no_gradient():
+    """Neither forwards nor backwards, where zero times infinity would be NaN."""
+    same = {"mask": jnp.array([0.0, -jnp.inf])}
+
+    def loss(alpha):
+        return jnp.exp(interpolate(same, same, alpha)["mask"]).sum()
+
+    assert jax.grad(loss)(0.25) == 0
+    assert jax.jvp(loss, (0.25,), (1.0,)) == (1, 0)
+
+
+@pytest.mark.parametrize("other", range(3))
+def test_one_of_three_networks_counts_where_the_others_agree(other):
+    trees = [{"w": jnp.full(2, 4.0 if i == other else 0.0)} for i in range(3)]
+    np.testing.assert_allclose(rebasin.average(trees, [2, 1, 1])["w"], 2.0 if other == 0 else 1.0)
+
+
+def test_under_jit_counters_come_from_the_largest_share():
+    trees = [draw(i) for i in range(3)]
+    weights = weight_leaves(trees[0])
+    mixed = jax.jit(lambda shares: rebasin.arithmetic.mix(trees, shares, weights))(jnp.array([0.3, 0.5, 0.2]))
+    chex.assert_trees_all_equal(mixed["batch_stats"], trees[1]["batch_stats"])
+    assert mixed["step"] == 1
+    np.testing.assert_allclose(mixed["up"], rebasin.average(trees, [3, 5, 2])["up"], rtol=1e-5, atol=1e-6)
+
+
 BLOCKS = [
     {"layers": [{"w": jnp.full(2, v), "b": jnp.full(1, v)} for _ in range(3)], "head": jnp.full(n, v)}
     for v, n in ((1.0, 2), (0.0, 2), (5.0, 2))
@@ -212,6 +239,8 @@ def test_leaves_are_taken_from_one_network_whatever_the_others_have_there():
     mean = rebasin.average([a, other, c], {"": [1, 1, 1], "head": [3, 0, 0]})
     chex.assert_trees_all_equal(mean["head"], a["head"])
     assert mean["layers"][0]["w"][0] == 2
+    mixed = interpolate(a, b, {"": 1, "layers/1": 0.5})
+    assert [layer["w"][0] for layer in mixed["layers"]] == [1, 0.5, 1]
     with pytest.raises(TreeMismatchError, match="head: only in params_a"):
         interpolate(a, other, {"": 0.5, "head": 0.9})
     with pytest.raises(TreeMismatchError, match="head: only in params_a"):

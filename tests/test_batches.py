@@ -5,7 +5,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rebasin.batches import Batch, Batches, Sum, check_data, inputs_of, map_batches, sum_batches, to_batches
+from rebasin.batches import (
+    Batch,
+    Batches,
+    Sum,
+    check_counts,
+    check_data,
+    inputs_of,
+    map_batches,
+    sum_batches,
+    to_batches,
+)
 from rebasin.errors import ConfigError, DataError
 
 
@@ -80,3 +90,12 @@ def test_data_that_do_not_fit(data, message):
 def test_empty_batch():
     with pytest.raises(ConfigError, match="batch_size must be at least 1, got 0"):
         check_data(jnp.ones(3), 0)
+
+
+def test_counts_are_integers():
+    check_counts(1, n=np.int32(1), m=7)
+    for count in (2.0, True, "2", None):
+        with pytest.raises(ConfigError, match=f"m must be an integer, got {count!r}"):
+            check_counts(1, n=1, m=count)
+    with pytest.raises(ConfigError, match="m must be at least 2, got 1"):
+        check_counts(2, n=2, m=1)

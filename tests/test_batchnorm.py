@@ -132,6 +132,17 @@ def test_statistics_that_are_measured_through_others_are_refused():
         build_norm_reset(params, update, X)
 
 
+@pytest.mark.parametrize("momentum", [-0.5, 1.0, 1.5])
+def test_momenta_that_no_average_has_are_refused(momentum):
+    """With 1 it is a sum over all batches."""
+
+    def update(params, x):
+        return {"running_mean": momentum * params["running_mean"] + x.mean(0)}
+
+    with pytest.raises(ConfigError, match=r"as a moving average does(.|\n)*running_mean"):
+        build_norm_reset({"running_mean": jnp.zeros(5)}, update, X)
+
+
 @pytest.mark.parametrize("name", ["scale", "running_mean"])
 def test_a_reset_with_nothing_to_replace_is_an_error(name):
     with pytest.raises(

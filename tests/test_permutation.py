@@ -232,6 +232,12 @@ def test_every_problem_of_a_permutation_is_listed(tree):
     ]
 
 
+def test_permute_refuses_values_that_are_no_permutation(tree):
+    twice = rebasin.identity_permutation(SPEC, tree) | {"P1": np.array([0, 1, 1])}
+    with pytest.raises(PermutationError, match="group 'P1': not a permutation of 0 to 2"):
+        rebasin.permute(SPEC, twice, tree)
+
+
 def test_permute_refuses_another_tree(tree):
     with pytest.raises(SpecMismatchError, match=r"query axis 0: size 4, but group 'P0' has size 5 from w"):
         rebasin.permute(SPEC, draw(tree, 0), tree | {"w": jnp.zeros((3, 5))})

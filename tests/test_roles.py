@@ -80,6 +80,14 @@ def test_collections_of_linen_and_train_states():
     assert set(found["weight"]) == {f"params/{path}" for path in leaf_table(variables["params"])}
 
 
+def test_whatever_an_optimiser_holds_is_its_state():
+    variables = LinenNet().init(jax.random.key(0), X)
+    found = by_role({"variables": variables, "opt_state": optax.adam(1e-3).init(variables)})
+    moments = [path for path in found["optimiser state"] if path.startswith("opt_state/0/mu/params/")]
+    assert len(moments) == len(leaf_table(variables["params"]))
+    assert all(path.startswith("variables/params/") for path in found["weight"])
+
+
 def test_averages_of_haiku():
     net = hk.transform_with_state(
         lambda x: hk.SpectralNorm()(hk.BatchNorm(True, True, 0.9)(hk.Linear(4)(x), True))
@@ -96,6 +104,23 @@ def test_averages_of_haiku():
             "state/spectral_norm/u0",
         ],
         "counter": ["state/batch_norm/~/mean_ema/counter", "state/batch_norm/~/var_ema/counter"],
+    }
+
+
+class RunningNorm(nnx.BatchStat):
+    """A kind of running statistic that a user made."""
+
+
+class Unknown(nnx.Variable):
+    """A kind of variable of which nothing is known."""
+
+
+def test_other_types_of_nnx_have_the_role_of_their_base_or_of_their_name():
+    module = nnx.Module()
+    module.norm, module.running_mean, module.w = RunningNorm(X), Unknown(X), Unknown(X)
+    assert by_role(nnx.state(module)) == {
+        "statistic": ["norm/value", "running_mean/value"],
+        "weight": ["w/value"],
     }
 
 
@@ -170,6 +195,16 @@ def test_stated_roles_come_first_and_the_longest_name_decides():
         "layers/1/w": "counter",
     }
     assert weight_leaves(tree, {"": "constant", "layers/0/w": "weight"}) == {"layers/0/w"}
+
+
+def test_stars_stand_for_any_text_and_nothing_else_does():
+    tree = {
+        "block": {"norm": {"scale": np.ones(2)}, "w": np.ones(2)},
+        "l.bias": np.ones(2),
+        "l_bias": np.ones(2),
+    }
+    assert weight_leaves(tree, {"*/norm": "constant"}) == {"block/w", "l.bias", "l_bias"}
+    assert weight_leaves(tree, {"*.bias": "constant"}) == {"block/norm/scale", "block/w", "l_bias"}
 
 
 def test_roles_that_cannot_work_are_refused():

@@ -1,5 +1,6 @@
 """Folders that one process at a time may write to."""
 
+import fcntl
 import os
 import re
 import signal
@@ -52,6 +53,23 @@ def test_a_killed_process_leaves_no_lock(tmp_path):
     with locked(tmp_path):
         assert f"process {os.getpid()} " in (tmp_path / LOCK_FILE).read_text()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_is_deleted_before_it_is_locked_does_not_count(tmp_path, monkeypatch):
+    """The last holder deletes the file after we opened it, and before we lock it."""
+    lock, locks = fcntl.flock, []
+
+    def flock(file, operation):
+        if not locks:
+            (tmp_path / LOCK_FILE).unlink()
+        locks.append(file)
+        lock(file, operation)
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with locked(tmp_path):
+        assert len(locks) == 2
+        with pytest.raises(FolderInUseError), locked(tmp_path):
+            pass
 
 
 def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):
