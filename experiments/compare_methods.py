@@ -202,7 +202,7 @@ def _draw_methods(results: _Finished, target: Target) -> None:
             _dress(axes, label, min(values), max(values), linear, ticks)
         panels[0].set_yticks(range(len(names)), labels=[name.replace("_", " ") for name in names])
         panels[0].invert_yaxis()
-        entitle(figure, results, "networks", ": mean, standard deviation and each pair")
+        entitle(figure, results, "networks", "mean, standard deviation and each pair")
         share_legend(figure, panels[:1], columns=len(variants))
         figure.savefig(target, metadata={"Software": None})
 

@@ -264,7 +264,7 @@ def _canvas(results: _Finished, *, columns: int, note: str) -> tuple[Figure, Any
     figure = Figure(figsize=(3.2 * columns if columns < 4 else 11.2, 0.9 + 2.2 * rows), layout="constrained")
     # Methods are compared down a column, which therefore shares its axis.
     panels = figure.subplots(rows, columns, squeeze=False, sharey="col")
-    entitle(figure, results, "networks", f"; {note}")
+    entitle(figure, results, "networks", note)
     return figure, panels
 
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Generic, TypeAlias, TypeVar
 
 import jax
 
+from experiments.harness.algorithms import ALGORITHMS
 from experiments.harness.console import Reporter
 from experiments.harness.figures import Target
 from experiments.harness.files import write_whole
@@ -21,6 +22,7 @@ from experiments.harness.results import (
     Results,
     Schema,
     Seconds,
+    count_pairs,
     open_results,
     write_csv,
 )
@@ -35,7 +37,7 @@ from rebasin.training.loop import build_apply
 from rebasin.training.recipes import Recipe
 from rebasin.training.trajectory import Trajectory
 
-__all__ = ["Config", "Experiment", "Measure", "Setup"]
+__all__ = ["Config", "Experiment", "Measure", "Setup", "describe_run"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,10 +47,11 @@ class Config:
     Attributes:
       recipe: how networks are trained.
       replicates: number of independent pairs; pair r has the seeds ``seed + 2r`` and ``seed + 2r + 1``.
-      seed: the first of the networks' seeds, and the seed of matching methods.
+      seed: the first of the networks' seeds.
       num_alphas: number of points on each path, both ends included.
       num_match: number of training examples, without augmentation, for matching methods that need data;
         `None` for all.
+      algorithm: how weights and activations are matched, a name in `ALGORITHMS`.
 
     Raises:
       ConfigError: listing every field whose value cannot work.
@@ -62,6 +65,7 @@ class Config:
     seed: int
     num_alphas: int
     num_match: int | None
+    algorithm: str = "best"
 
     def __post_init__(self) -> None:
         problems = self.problems()
@@ -77,6 +81,8 @@ class Config:
             problems.append(f"num_alphas: wanted an odd number from 3 on, got {self.num_alphas}")
         elif self.num_alphas < 2:
             problems.append(f"num_alphas: wanted at least 2, both ends of the path, got {self.num_alphas}")
+        if self.algorithm not in ALGORITHMS:
+            problems.append(f"algorithm: wanted one of {', '.join(ALGORITHMS)}, got {self.algorithm!r}")
         return problems
 
     @property
@@ -240,6 +246,7 @@ class Experiment(Generic[C, R, S]):
         with locked(output_dir):
             results = open_results(output_dir, self.schema, config, resume=resume)
             path = output_dir / "results.json"
+            reporter.wrap(f"{self.name}: {describe_run(config)}")
             _check_records(path, results)
             if not results.finished:
                 folders = {"runs_dir": runs_dir, "output_dir": output_dir, "keep": keep or self.keep}
@@ -292,6 +299,18 @@ class Experiment(Generic[C, R, S]):
         claims = self.judge(config, records) if self.judge else []
         results.claims = [_as_stored(Claim, claim) for claim in claims]
         results.save(path)
+
+
+def describe_run(config: Config) -> str:
+    """Say what networks a run is about, and how they are matched.
+
+    Examples:
+      >>> recipe = Recipe("mnist", "mlp", width=64, epochs=9, warmup_epochs=1)
+      >>> describe_run(Config(recipe=recipe, replicates=2, seed=0, num_alphas=5, num_match=None))
+      'mlp (width 64) on mnist, 2 pairs of networks, algorithm best'
+    """
+    recipe, pairs = config.recipe, count_pairs(config.replicates)
+    return f"{recipe.model} (width {recipe.width}) on {recipe.dataset}, {pairs}, algorithm {config.algorithm}"
 
 
 def _check_records(path: pathlib.Path, results: Results[Any, Any, Any]) -> None:

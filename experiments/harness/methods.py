@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import jax
 
 import rebasin
+from experiments.harness.algorithms import algorithm_options
 from experiments.harness.experiment import Setup
 from experiments.harness.record import MatchRecord, Objective, TestPath
 from rebasin.arithmetic import distance
@@ -28,8 +29,8 @@ __all__ = [
     "check_methods",
 ]
 
-# (params_a, params_b) -> the match.
-Matcher: TypeAlias = Callable[[Any, Any], rebasin.MatchResult]
+# (params_a, params_b) -> the match; `key` may be given by name.
+Matcher: TypeAlias = Callable[..., rebasin.MatchResult]
 
 # The methods that arXiv 2404.06498 compares.
 PAPER_METHODS = ("weights", "activations")
@@ -63,8 +64,9 @@ def build_matchers(
 ) -> dict[str, Matcher]:
     """Return the functions behind the names of methods.
 
-    Methods that need data are given the `match_data` of the setup; methods that draw at random are given the
-    seed of the config.
+    Weights and activations are matched as the config's algorithm says. Methods that need data are given the
+    `match_data` of the setup; methods that draw at random are given the seed of the config, unless the caller
+    passes a ``key``, such as that of a pair.
 
     Args:
       setup: what the experiment measures with.
@@ -73,7 +75,7 @@ def build_matchers(
       options: options of single methods, by name, in place of their defaults.
 
     Returns:
-      ``match(params_a, params_b) -> MatchResult`` for each name.
+      ``match(params_a, params_b, key=…) -> MatchResult`` for each name.
     """
     data = jax.device_put(setup.match_data)
     given = options or {}
@@ -89,7 +91,7 @@ def _build_matcher(
     return functools.partial(
         rebasin.match,
         setup.spec,
-        method=as_method(name, **{**options, **given}),
+        method=as_method(name, **{**algorithm_options(setup.config.algorithm, name), **options, **given}),
         key=jax.random.key(setup.config.seed),
         # A method keeps what it compiled for a function, which must therefore be one for all pairs.
         apply_fn=setup.apply_fn,

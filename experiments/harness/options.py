@@ -14,6 +14,7 @@ import jax
 from absl import app, flags, logging
 
 import rebasin
+from experiments.harness.algorithms import ALGORITHMS, PAPER_ALGORITHM
 from experiments.harness.experiment import C, Experiment
 from experiments.harness.files import explain
 from experiments.harness.networks import KEEP, shared_runs
@@ -79,8 +80,19 @@ _NUM_ALPHAS = flags.DEFINE_integer(
 _NUM_EVAL = flags.DEFINE_integer(
     "num_eval", None, "Examples of each split on which paths are measured.", lower_bound=1
 )
+_ALGORITHM = flags.DEFINE_enum(
+    "algorithm",
+    None,
+    list(ALGORITHMS),
+    "How weights and activations are matched: paper (Algorithm 1 of arXiv 2404.06498 for weights, and "
+    "activations on all training data) or best (this project's defaults); by default the preset's.",
+)
 _NUM_MATCH = flags.DEFINE_integer(
-    "num_match", None, "Training examples for matching methods that need data.", lower_bound=1
+    "num_match",
+    None,
+    "Training examples for matching methods that need data; by default the preset's, and all with "
+    "--algorithm=paper.",
+    lower_bound=1,
 )
 _KEEP_CHECKPOINTS = flags.DEFINE_enum(
     "keep_checkpoints",
@@ -164,12 +176,15 @@ def choose(regime: str = "trajectory") -> Choice:
         # A short trial asks for few epochs and should not have to name a shorter warm-up as well.
         warmup = min(preset.build_recipe(regime).warmup_epochs, epochs)
     recipe = preset.build_recipe(regime, **changes, epochs=epochs, warmup_epochs=warmup)
+    algorithm = _ALGORITHM.value or preset.algorithm
+    num_match = None if algorithm == PAPER_ALGORITHM else preset.num_match
     fields = {
         "recipe": recipe,
         "replicates": _REPLICATES.value or preset.replicates,
         "seed": _SEED.value,
         "num_alphas": _NUM_ALPHAS.value or preset.num_alphas,
-        "num_match": _NUM_MATCH.value or preset.num_match,
+        "num_match": _NUM_MATCH.value or num_match,
+        "algorithm": algorithm,
     }
     return Choice(preset, fields, _NUM_EVAL.value or preset.num_eval)
 

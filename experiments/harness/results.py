@@ -231,6 +231,7 @@ def open_results(
     found, wanted = _read_content(path, schema.experiment)["config"], to_json(config)
     if not isinstance(found, dict):
         raise ConfigError(f"{path} is damaged: config is no object; {WAY_OUT}")
+    found = {**_defaults(schema.config), **found}
     differences = [
         f"{name}: {found.get(name)!r} there, {wanted.get(name)!r} wanted"
         for name in {**found, **wanted}
@@ -245,6 +246,12 @@ def open_results(
             "pass --resume to go on with it"
         )
     return results
+
+
+def _defaults(config: type[Any]) -> dict[str, Any]:
+    """Return the options that a file may lack since they are newer than it, and what they were then."""
+    fields = dataclasses.fields(config)
+    return {f.name: to_json(f.default) for f in fields if f.default is not dataclasses.MISSING}
 
 
 def write_csv(path: pathlib.Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -30,6 +30,7 @@ SAMPLES = {
     "epochs": "25",
     "warmup_epochs": "2",
     "resume": "true",
+    "algorithm": "paper",
     "strict": "true",
     "methods": "covariance",
     "num_alphas": "9",
