@@ -126,7 +126,7 @@ def _build_measure(setup: Setup[MethodsConfig]) -> Measure[MethodsRecord[float]]
         pair: Pair, trained: list[Trajectory], begun: MethodsRecord[float] | None
     ) -> Iterator[MethodsRecord[float]]:
         measured = begun.methods if begun else {}
-        for methods in comparison.measure(trained, f"match {pair}", measured):
+        for methods in comparison.measure(trained, pair, f"match {pair}", measured):
             yield MethodsRecord(pair.seeds, methods)
 
     return measure

@@ -128,7 +128,7 @@ def _build_measure(setup: Setup[RatesConfig]) -> Measure[RateRecord[float]]:
     ) -> Iterator[RateRecord[float]]:
         measured = begun.methods if begun else {}
         rate = pair.recipe.peak_learning_rate
-        for methods in comparison.measure(trained, f"rate {rate:g}, {pair}", measured):
+        for methods in comparison.measure(trained, pair, f"rate {rate:g}, {pair}", measured):
             yield RateRecord(pair.seeds, rate, methods)
 
     return measure

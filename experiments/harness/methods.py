@@ -11,6 +11,7 @@ import jax
 import rebasin
 from experiments.harness.algorithms import algorithm_options
 from experiments.harness.experiment import Setup
+from experiments.harness.networks import Pair
 from experiments.harness.record import MatchRecord, Objective, TestPath
 from rebasin.arithmetic import distance
 from rebasin.barrier import BarrierCurve
@@ -131,12 +132,13 @@ class MethodComparison:
         self._sweep = rebasin.build_sweep(setup.metrics_fn, num_alphas=setup.config.num_alphas)
 
     def measure(
-        self, trained: Sequence[Trajectory], title: str, begun: Mapping[str, MatchRecord[float]]
+        self, trained: Sequence[Trajectory], pair: Pair, title: str, begun: Mapping[str, MatchRecord[float]]
     ) -> Iterator[Mapping[str, MatchRecord[float]]]:
         """Measure the last networks of two trajectories under every method that is not measured yet.
 
         Args:
           trained: both trajectories.
+          pair: the pair that they are.
           title: name of the pair, for the progress bar.
           begun: the records of the methods that are measured already.
 
@@ -148,7 +150,7 @@ class MethodComparison:
         missing = [name for name in self.names if name not in records]
         with self._setup.reporter.stage(title, len(missing)) as advance:
             for name in missing:
-                records[name] = self._measure_method(name, params_a, params_b)
+                records[name] = self._measure_method(name, params_a, params_b, pair)
                 yield dict(records)
                 advance()
 
@@ -157,10 +159,10 @@ class MethodComparison:
         """What is measured of each pair: `BASELINE`, then the methods."""
         return (BASELINE, *self._methods)
 
-    def _measure_method(self, name: str, params_a: Any, params_b: Any) -> MatchRecord[float]:
+    def _measure_method(self, name: str, params_a: Any, params_b: Any, pair: Pair) -> MatchRecord[float]:
         """Match by one method and measure the paths that it leaves."""
         began = time.perf_counter()
-        match = None if name == BASELINE else self._matchers[name](params_a, params_b)
+        match = None if name == BASELINE else self._matchers[name](params_a, params_b, key=pair.key)
         seconds = 0.0 if match is None else time.perf_counter() - began
         self._setup.seconds.add("matching", seconds)
         with self._setup.seconds.count("barriers"):
