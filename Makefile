@@ -26,7 +26,7 @@ bench: $(STAMP)  ## time, objective and barrier of weight matching against git-r
 attack: $(STAMP)  ## kill, race, damage and misuse everything and write the table in docs/reliability.md, 20 minutes
 	$(BIN)/python -m benchmarks.attack $(ARGS)
 
-test: $(STAMP)  ## the test suite, at most five minutes on two cores
+test: $(STAMP)  ## the test suite, at most eight minutes on two cores
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 test-slow: $(STAMP)  ## full widths and many seeds

@@ -126,7 +126,7 @@ def _build_measure(setup: Setup[MethodsConfig]) -> Measure[MethodsRecord[float]]
         pair: Pair, trained: list[Trajectory], begun: MethodsRecord[float] | None
     ) -> Iterator[MethodsRecord[float]]:
         measured = begun.methods if begun else {}
-        for methods in comparison.measure(trained, f"match {pair}", measured):
+        for methods in comparison.measure(trained, pair, f"match {pair}", measured):
             yield MethodsRecord(pair.seeds, methods)
 
     return measure
@@ -202,7 +202,7 @@ def _draw_methods(results: _Finished, target: Target) -> None:
             _dress(axes, label, min(values), max(values), linear, ticks)
         panels[0].set_yticks(range(len(names)), labels=[name.replace("_", " ") for name in names])
         panels[0].invert_yaxis()
-        entitle(figure, results, "networks", ": mean, standard deviation and each pair")
+        entitle(figure, results, "networks", "mean, standard deviation and each pair")
         share_legend(figure, panels[:1], columns=len(variants))
         figure.savefig(target, metadata={"Software": None})
 

@@ -128,7 +128,7 @@ def _build_measure(setup: Setup[RatesConfig]) -> Measure[RateRecord[float]]:
     ) -> Iterator[RateRecord[float]]:
         measured = begun.methods if begun else {}
         rate = pair.recipe.peak_learning_rate
-        for methods in comparison.measure(trained, f"rate {rate:g}, {pair}", measured):
+        for methods in comparison.measure(trained, pair, f"rate {rate:g}, {pair}", measured):
             yield RateRecord(pair.seeds, rate, methods)
 
     return measure
@@ -207,7 +207,7 @@ def _draw_rates(results: _Finished, target: Target) -> None:
             axes.set(xscale="log", xlabel="peak learning rate", ylabel=label)
             axes.set_ylim(bottom=0)
             axes.grid(alpha=0.25, linewidth=0.5)
-        note = f" at each rate, {results.config.recipe.epochs} epochs; bands: ± standard deviation"
+        note = f"pairs at each rate, {results.config.recipe.epochs} epochs; bands: ± standard deviation"
         entitle(figure, results, "networks", note)
         share_legend(figure, panels[:1])
         figure.savefig(target, metadata={"Software": None})

@@ -128,7 +128,7 @@ def _build_measure(setup: Setup[InstabilityConfig]) -> Measure[FamilyRecord[floa
     def measure(
         pair: Pair, trained: list[Trajectory], begun: FamilyRecord[float] | None
     ) -> Iterator[FamilyRecord[float]]:
-        family = _Family(trained, setup, meter, matchers)
+        family = _Family(pair, trained, setup, meter, matchers)
         record = begun or FamilyRecord(pair.seeds, family.measure_parents())
         missing = [t for t in config.epochs if t not in [part.epoch for part in record.spawns]]
         # Progress counts epochs of training, of which a child has the fewer the later it leaves.
@@ -145,6 +145,7 @@ class _Family:
     """Two parents and their children.
 
     Args:
+      pair: both parents.
       trained: trajectories of both parents.
       setup: what the experiment measures with.
       meter: measures paths.
@@ -153,19 +154,24 @@ class _Family:
 
     def __init__(
         self,
+        pair: Pair,
         trained: Sequence[Trajectory],
         setup: Setup[InstabilityConfig],
         meter: PathMeter,
         matchers: Mapping[str, Matcher],
     ) -> None:
         self._trained, self._setup, self._meter, self._matchers = trained, setup, meter, matchers
+        self._key = pair.key
         params_a, params_b = (trajectory.last for trajectory in trained)
         self._paths = Paths(meter, setup.spec, params_a, params_b)
         self._p_end = self._match(params_a, params_b)
 
     def _match(self, params_a: Any, params_b: Any) -> dict[str, Permutation]:
         with self._setup.seconds.count("matching"):
-            return {name: match(params_a, params_b).permutation for name, match in self._matchers.items()}
+            return {
+                name: match(params_a, params_b, key=self._key).permutation
+                for name, match in self._matchers.items()
+            }
 
     def measure_parents(self) -> ParentsRecord[float]:
         """Measure the parents at the end of training."""

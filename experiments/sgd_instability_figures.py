@@ -59,7 +59,7 @@ def draw_instability(results: _Finished, target: Target) -> None:
                 axes.set_ylim(0, _top(summary.family, metric))
             row[0].set_title(f"matching of {method}", loc="left")
         limit = f"onset of test error barriers ≤ {config.onset_at_most:.0%}"
-        note = f", after {config.recipe.epochs} epochs; bands: ± standard deviation; upright: {limit}"
+        note = f"after {config.recipe.epochs} epochs; bands: ± standard deviation; upright: {limit}"
         entitle(figure, results, "parents", note)
         share_legend(figure, list(panels[0]))
         figure.savefig(target, metadata={"Software": None})

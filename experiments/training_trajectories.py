@@ -14,6 +14,8 @@ the paper's claims with a verdict each.
     --output_dir=results/mnist_mlp
   python -m experiments.training_trajectories --preset=cpu --model=vgg16 --num_alphas=9 --num_eval=500
     --output_dir=results/cifar10_vgg16
+  python -m experiments.training_trajectories --merge a/results.json b/results.json
+    --output_dir=results/merged
 
 On two CPU cores the demo takes a minute, digits 3 minutes, and with the networks already trained MNIST 42
 minutes and VGG-16 6. --preset=paper is the recipe of the paper, for an accelerator.
@@ -29,40 +31,31 @@ finished run of the same options is only drawn anew.
 """
 
 import dataclasses
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from absl import app, flags
 
-import rebasin
 from experiments import training_trajectories_figures as figures
 from experiments.harness import options
-from experiments.harness.experiment import Config, Experiment, Setup
-from experiments.harness.methods import PAPER_METHODS, Matcher, build_matchers, check_methods
+from experiments.harness.experiment import Config, Experiment
+from experiments.harness.methods import PAPER_METHODS, check_methods
 from experiments.harness.networks import Pair
-from experiments.harness.paths import PathMeter, Paths, barriers, endpoints, path_curves
 from experiments.harness.presets import Thresholds
 from experiments.harness.record import (
-    AlignedEpoch,
     EpochRecord,
-    FixedPoints,
     Metrics,
     TrajectoryRecord,
-    added,
     check_names,
     summarise,
 )
 from experiments.harness.results import Claim, Schema, claim
 from experiments.harness.statistics import Interval, ratio
-from rebasin import permutation
-from rebasin.training.trajectory import Trajectory
+from experiments.training_trajectories_measure import TrajectoryMeasure
 
-__all__ = ["EXPERIMENT", "TrajectoryConfig", "early_epochs", "judge", "main"]
+__all__ = ["EXPERIMENT", "TrajectoryConfig", "early_epochs", "judge", "main", "select"]
 
-options.define_flags(__name__, methods=True, strict=True)
+options.define_flags(__name__, methods=True, strict=True, time_limit=True, merge=True)
 _RECORD = flags.DEFINE_list(
     "record_epochs", None, "Epochs t to compare, for example 0,1,2,5,10; by default the preset's."
 )
@@ -116,6 +109,14 @@ class TrajectoryConfig(Config):
         """The recorded epochs."""
         return self.epochs
 
+    def is_complete(self, record: TrajectoryRecord[float]) -> bool:
+        """Say whether a record has all epochs, and at each of them all permutations."""
+        return super().is_complete(record) and all(
+            list(own.under) == list(self.match_epochs)
+            for epoch in record.epochs
+            for own in epoch.methods.values()
+        )
+
     def misfits(self, record: TrajectoryRecord[float], pair: Pair) -> list[str]:
         """Return the problems that the base finds, and those of methods and match epochs."""
         problems = super().misfits(record, pair)
@@ -123,143 +124,91 @@ class TrajectoryConfig(Config):
             problems += check_names(f"epochs.{epoch.epoch}.methods", epoch.methods, self.methods)
             for name, aligned in epoch.methods.items():
                 where = f"epochs.{epoch.epoch}.methods.{name}.under"
-                problems += check_names(where, aligned.under, self.match_epochs)
+                if self.recipe.epochs not in aligned.under or not set(aligned.under) <= set(
+                    self.match_epochs
+                ):
+                    wanted = f"some of {list(self.match_epochs)} with the last"
+                    problems.append(f"{where}: wanted {wanted}, got {list(aligned.under)}")
         return problems
 
 
-class _Epoch(NamedTuple):
-    """One epoch of a pair: its networks, the match of each method, and the seconds that matching took."""
+def select(
+    config: TrajectoryConfig, records: Sequence[TrajectoryRecord[float]]
+) -> tuple[TrajectoryConfig | None, list[TrajectoryRecord[float]], list[str]]:
+    """Return what all pairs of an unfinished run have in common, and say what is missing.
 
-    params_a: Any
-    params_b: Any
-    matches: Mapping[str, rebasin.MatchResult]
-    seconds: float
+    Pairs that are complete stand alone if there are any. Else it is the epochs whose essentials are measured
+    of all pairs that were begun, and the permutations that are measured of all of them.
 
+    Args:
+      config: the config of the run.
+      records: the records so far.
 
-def _match_epoch(trained: Sequence[Trajectory], matchers: Mapping[str, Matcher], epoch: int) -> _Epoch:
-    """Read both networks of an epoch and match them by every method."""
-    params_a, params_b = (trajectory[epoch] for trajectory in trained)
-    began = time.perf_counter()
-    matches = {name: match(params_a, params_b) for name, match in matchers.items()}
-    return _Epoch(params_a, params_b, matches, time.perf_counter() - began)
-
-
-class _TrajectoryMeasure:
-    """Measures a pair of trajectories, epoch by epoch.
-
-    Every checkpoint is read once. A thread reads and matches ahead of the sweeps, first the epochs whose
-    permutations are wanted at all other epochs, and the networks of an epoch are let go once it is measured.
+    Returns:
+      A config of those pairs and epochs, `None` if there is nothing; their records; and one line for each
+      thing that is missing.
     """
+    missing = [f"{pair}: not begun" for pair in config.pairs[len(records) :]]
+    complete = [record for record in records if config.is_complete(record)]
+    for record in records:
+        missing += _describe_missing(config, record, left_out=bool(complete))
+    chosen = complete or [record for record in records if record.epochs]
+    shared = set(config.epochs).intersection(*(record.part_keys for record in chosen))
+    if not chosen or config.epochs[-1] not in shared:
+        return None, [], missing
+    epochs = tuple(t for t in config.epochs if t in shared)
+    smaller = dataclasses.replace(
+        config,
+        replicates=len(chosen),
+        epochs=epochs,
+        match_epochs=tuple(s for s in config.match_epochs if s in epochs),
+    )
+    return smaller, [_in_common(record, chosen, epochs) for record in chosen], missing
 
-    def __init__(self, setup: Setup[TrajectoryConfig]) -> None:
-        config = setup.config
-        self._setup, self._config = setup, config
-        self._last = config.epochs[-1]
-        self._matchers = build_matchers(setup, config.methods)
-        self._meter = PathMeter(
-            setup.metrics_fn, setup.dataset, num_alphas=config.num_alphas, num_eval=config.num_eval
-        )
 
-    def __call__(
-        self, pair: Pair, trained: list[Trajectory], begun: TrajectoryRecord[float] | None
-    ) -> Iterator[TrajectoryRecord[float]]:
-        """Yield the record of a pair after each epoch that `begun` lacks."""
-        record = begun or TrajectoryRecord(pair.seeds)
-        matched = [self._last, *(s for s in self._config.match_epochs if s != self._last)]
-        order = [*matched, *(t for t in self._config.epochs if t not in matched)]
-        missing = [t for t in order if t not in [part.epoch for part in record.epochs]]
-        reporter = self._setup.reporter
-        with ThreadPoolExecutor(1) as pool, reporter.stage(f"measure {pair}", len(missing)) as advance:
-            futures = {
-                t: pool.submit(_match_epoch, trained, self._matchers, t)
-                for t in order
-                if t in missing or t in matched
-            }
-            try:
-                sources = {s: futures[s].result().matches for s in self._config.match_epochs}
-                end = self._paths(futures[self._last].result())
-                for t in [*(s for s in matched if s not in missing), *missing]:
-                    epoch = self._take(futures, t)
-                    if t in missing:
-                        record = added(record, self._measure_epoch(epoch, t, sources, end))
-                        yield record
-                        advance()
-            finally:
-                pool.shutdown(cancel_futures=True)
+def _describe_missing(
+    config: TrajectoryConfig, record: TrajectoryRecord[float], *, left_out: bool
+) -> list[str]:
+    """Say what is missing of a pair."""
+    if config.is_complete(record):
+        return []
+    pair, found = Pair(config.recipe, (record.seeds[0], record.seeds[1])), record.part_keys
+    lacking = [str(t) for t in config.epochs if t not in found]
+    lines = [f"{pair}: epochs {', '.join(lacking)}"] if lacking else []
+    wanted = len(config.epochs) * len(config.match_epochs)
+    own = [min((list(own.under) for own in part.methods.values()), key=len) for part in record.epochs]
+    lines.append(f"{pair}: {wanted - sum(map(len, own))} of {wanted} permutations of an epoch at an epoch")
+    return [f"{line}; the pair is left out" * left_out or line for line in lines]
 
-    def _take(self, futures: dict[int, Future[_Epoch]], epoch: int) -> _Epoch:
-        """Return an epoch that nothing else refers to from now on."""
-        found = futures.pop(epoch).result()
-        self._setup.seconds.add("matching", found.seconds)
-        return found
 
-    def _paths(self, epoch: _Epoch) -> Paths:
-        return Paths(self._meter, self._setup.spec, epoch.params_a, epoch.params_b)
-
-    def _measure_epoch(
-        self, epoch: _Epoch, t: int, sources: Mapping[int, Mapping[str, rebasin.MatchResult]], end: Paths
-    ) -> EpochRecord[float]:
-        """Measure everything that is recorded of epoch t.
-
-        Args:
-          epoch: networks and matches of the epoch.
-          t: number of the epoch.
-          sources: matches of the match epochs, by epoch and method.
-          end: paths of the last epoch.
-        """
-        with self._setup.seconds.count("barriers"):
-            at_end = t == self._last
-            here = end if at_end else self._paths(epoch)
-            return EpochRecord(
-                epoch=t,
-                endpoints=endpoints(here.unaligned),
-                unaligned=barriers(here.unaligned),
-                distance=here.distance(),
-                methods={
-                    name: self._measure_method(
-                        match, {s: matches[name] for s, matches in sources.items()}, here, end
-                    )
-                    for name, match in epoch.matches.items()
-                },
-                path=path_curves(here.unaligned) if at_end else None,
+def _in_common(
+    record: TrajectoryRecord[float], others: Sequence[TrajectoryRecord[float]], epochs: Sequence[int]
+) -> TrajectoryRecord[float]:
+    """Return those epochs of a record, and of each method the permutations, that all others have too."""
+    parts = [{part.epoch: part for part in other.epochs} for other in others]
+    chosen = []
+    for part in (part for part in record.epochs if part.epoch in epochs):
+        methods = {}
+        for name, own in part.methods.items():
+            shared = set(own.under).intersection(*(p[part.epoch].methods[name].under for p in parts))
+            methods[name] = dataclasses.replace(
+                own, under={s: own.under[s] for s in own.under if s in shared}
             )
-
-    def _measure_method(
-        self,
-        match: rebasin.MatchResult,
-        sources: Mapping[int, rebasin.MatchResult],
-        here: Paths,
-        end: Paths,
-    ) -> AlignedEpoch[float]:
-        """Measure what one method makes of an epoch: its own match, and those of the match epochs."""
-        p_t, p_end = match.permutation, sources[self._last].permutation
-        return AlignedEpoch(
-            objective=float(match.objective[-1]),
-            same_epoch=barriers(here.curve(p_t)),
-            at_end=barriers(end.curve(p_t)),
-            under={s: barriers(here.curve(source.permutation)) for s, source in sources.items()},
-            distance_same_epoch=here.distance(p_t),
-            distance_end=here.distance(p_end),
-            fixed_points=_agreement(rebasin.fixed_points(p_t, p_end)),
-            identity=_agreement(rebasin.fixed_points(p_end)) if here is end else None,
-            path=path_curves(here.curve(p_end)) if here is end else None,
-        )
-
-
-def _agreement(points: permutation.FixedPoints) -> FixedPoints[float]:
-    return FixedPoints(points.total, points.fractions)
+        chosen.append(dataclasses.replace(part, methods=methods))
+    return dataclasses.replace(record, epochs=tuple(chosen))
 
 
 def early_epochs(epochs: Sequence[int]) -> list[int]:
     """Return the indices in `epochs` at which training is early.
 
-    Early is from epoch 1 to a tenth of the last epoch, and at least the first recorded epoch from 1 on.
+    Early is from epoch 1 to a tenth of the last epoch, and at least the first recorded epoch from 1 on, but
+    never the last.
 
     Examples:
-      >>> early_epochs([0, 1, 2, 3, 5, 30]), early_epochs([0, 2, 4])
-      ([1, 2, 3], [1])
+      >>> early_epochs([0, 1, 2, 3, 5, 30]), early_epochs([0, 2, 4]), early_epochs([0, 4])
+      ([1, 2, 3], [1], [])
     """
-    trained = [i for i, epoch in enumerate(epochs) if epoch >= 1]
+    trained = [i for i, epoch in enumerate(epochs[:-1]) if epoch >= 1]
     return [i for i in trained if 10 * epochs[i] <= epochs[-1]] or trained[:1]
 
 
@@ -272,7 +221,7 @@ def judge(config: TrajectoryConfig, records: Sequence[TrajectoryRecord[float]]) 
 
     Returns:
       One claim for the networks without a permutation, those of each method, and, where both are there, one
-      that compares weight with activation matching.
+      that compares weight with activation matching. Without early epochs there are no claims about them.
     """
     limit = config.thresholds.unaligned_above
     unaligned = _test_errors(records, lambda epoch: epoch.unaligned)[:, -1]
@@ -287,6 +236,8 @@ def judge(config: TrajectoryConfig, records: Sequence[TrajectoryRecord[float]]) 
     ]
     for method in config.methods:
         claims += _judge_method(config, records, method)
+    if not early_epochs(config.epochs):
+        return claims
     if "weights" in config.methods:
         claims += _judge_distances(config, records)
     if {"weights", "activations"} <= set(config.methods):
@@ -312,7 +263,7 @@ def _judge_method(
     # The worst epoch of the mean, rather than the mean of each replicate's worst, which chance would raise.
     worst = int(under_end.mean(axis=0).argmax())
     limit, limit_end = limits.any_epoch_at_most, limits.end_at_most
-    return [
+    claims = [
         claim(
             f"one_permutation_aligns_every_epoch_{method}",
             f"{method}: under P_end the test error barrier is at most {limit:.0%} at every epoch (highest at "
@@ -328,6 +279,11 @@ def _judge_method(
             under_end[:, -1],
             under_end[:, -1].mean() <= limit_end,
         ),
+    ]
+    if not early:
+        return claims
+    return [
+        *claims,
         claim(
             f"early_permutations_fail_{method}",
             f"{method}: P_t from epoch {epochs[early[0]]} is worse at the end than P_end: the 95 % interval "
@@ -390,9 +346,10 @@ EXPERIMENT = Experiment(
     schema=Schema(
         "training_trajectories", TrajectoryConfig, TrajectoryRecord[float], TrajectoryRecord[Interval]
     ),
-    build_measure=_TrajectoryMeasure,
+    build_measure=TrajectoryMeasure,
     summarise=lambda config, records: summarise(records),
     judge=judge,
+    select=select,
     csv="barriers.csv",
     rows=figures.tidy_rows,
     figures={

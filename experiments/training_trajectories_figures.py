@@ -93,8 +93,10 @@ def draw_fixed_permutations(results: _Finished, target: Target) -> None:
                 scale, label = METRIC_LABELS[metric]
                 draw_band(axes, epochs, _of(_barriers(summary, method, "none"), metric), GROUND, scale)
                 for style, s in zip(_shades(matched), matched, strict=True):
-                    under = [epoch.methods[method].under[s] for epoch in summary.epochs]
-                    draw_band(axes, epochs, _of(under, metric), style, scale)
+                    # Of an unfinished run, some permutations are measured at some epochs alone.
+                    under = {e.epoch: e.methods[method].under for e in summary.epochs}
+                    at = [t for t in epochs if s in under[t]]
+                    draw_band(axes, at, _of([under[t][s] for t in at], metric), style, scale)
                 dress_epochs(axes, epochs)
                 axes.set(ylabel=label, xlabel="epoch $t$ of the networks")
             row[0].set_title(f"matching of {method}", loc="left")
@@ -196,9 +198,9 @@ def _permutations(record: TrajectoryRecord[float], method: str) -> Iterator[tupl
     last = record.epochs[-1].epoch
     seen = set()
     for s in own[last].under:
-        for t, epoch in own.items():
+        for t in (t for t in own if s in own[t].under):
             seen.add((s, t))
-            yield s, t, epoch.under[s]
+            yield s, t, own[t].under[s]
     for t, epoch in own.items():
         for at, barriers in ((t, epoch.same_epoch), (last, epoch.at_end)):
             if (t, at) not in seen:
@@ -264,7 +266,7 @@ def _canvas(results: _Finished, *, columns: int, note: str) -> tuple[Figure, Any
     figure = Figure(figsize=(3.2 * columns if columns < 4 else 11.2, 0.9 + 2.2 * rows), layout="constrained")
     # Methods are compared down a column, which therefore shares its axis.
     panels = figure.subplots(rows, columns, squeeze=False, sharey="col")
-    entitle(figure, results, "networks", f"; {note}")
+    entitle(figure, results, "networks", note)
     return figure, panels
 
 

@@ -20,7 +20,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from experiments.harness.results import Results
+from experiments.harness.results import PartialResults, Results
 from experiments.harness.statistics import Interval
 
 __all__ = ["Reporter", "cell"]
@@ -89,7 +89,7 @@ class Reporter:
         self.console.print(table)
 
     def conclude(self, results: Results[Any, Any, Any], paths: Iterable[pathlib.Path]) -> None:
-        """Print the claims, the computing time and the files of a finished run."""
+        """Print the claims, what is missing, the computing time and the files of a run."""
         if results.claims:
             alone = " (one pair has no 95 % interval: its value decides)"
             self.say("\nclaims of the paper" + alone * (results.config.replicates == 1))
@@ -100,6 +100,10 @@ class Reporter:
             self.wrap(claim.statement, head=f"{verdict:>13}  ")
             measured = f"measured {_number(claim.measured)}{spread}; paper: {claim.paper}"
             self.wrap(measured, head=" " * 15)
+        if isinstance(results, PartialResults):
+            self.say("\nmissing, as the run is unfinished (go on with --resume)")
+            for line in results.missing:
+                self.wrap(line, head="  ")
         spent = ", ".join(f"{phase} {seconds:.0f} s" for phase, seconds in results.seconds.items())
         self.say(f"\ncomputing time: {spent}")
         for path in paths:

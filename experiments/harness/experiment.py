@@ -9,7 +9,9 @@ from typing import Any, ClassVar, Generic, TypeAlias, TypeVar
 
 import jax
 
+from experiments.harness.algorithms import ALGORITHMS
 from experiments.harness.console import Reporter
+from experiments.harness.deadline import Deadline, OutOfTime
 from experiments.harness.figures import Target
 from experiments.harness.files import write_whole
 from experiments.harness.networks import Networks, Pair
@@ -18,9 +20,12 @@ from experiments.harness.record import PairRecord
 from experiments.harness.results import (
     WAY_OUT,
     Claim,
+    PartialResults,
     Results,
     Schema,
     Seconds,
+    count_pairs,
+    join_environments,
     open_results,
     write_csv,
 )
@@ -35,7 +40,7 @@ from rebasin.training.loop import build_apply
 from rebasin.training.recipes import Recipe
 from rebasin.training.trajectory import Trajectory
 
-__all__ = ["Config", "Experiment", "Measure", "Setup"]
+__all__ = ["Config", "Experiment", "Measure", "Setup", "describe_run", "merged"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,10 +50,11 @@ class Config:
     Attributes:
       recipe: how networks are trained.
       replicates: number of independent pairs; pair r has the seeds ``seed + 2r`` and ``seed + 2r + 1``.
-      seed: the first of the networks' seeds, and the seed of matching methods.
+      seed: the first of the networks' seeds.
       num_alphas: number of points on each path, both ends included.
       num_match: number of training examples, without augmentation, for matching methods that need data;
         `None` for all.
+      algorithm: how weights and activations are matched, a name in `ALGORITHMS`.
 
     Raises:
       ConfigError: listing every field whose value cannot work.
@@ -62,6 +68,7 @@ class Config:
     seed: int
     num_alphas: int
     num_match: int | None
+    algorithm: str = "best"
 
     def __post_init__(self) -> None:
         problems = self.problems()
@@ -77,6 +84,8 @@ class Config:
             problems.append(f"num_alphas: wanted an odd number from 3 on, got {self.num_alphas}")
         elif self.num_alphas < 2:
             problems.append(f"num_alphas: wanted at least 2, both ends of the path, got {self.num_alphas}")
+        if self.algorithm not in ALGORITHMS:
+            problems.append(f"algorithm: wanted one of {', '.join(ALGORITHMS)}, got {self.algorithm!r}")
         return problems
 
     @property
@@ -138,6 +147,7 @@ class Setup(Generic[C]):
       networks: finds and trains networks.
       seconds: counts computing time.
       reporter: shows progress.
+      deadline: ends the measurement between two steps when time is up.
     """
 
     config: C
@@ -147,6 +157,7 @@ class Setup(Generic[C]):
     networks: Networks
     seconds: Seconds
     reporter: Reporter
+    deadline: Deadline = dataclasses.field(default_factory=Deadline)
 
     @functools.cached_property
     def apply_fn(self) -> Callable[[Any, Any], jax.Array]:
@@ -176,6 +187,9 @@ class Experiment(Generic[C, R, S]):
       build_measure: makes the function that measures a pair.
       summarise: ``(config, records) -> summary``.
       judge: ``(config, records) -> claims``; `None` for an experiment that makes no claims.
+      select: ``(config, records) -> (config, records, missing)``: of an unfinished run, a smaller config with
+        records that can be summed up, and what is missing; its config is `None` where nothing can be. `None`
+        for an experiment of which only finished runs are drawn.
       csv: name of the file of tidy rows.
       rows: makes the tidy rows.
       figures: function that draws each figure, by name of its file.
@@ -187,6 +201,7 @@ class Experiment(Generic[C, R, S]):
     build_measure: Callable[[Setup[C]], Measure[R]]
     summarise: Callable[[C, Sequence[R]], S]
     judge: Callable[[C, Sequence[R]], list[Claim]] | None = None
+    select: Callable[[C, Sequence[R]], tuple[C | None, list[R], list[str]]] | None = None
     csv: str
     rows: Callable[[Results[C, R, S]], Iterable[Mapping[str, Any]]]
     figures: Mapping[str, Callable[[Results[C, R, S], Target], None]]
@@ -214,8 +229,11 @@ class Experiment(Generic[C, R, S]):
         keep: str | None = None,
         resume: bool = False,
         reporter: Reporter | None = None,
+        deadline: Deadline | None = None,
     ) -> Results[C, R, S]:
         """Train the networks, measure all pairs, and write results, rows and figures.
+
+        A run that is out of time stores and draws what it has, and is left unfinished.
 
         Args:
           config: what to do.
@@ -225,9 +243,11 @@ class Experiment(Generic[C, R, S]):
           keep: what stays on disk of the networks trained here; by default what the experiment says.
           resume: whether to go on with an unfinished run, without measuring again what is measured.
           reporter: shows progress and tables.
+          deadline: ends the run between two steps when time is up.
 
         Returns:
-          The finished results. Results of an equal config that are finished already are only drawn anew.
+          The finished results, or those so far of a run that is out of time. Results of an equal config
+          that are finished already are only drawn anew.
 
         Raises:
           ConfigError: the output folder holds another config, damaged results, or an unfinished run without
@@ -240,16 +260,81 @@ class Experiment(Generic[C, R, S]):
         with locked(output_dir):
             results = open_results(output_dir, self.schema, config, resume=resume)
             path = output_dir / "results.json"
+            reporter.wrap(f"{self.name}: {describe_run(config)}")
             _check_records(path, results)
             if not results.finished:
                 folders = {"runs_dir": runs_dir, "output_dir": output_dir, "keep": keep or self.keep}
-                networks = Networks(dataset, **folders, reporter=reporter, seconds=results.seconds)
-                self._measure(dataset, networks, results, reporter, path)
-            self.draw(results, output_dir)
-            self.report(results, reporter)
-            files = ("results.json", self.csv, *self.figures)
-            reporter.conclude(results, [output_dir / name for name in files])
+                deadline = deadline or Deadline()
+                shared = {"reporter": reporter, "seconds": results.seconds, "deadline": deadline}
+                networks = Networks(dataset, **folders, **shared)
+                try:
+                    self._measure(dataset, networks, results, reporter, path, deadline)
+                except OutOfTime as stop:
+                    reporter.wrap(f"stopped: {stop}. What was measured is stored: go on with --resume")
+            self.conclude(results, output_dir, reporter)
         return results
+
+    def merge(
+        self, paths: Sequence[pathlib.Path], *, output_dir: pathlib.Path, reporter: Reporter | None = None
+    ) -> Results[C, R, S]:
+        """Combine runs that differ in nothing but their pairs, and write and draw what one run would.
+
+        Args:
+          paths: the ``results.json`` of each run; unfinished ones give the pairs that they have.
+          output_dir: folder that gets the combined ``results.json``, the CSV and the figures.
+          reporter: shows tables.
+
+        Returns:
+          The combined results, finished if all pairs are complete.
+
+        Raises:
+          ConfigError: there are no files, a file is damaged or of another experiment or config, the pairs are
+            not those of one run, or the output folder holds results of another config.
+          FolderInUseError: another process is writing to the output folder.
+        """
+        reporter = reporter or Reporter()
+        if not paths:
+            raise ConfigError("--merge: wanted the results.json of each run, got no file")
+        results = merged(paths, [self.load(path) for path in paths])
+        if all(results.config.is_complete(record) for record in results.records):
+            self.sum_up(results)
+        output_dir.mkdir(parents=True, exist_ok=True)
+        with locked(output_dir):
+            open_results(output_dir, self.schema, results.config, resume=True)
+            reporter.wrap(f"{self.name}: {describe_run(results.config)}")
+            results.save(output_dir / "results.json")
+            self.conclude(results, output_dir, reporter)
+        return results
+
+    def conclude(self, results: Results[C, R, S], output_dir: pathlib.Path, reporter: Reporter) -> None:
+        """Draw results and print their tables and claims; of unfinished ones, as far as they go."""
+        files = ["results.json"]
+        shown = results if results.finished else self.partial(results)
+        if shown is not None:
+            self.draw(shown, output_dir)
+            self.report(shown, reporter)
+            files += [self.csv, *self.figures]
+        reporter.conclude(shown or results, [output_dir / name for name in files])
+
+    def partial(self, results: Results[C, R, S]) -> PartialResults[C, R, S] | None:
+        """Return what is there of an unfinished run, with claims, or `None` if that cannot be drawn."""
+        if self.select is None or not results.records:
+            return None
+        config, records, missing = self.select(results.config, results.records)
+        if config is None:
+            return None
+        shown = PartialResults(
+            results.experiment, config, results.environment, results.seconds, records, missing=tuple(missing)
+        )
+        self.sum_up(shown)
+        return shown
+
+    def sum_up(self, results: Results[C, R, S]) -> None:
+        """Add summary and claims to results whose records are complete."""
+        config, records = results.config, results.records
+        results.summary = _as_stored(self.schema.summary, self.summarise(config, records))
+        claims = self.judge(config, records) if self.judge else []
+        results.claims = [_as_stored(Claim, claim) for claim in claims]
 
     def draw(self, results: Results[C, R, S], output_dir: pathlib.Path) -> None:
         """Write the tidy rows and the figures of finished results, each file whole or not at all."""
@@ -266,32 +351,76 @@ class Experiment(Generic[C, R, S]):
         results: Results[C, R, S],
         reporter: Reporter,
         path: pathlib.Path,
+        deadline: Deadline,
     ) -> None:
         """Add to `results` everything that they lack, and store them after each part."""
         config, records = results.config, results.records
         recipe, pairs = config.recipe, config.pairs
-        done = sum(config.is_complete(record) for record in records)
-        networks.check_resources(pairs[done:], config.wanted_epochs, config.spawn_epochs)
+        done = [i for i, record in enumerate(records) if config.is_complete(record)]
+        left = {i: pair for i, pair in enumerate(pairs) if i not in done}
+        networks.check_resources(list(left.values()), config.wanted_epochs, config.spawn_epochs)
         # The first thing that is written says what the folder is of; a run that is refused leaves nothing.
         results.save(path)
         # A killed run may have stored its last measurement and not yet deleted the networks.
-        for pair in pairs[:done]:
-            networks.release(pair)
+        for i in done:
+            networks.release(pairs[i])
         model = build_model(recipe.model, width=recipe.width, num_classes=dataset.num_classes)
         spec = infer_model_spec(model, dataset)
-        setup = Setup(config, dataset, model, spec, networks, results.seconds, reporter)
+        setup = Setup(config, dataset, model, spec, networks, results.seconds, reporter, deadline)
         measure = self.build_measure(setup)
-        for i, pair in enumerate(pairs[done:], start=done):
+        for i, pair in left.items():
             trained = networks.parents(pair, config.wanted_epochs)
             begun = records[i] if i < len(records) else None
             for record in measure(pair, trained, begun):
-                records[i:] = [_as_stored(self.schema.record, record)]
+                records[i : i + 1] = [_as_stored(self.schema.record, record)]
                 results.save(path)
             networks.release(pair)
-        results.summary = _as_stored(self.schema.summary, self.summarise(config, records))
-        claims = self.judge(config, records) if self.judge else []
-        results.claims = [_as_stored(Claim, claim) for claim in claims]
+        self.sum_up(results)
         results.save(path)
+
+
+def merged(paths: Sequence[pathlib.Path], parts: Sequence[Results[C, R, S]]) -> Results[C, R, S]:
+    """Return the pairs of several runs as those of one, without summary and claims."""
+    first = to_json(parts[0].config)
+    problems = []
+    for path, part in zip(paths, parts, strict=True):
+        found = to_json(part.config)
+        problems += [
+            f"{path}: {name}: {found[name]!r}, {wanted!r} in the first"
+            for name, wanted in first.items()
+            if found[name] != wanted and name not in ("seed", "replicates")
+        ]
+    if problems:
+        raise ConfigError(problem_list("runs of different configs cannot be merged:", problems))
+    parts = sorted(parts, key=lambda part: part.config.seed)
+    records = [record for part in parts for record in part.records]
+    config = dataclasses.replace(parts[0].config, replicates=1)
+    each = len(config.pairs)  # records of one replicate
+    config = dataclasses.replace(config, replicates=max(1, -(-len(records) // each)))
+    seeds, wanted = [record.seeds for record in records], [pair.seeds for pair in config.pairs]
+    if seeds != wanted:
+        raise ConfigError(
+            "these pairs are not those of one run: wanted the seeds "
+            f"{', '.join(map(str, wanted))}, got {', '.join(map(str, seeds)) or 'none'}"
+        )
+    results = Results(parts[0].experiment, config, join_environments([p.environment for p in parts]))
+    results.records = records
+    for part in parts:
+        for phase, seconds in part.seconds.items():
+            results.seconds.add(phase, seconds)
+    return results
+
+
+def describe_run(config: Config) -> str:
+    """Say what networks a run is about, and how they are matched.
+
+    Examples:
+      >>> recipe = Recipe("mnist", "mlp", width=64, epochs=9, warmup_epochs=1)
+      >>> describe_run(Config(recipe=recipe, replicates=2, seed=0, num_alphas=5, num_match=None))
+      'mlp (width 64) on mnist, 2 pairs of networks, algorithm best'
+    """
+    recipe, pairs = config.recipe, count_pairs(config.replicates)
+    return f"{recipe.model} (width {recipe.width}) on {recipe.dataset}, {pairs}, algorithm {config.algorithm}"
 
 
 def _check_records(path: pathlib.Path, results: Results[Any, Any, Any]) -> None:
@@ -306,8 +435,8 @@ def _check_records(path: pathlib.Path, results: Results[Any, Any, Any]) -> None:
     if len(records) > len(pairs):
         problems.append(f"records: wanted {len(pairs)} at most, got {len(records)}")
     begun = [i for i, record in enumerate(records) if not config.is_complete(record)]
-    if not problems and begun and (begun[0] < len(records) - 1 or results.finished):
-        problems.append(f"records.{begun[0]}: parts are missing, and yet the run goes on behind it")
+    if not problems and begun and results.finished:
+        problems.append(f"records.{begun[0]}: parts are missing, and yet the run is finished")
     if results.finished and len(records) < len(pairs):
         problems.append(f"records: wanted {len(pairs)} in a finished run, got {len(records)}")
     if problems:

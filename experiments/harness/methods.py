@@ -9,7 +9,9 @@ from typing import Any, TypeAlias
 import jax
 
 import rebasin
+from experiments.harness.algorithms import algorithm_options
 from experiments.harness.experiment import Setup
+from experiments.harness.networks import Pair
 from experiments.harness.record import MatchRecord, Objective, TestPath
 from rebasin.arithmetic import distance
 from rebasin.barrier import BarrierCurve
@@ -28,8 +30,8 @@ __all__ = [
     "check_methods",
 ]
 
-# (params_a, params_b) -> the match.
-Matcher: TypeAlias = Callable[[Any, Any], rebasin.MatchResult]
+# (params_a, params_b) -> the match; `key` may be given by name.
+Matcher: TypeAlias = Callable[..., rebasin.MatchResult]
 
 # The methods that arXiv 2404.06498 compares.
 PAPER_METHODS = ("weights", "activations")
@@ -63,8 +65,9 @@ def build_matchers(
 ) -> dict[str, Matcher]:
     """Return the functions behind the names of methods.
 
-    Methods that need data are given the `match_data` of the setup; methods that draw at random are given the
-    seed of the config.
+    Weights and activations are matched as the config's algorithm says. Methods that need data are given the
+    `match_data` of the setup; methods that draw at random are given the seed of the config, unless the caller
+    passes a ``key``, such as that of a pair.
 
     Args:
       setup: what the experiment measures with.
@@ -73,7 +76,7 @@ def build_matchers(
       options: options of single methods, by name, in place of their defaults.
 
     Returns:
-      ``match(params_a, params_b) -> MatchResult`` for each name.
+      ``match(params_a, params_b, key=…) -> MatchResult`` for each name.
     """
     data = jax.device_put(setup.match_data)
     given = options or {}
@@ -89,7 +92,7 @@ def _build_matcher(
     return functools.partial(
         rebasin.match,
         setup.spec,
-        method=as_method(name, **{**options, **given}),
+        method=as_method(name, **{**algorithm_options(setup.config.algorithm, name), **options, **given}),
         key=jax.random.key(setup.config.seed),
         # A method keeps what it compiled for a function, which must therefore be one for all pairs.
         apply_fn=setup.apply_fn,
@@ -129,12 +132,13 @@ class MethodComparison:
         self._sweep = rebasin.build_sweep(setup.metrics_fn, num_alphas=setup.config.num_alphas)
 
     def measure(
-        self, trained: Sequence[Trajectory], title: str, begun: Mapping[str, MatchRecord[float]]
+        self, trained: Sequence[Trajectory], pair: Pair, title: str, begun: Mapping[str, MatchRecord[float]]
     ) -> Iterator[Mapping[str, MatchRecord[float]]]:
         """Measure the last networks of two trajectories under every method that is not measured yet.
 
         Args:
           trained: both trajectories.
+          pair: the pair that they are.
           title: name of the pair, for the progress bar.
           begun: the records of the methods that are measured already.
 
@@ -146,7 +150,7 @@ class MethodComparison:
         missing = [name for name in self.names if name not in records]
         with self._setup.reporter.stage(title, len(missing)) as advance:
             for name in missing:
-                records[name] = self._measure_method(name, params_a, params_b)
+                records[name] = self._measure_method(name, params_a, params_b, pair)
                 yield dict(records)
                 advance()
 
@@ -155,10 +159,10 @@ class MethodComparison:
         """What is measured of each pair: `BASELINE`, then the methods."""
         return (BASELINE, *self._methods)
 
-    def _measure_method(self, name: str, params_a: Any, params_b: Any) -> MatchRecord[float]:
+    def _measure_method(self, name: str, params_a: Any, params_b: Any, pair: Pair) -> MatchRecord[float]:
         """Match by one method and measure the paths that it leaves."""
         began = time.perf_counter()
-        match = None if name == BASELINE else self._matchers[name](params_a, params_b)
+        match = None if name == BASELINE else self._matchers[name](params_a, params_b, key=pair.key)
         seconds = 0.0 if match is None else time.perf_counter() - began
         self._setup.seconds.add("matching", seconds)
         with self._setup.seconds.count("barriers"):

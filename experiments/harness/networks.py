@@ -13,7 +13,10 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
+import jax
+
 from experiments.harness.console import Reporter
+from experiments.harness.deadline import Deadline
 from experiments.harness.paths import network_shapes
 from experiments.harness.results import Seconds
 from rebasin.errors import ConfigError, TrajectoryError
@@ -41,9 +44,13 @@ __all__ = [
 # What stays on disk of the networks that an experiment trains.
 KEEP = {
     "all": "every epoch, in runs_dir, for other experiments to find",
+    "measured": "the epochs that are measured, in runs_dir, and of children the last",
     "ends": "first and last epochs (of children the last), in OUTPUT_DIR/networks",
     "none": "nothing",
 }
+
+# Those of them with which parents are trained in runs_dir.
+_SHARED = ("all", "measured")
 
 # The children that leave a pair of parents at a spawn epoch, A¹, A² and B¹, each as the index of its parent
 # in the pair and its own number among the parent's children.
@@ -51,6 +58,9 @@ CHILDREN = ((0, 1), (0, 2), (1, 1))
 
 # How often a network that another process trains is looked at again.
 WAIT_SECONDS = 1.0
+
+# A step of training, for a deadline.
+_EPOCH = "another epoch of training"
 
 T = TypeVar("T")
 
@@ -68,6 +78,11 @@ class Pair(NamedTuple):
 
     recipe: Recipe
     seeds: tuple[int, int]
+
+    @property
+    def key(self) -> jax.Array:
+        """The key of matching methods, which a pair has in whatever run it is measured."""
+        return jax.random.key(self.seeds[0])
 
     def __str__(self) -> str:
         return f"seeds {self.seeds[0]} and {self.seeds[1]}"
@@ -113,6 +128,7 @@ def train_networks(
     reporter: Reporter,
     seconds: Seconds,
     keep: Collection[int] | None = None,
+    deadline: Deadline | None = None,
 ) -> list[Trajectory]:
     """Train one network for each seed, unless it is there; go on with an interrupted run of the same recipe.
 
@@ -124,17 +140,35 @@ def train_networks(
       reporter: shows progress.
       seconds: counts the time that training takes.
       keep: epochs to store; `None` stores all.
+      deadline: ends the training between two epochs when time is up.
 
     Returns:
       The trajectories, in the order of `seeds`. A network that another process trains is waited for.
+
+    Raises:
+      OutOfTime: there may be no time for another epoch. Epochs that are stored stay.
     """
+    deadline = deadline or Deadline()
 
     def train_one(seed: int) -> Trajectory:
         directory = run_directory(runs_dir, recipe, seed)
         begun = _last_stored(directory)
         title = f"train seed {seed}" + f" from epoch {begun}" * bool(begun)
+        if begun < recipe.epochs:
+            deadline.require(_EPOCH)
+        last = deadline.elapsed
+
+        def progress(done: int, epochs: int, metrics: Mapping[str, float]) -> None:
+            nonlocal last
+            del metrics
+            advance()
+            deadline.add(_EPOCH, deadline.elapsed - last)
+            last = deadline.elapsed
+            if done < epochs:
+                deadline.require(_EPOCH)
+
         with seconds.count("training"), reporter.stage(title, recipe.epochs - begun) as advance:
-            options = {"keep": keep, "resume": True, "progress": lambda *_: advance()}
+            options = {"keep": keep, "resume": True, "progress": progress}
             return train(recipe, dataset, seed=seed, directory=directory, **options)
 
     trajectories = []
@@ -176,6 +210,7 @@ class Networks:
       keep: a name in `KEEP`.
       reporter: shows progress.
       seconds: counts the time that training takes.
+      deadline: ends the training of parents between two epochs when time is up.
 
     Raises:
       ConfigError: `keep` is not in `KEEP`.
@@ -190,12 +225,13 @@ class Networks:
         keep: str,
         reporter: Reporter,
         seconds: Seconds,
+        deadline: Deadline | None = None,
     ) -> None:
         if keep not in KEEP:
             raise ConfigError(f"keep: wanted one of {', '.join(KEEP)}, got {keep!r}")
         self.dataset, self.keep = dataset, keep
         self.runs_dir, self.scratch = runs_dir, output_dir / "networks"
-        self.reporter, self.seconds = reporter, seconds
+        self.reporter, self.seconds, self.deadline = reporter, seconds, deadline
 
     def parents(self, pair: Pair, epochs: Collection[int]) -> list[Trajectory]:
         """Return both trajectories of a pair, with at least the wanted epochs.
@@ -205,8 +241,8 @@ class Networks:
         """
         found = []
         for seed in pair.seeds:
-            # With keep="all" a network is also trained in the folder that experiments share.
-            shared = self.keep == "all" or _holds(run_directory(self.runs_dir, pair.recipe, seed), epochs)
+            # A network that is kept for other experiments is also trained in the folder that they share.
+            shared = self.keep in _SHARED or _holds(run_directory(self.runs_dir, pair.recipe, seed), epochs)
             (trajectory,) = train_networks(
                 pair.recipe,
                 self.dataset,
@@ -214,7 +250,8 @@ class Networks:
                 runs_dir=self.runs_dir if shared else self.scratch,
                 reporter=self.reporter,
                 seconds=self.seconds,
-                keep=None if shared else tuple(epochs),
+                keep=None if self.keep == "all" else tuple(epochs),
+                deadline=self.deadline,
             )
             missing = sorted(set(epochs) - set(trajectory.epochs))
             if missing:
@@ -319,7 +356,7 @@ class Networks:
         what = f"a network ({recipe.model}) of width {recipe.width}"
         check_memory(size, what)
         count = self._count_stored(recipe.epochs, new, epochs, spawned)
-        where = self.runs_dir if self.keep == "all" else self.scratch
+        where = self.runs_dir if self.keep in _SHARED else self.scratch
         bases = {run_directory(where, pair.recipe, pair.seeds[0]).parent for pair in pairs}
         check_disk(size, count, where, "the networks", stored=sum(map(_disk_use, bases)))
         # A stored epoch has its momentum beside it.
@@ -338,8 +375,8 @@ class Networks:
             return sum(new) * (last + 1) + families * sum(last - epoch + 1 for epoch in spawned)
         # While a run goes on, the epoch at which it would resume is stored too.
         working = max(new) * (len(set(epochs)) + 1)
-        ends = min(2, len(set(epochs)))
-        staying = ends * sum(new) + families * len(spawned) if self.keep == "ends" else 0
+        ends = len(set(epochs)) if self.keep == "measured" else min(2, len(set(epochs)))
+        staying = ends * sum(new) + families * len(spawned) if self.keep != "none" else 0
         return working + staying + (2 if spawned else 0)
 
 

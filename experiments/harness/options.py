@@ -14,6 +14,8 @@ import jax
 from absl import app, flags, logging
 
 import rebasin
+from experiments.harness.algorithms import ALGORITHMS, PAPER_ALGORITHM
+from experiments.harness.deadline import Deadline
 from experiments.harness.experiment import C, Experiment
 from experiments.harness.files import explain
 from experiments.harness.networks import KEEP, shared_runs
@@ -42,7 +44,7 @@ _PRESET = flags.DEFINE_enum(
     "and more), paper (the full recipe, for an accelerator).",
 )
 _OUTPUT_DIR = flags.DEFINE_string(
-    "output_dir", None, "Folder for results.json, the CSV and the figures; must be given.", required=True
+    "output_dir", None, "Folder for results.json, the CSV and the figures; must be given."
 )
 _RUNS_DIR = flags.DEFINE_string(
     "runs_dir",
@@ -80,8 +82,19 @@ _NUM_ALPHAS = flags.DEFINE_integer(
 _NUM_EVAL = flags.DEFINE_integer(
     "num_eval", None, "Examples of each split on which paths are measured.", lower_bound=1
 )
+_ALGORITHM = flags.DEFINE_enum(
+    "algorithm",
+    None,
+    list(ALGORITHMS),
+    "How weights and activations are matched: paper (Algorithm 1 of arXiv 2404.06498 for weights, and "
+    "activations on all training data) or best (this project's defaults); by default the preset's.",
+)
 _NUM_MATCH = flags.DEFINE_integer(
-    "num_match", None, "Training examples for matching methods that need data.", lower_bound=1
+    "num_match",
+    None,
+    "Training examples for matching methods that need data; by default the preset's, and all with "
+    "--algorithm=paper.",
+    lower_bound=1,
 )
 _KEEP_CHECKPOINTS = flags.DEFINE_enum(
     "keep_checkpoints",
@@ -119,7 +132,14 @@ class Choice(NamedTuple):
         return self.fields["recipe"].epochs
 
 
-def define_flags(binary: str, *, methods: bool = False, strict: bool = False) -> None:
+def define_flags(
+    binary: str,
+    *,
+    methods: bool = False,
+    strict: bool = False,
+    time_limit: bool = False,
+    merge: bool = False,
+) -> None:
     """List the shared flags in the help of a binary, and give it the flags that only some binaries have.
 
     Two binaries may be imported in one process, as tests do; a flag that both have is defined once.
@@ -128,6 +148,8 @@ def define_flags(binary: str, *, methods: bool = False, strict: bool = False) ->
       binary: ``__name__`` of the binary's module.
       methods: whether the binary has ``--methods``, see `chosen_methods`.
       strict: whether the binary makes claims and has ``--strict``.
+      time_limit: whether the binary has ``--time_limit``.
+      merge: whether the binary has ``--merge``.
     """
     if methods and "methods" not in flags.FLAGS:
         flags.DEFINE_list(
@@ -138,9 +160,25 @@ def define_flags(binary: str, *, methods: bool = False, strict: bool = False) ->
         )
     if strict and "strict" not in flags.FLAGS:
         flags.DEFINE_bool("strict", False, "Exit with status 1 if a claim does not hold.")
+    if time_limit and "time_limit" not in flags.FLAGS:
+        flags.DEFINE_float(
+            "time_limit",
+            None,
+            "Seconds after which the run must have ended. It stops between two steps when another might not "
+            "end in time, draws what it has, and goes on with --resume.",
+            lower_bound=1,
+        )
+    if merge and "merge" not in flags.FLAGS:
+        flags.DEFINE_bool(
+            "merge",
+            False,
+            "Measure nothing; combine the results.json files that follow, of runs that differ in nothing but "
+            "their seeds, into one in OUTPUT_DIR.",
+        )
+    own = {"methods": methods, "strict": strict, "time_limit": time_limit, "merge": merge}
     # absl files the flags of the main module under the name of the program.
     module = sys.argv[0] if binary == "__main__" else binary
-    for name in (*_SHARED, *["methods"] * methods, *["strict"] * strict):
+    for name in (*_SHARED, *(name for name, has in own.items() if has)):
         flags.FLAGS.register_key_flag_for_module(module, flags.FLAGS[name])
 
 
@@ -165,12 +203,15 @@ def choose(regime: str = "trajectory") -> Choice:
         # A short trial asks for few epochs and should not have to name a shorter warm-up as well.
         warmup = min(preset.build_recipe(regime).warmup_epochs, epochs)
     recipe = preset.build_recipe(regime, **changes, epochs=epochs, warmup_epochs=warmup)
+    algorithm = _ALGORITHM.value or preset.algorithm
+    num_match = None if algorithm == PAPER_ALGORITHM else preset.num_match
     fields = {
         "recipe": recipe,
         "replicates": _REPLICATES.value or preset.replicates,
         "seed": _SEED.value,
         "num_alphas": _NUM_ALPHAS.value or preset.num_alphas,
-        "num_match": _NUM_MATCH.value or preset.num_match,
+        "num_match": _NUM_MATCH.value or num_match,
+        "algorithm": algorithm,
     }
     return Choice(preset, fields, _NUM_EVAL.value or preset.num_eval)
 
@@ -199,12 +240,17 @@ def run_binary(
       experiment: what to run.
       build_config: reads the flags.
     """
-    if len(arguments) > 1:
+    deadline = _given("time_limit") and Deadline(_given("time_limit"))
+    merge = _given("merge")
+    if len(arguments) > 1 and not merge:
         raise app.UsageError(f"unknown arguments {arguments[1:]}")
     if not flags.FLAGS["verbosity"].present:
         # Without this JAX reports on its backends.
         logging.set_verbosity(logging.WARNING)
     try:
+        if merge:
+            experiment.merge([pathlib.Path(name) for name in arguments[1:]], output_dir=_output_directory())
+            return
         config = build_config()
         results = experiment.run(
             config,
@@ -214,6 +260,7 @@ def run_binary(
             # 151 epochs of a VGG-16 of width 64, with momentum, are 18 GB.
             keep=_KEEP_CHECKPOINTS.value or ("ends" if _PRESET.value == "paper" else None),
             resume=_RESUME.value,
+            deadline=deadline,
         )
     except RebasinError as error:
         sys.exit(f"error: {error}")
@@ -231,6 +278,11 @@ def run_binary(
         sys.exit(1)
 
 
+def _given(name: str) -> Any:
+    """Return the value of a flag that only some binaries have, `None` where it is not defined."""
+    return flags.FLAGS[name].value if name in flags.FLAGS else None
+
+
 def _going_on() -> str:
     """Return what to say of the results in the output folder, nothing where there are none."""
     try:
@@ -241,7 +293,7 @@ def _going_on() -> str:
 
 
 def _output_directory() -> pathlib.Path:
-    """Return the folder for results; an empty name, which would be the current folder, is a `ConfigError`."""
+    """Return the folder for results; a name that is missing or empty is a `ConfigError`."""
     if not _OUTPUT_DIR.value:
         raise ConfigError("--output_dir is empty; name a folder for results.json, the CSV and the figures")
     return expand_home(_OUTPUT_DIR.value)

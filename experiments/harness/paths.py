@@ -94,24 +94,43 @@ class Paths:
       spec: the symmetries of the networks.
       params_a: network A.
       params_b: network B.
+      unaligned: the path between A and B, where it was measured before.
 
     Attributes:
       unaligned: the path between A and B.
     """
 
-    def __init__(self, meter: PathMeter, spec: PermutationSpec, params_a: Any, params_b: Any) -> None:
+    def __init__(
+        self,
+        meter: PathMeter,
+        spec: PermutationSpec,
+        params_a: Any,
+        params_b: Any,
+        unaligned: BarrierCurve | None = None,
+    ) -> None:
         self._meter, self._spec = meter, spec
         self._params_a, self._params_b = jax.device_put((params_a, params_b))
-        self.unaligned = meter(self._params_a, self._params_b)
+        self.unaligned = meter(self._params_a, self._params_b) if unaligned is None else unaligned
         self._curves: dict[bytes, BarrierCurve] = {}
+        self._barriers: dict[bytes, Metrics[float]] = {}
 
     def curve(self, permutation: Permutation) -> BarrierCurve:
         """Return the path between A and P[B]."""
-        # Late in training the permutations of many epochs are equal.
-        key = b"".join(np.asarray(row, np.int32).tobytes() for row in permutation.values())
+        key = _key(permutation)
         if key not in self._curves:
             self._curves[key] = self._meter(self._params_a, self._moved(permutation), self.unaligned)
         return self._curves[key]
+
+    def barriers(self, permutation: Permutation) -> Metrics[float]:
+        """Return the barriers of the path between A and P[B]."""
+        key = _key(permutation)
+        if key not in self._barriers:
+            self._barriers[key] = barriers(self.curve(permutation))
+        return self._barriers[key]
+
+    def remember(self, permutation: Permutation, measured: Metrics[float]) -> None:
+        """Take over the barriers of the path between A and P[B], which were measured before."""
+        self._barriers[_key(permutation)] = measured
 
     def distance(self, permutation: Permutation | None = None) -> float:
         """Return the Euclidean distance of A and P[B], or of A and B, over all weights."""
@@ -121,6 +140,11 @@ class Paths:
         if permutation is None:
             return self._params_b
         return compiled_permute(self._spec, permutation, self._params_b)
+
+
+def _key(permutation: Permutation) -> bytes:
+    """Return the same for equal permutations, such as those of many epochs late in training."""
+    return b"".join(np.asarray(row, np.int32).tobytes() for row in permutation.values())
 
 
 def barriers(curve: BarrierCurve) -> Metrics[float]:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from experiments.harness.algorithms import PAPER_ALGORITHM
 from rebasin.errors import ConfigError
 from rebasin.training.recipes import Recipe, build_recipe
 
@@ -38,6 +39,7 @@ class Preset(NamedTuple):
       num_match: number of training examples for matching methods that need data, `None` for all.
       by_regime: fields of `Recipe` that differ in a regime, by the regime's name.
       num_alphas: number of points on each path, both ends included.
+      algorithm: how weights and activations are matched, a name in `ALGORITHMS`.
     """
 
     recipe: Mapping[str, Any]
@@ -50,6 +52,7 @@ class Preset(NamedTuple):
     num_match: int | None
     by_regime: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
     num_alphas: int = 25
+    algorithm: str = "best"
 
     def build_recipe(self, regime: str, **changes: Any) -> Recipe:
         """Return the recipe of a regime, with those `changes` that are not `None`."""
@@ -139,7 +142,9 @@ PRESETS: dict[str, dict[str, Preset]] = {
             thresholds=_PAPER,
             match_epochs=(1, 3, 5, 10, 20, 50, 80, 110, 150),
             spawn_epochs=(0, 1, 2, 3, 5, 7, 10, 14, 20, 40, 80),
-            num_match=10_000,
+            # As the paper, on all training data.
+            num_match=None,
+            algorithm=PAPER_ALGORITHM,
         )
         for model, dataset, width in (
             ("vgg16", "cifar10", 64),

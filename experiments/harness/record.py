@@ -154,7 +154,8 @@ class AlignedEpoch(Generic[N]):
       objective: the method's own objective at P_t, in the method's unit.
       same_epoch: barriers of the path between A_t and P_t[B_t].
       at_end: barriers of the path between A and P_t[B] at the last epoch.
-      under: barriers of the path between A_t and P_s[B_t], by match epoch s; the last of them is P_end.
+      under: barriers of the path between A_t and P_s[B_t], by match epoch s; the last of them is P_end. In
+        an unfinished record only P_end and P_t are always there.
       distance_same_epoch: Euclidean distance ‖A_t − P_t[B_t]‖ over all weights.
       distance_end: Euclidean distance ‖A_t − P_end[B_t]‖ over all weights.
       fixed_points: agreement of P_t with P_end.
@@ -357,7 +358,7 @@ def added(record: P, part: Any) -> P:
 
     Args:
       record: a record whose class names its `parts`.
-      part: for example the `EpochRecord` of an epoch that the record lacks.
+      part: for example the `EpochRecord` of an epoch. It replaces that of the same epoch.
 
     Examples:
       >>> first, second = (EpochRecord(t, None, None, 0.0, {}) for t in (3, 1))
@@ -367,7 +368,8 @@ def added(record: P, part: Any) -> P:
     name, key = record.parts or (None, None)
     if name is None or key is None:
         raise TypeError(f"{type(record).__name__} has no parts in an order")
-    parts = sorted([*getattr(record, name), part], key=lambda part: getattr(part, key))
+    others = [other for other in getattr(record, name) if getattr(other, key) != getattr(part, key)]
+    parts = sorted([*others, part], key=lambda part: getattr(part, key))
     return dataclasses.replace(record, **{name: tuple(parts)})
 
 

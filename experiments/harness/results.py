@@ -10,7 +10,7 @@ import pathlib
 import platform
 import subprocess
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from typing import Any, Generic, TypeVar
 
@@ -26,6 +26,7 @@ from rebasin.errors import ConfigError, problem_list
 __all__ = [
     "WAY_OUT",
     "Claim",
+    "PartialResults",
     "Results",
     "Schema",
     "Seconds",
@@ -33,6 +34,7 @@ __all__ = [
     "count_pairs",
     "describe_environment",
     "describe_mean",
+    "join_environments",
     "open_results",
     "write_csv",
 ]
@@ -196,6 +198,17 @@ class Results(Generic[C, R, S]):
         return cls(**{**fields, "seconds": Seconds(fields["seconds"])})
 
 
+@dataclasses.dataclass
+class PartialResults(Results[C, R, S]):
+    """What is there of an unfinished run, as results of a smaller config that can be drawn.
+
+    Attributes:
+      missing: what is missing, one line for each thing.
+    """
+
+    missing: tuple[str, ...] = ()
+
+
 def count_pairs(replicates: int, what: str = "networks") -> str:
     """Say how many pairs there are, for example ``"3 pairs of networks"``."""
     return f"{replicates} pair{'s' * (replicates > 1)} of {what}"
@@ -231,6 +244,7 @@ def open_results(
     found, wanted = _read_content(path, schema.experiment)["config"], to_json(config)
     if not isinstance(found, dict):
         raise ConfigError(f"{path} is damaged: config is no object; {WAY_OUT}")
+    found = {**_defaults(schema.config), **found}
     differences = [
         f"{name}: {found.get(name)!r} there, {wanted.get(name)!r} wanted"
         for name in {**found, **wanted}
@@ -245,6 +259,12 @@ def open_results(
             "pass --resume to go on with it"
         )
     return results
+
+
+def _defaults(config: type[Any]) -> dict[str, Any]:
+    """Return the options that a file may lack since they are newer than it, and what they were then."""
+    fields = dataclasses.fields(config)
+    return {f.name: to_json(f.default) for f in fields if f.default is not dataclasses.MISSING}
 
 
 def write_csv(path: pathlib.Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -266,6 +286,21 @@ def describe_environment() -> dict[str, Any]:
         "device": f"{jax.device_count()} × {device.platform} {device.device_kind}",
         "commit": _commit(),
     }
+
+
+def join_environments(environments: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the environments of several runs as one; where they differ, a list has each value once.
+
+    Examples:
+      >>> join_environments([{"python": "3.12", "commit": "a"}, {"python": "3.12", "commit": "b"}])
+      {'python': '3.12', 'commit': ['a', 'b']}
+    """
+    joined = {}
+    for name in environments[0]:
+        values = [environment.get(name) for environment in environments]
+        different = [value for i, value in enumerate(values) if value not in values[:i]]
+        joined[name] = different if len(different) > 1 else different[0]
+    return joined
 
 
 def _commit() -> str | None:

@@ -29,6 +29,7 @@ def test_a_row_has_paired_ratios_and_counts_equal_permutations():
     assert comparison.row() == ("mlp:512", "2", "1", "0.50", "10", "20", "2.00", "+16.6667", "2/3")
 
 
+@pytest.mark.slow
 def test_a_version_is_like_itself():
     found = compare("mlp:8", {"old": ROOT, "new": None}, first_calls=2, rounds=2)
     assert {name: len(calls) for name, calls in found.first_calls.items()} == {"old": 2, "new": 2}

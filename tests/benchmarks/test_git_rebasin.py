@@ -72,6 +72,7 @@ def test_objective_never_falls_and_no_group_can_do_better(seed):
     assert again.objective[-1] == pytest.approx(objective[-1], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_planted_permutation_of_kernels_is_recovered():
     """Leaves of four axes, two of which move, and a group on several leaves."""
     table = {

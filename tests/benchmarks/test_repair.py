@@ -2,6 +2,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from benchmarks.repair import MATCHINGS, UNALIGNED, VARIANTS, PairMeasurements, report
 from benchmarks.reports import Reporter
@@ -20,6 +21,7 @@ class Normed(nn.Module):
         return nn.Dense(10)(nn.relu(BatchNorm()(x)))
 
 
+@pytest.mark.slow
 def test_variants_are_measured_and_told_apart(monkeypatch, capsys):
     monkeypatch.setitem(models.MODELS, "normed", lambda width, num_classes: Normed())
     digits = load_dataset("digits")

@@ -8,12 +8,12 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from experiments import compare_methods, learning_rates, sgd_instability, training_trajectories
+from experiments import compare_methods, learning_rates, paper_pair, sgd_instability, training_trajectories
 from experiments.harness.experiment import Experiment
 from experiments.harness.networks import KEEP
 from experiments.harness.results import Claim, Results
 
-BINARIES = (training_trajectories, sgd_instability, compare_methods, learning_rates)
+BINARIES = (training_trajectories, paper_pair, sgd_instability, compare_methods, learning_rates)
 
 # A value of each flag that is nobody's default. A flag that is missing here fails the test.
 SAMPLES = {
@@ -30,7 +30,10 @@ SAMPLES = {
     "epochs": "25",
     "warmup_epochs": "2",
     "resume": "true",
+    "algorithm": "paper",
     "strict": "true",
+    "time_limit": "600",
+    "merge": "true",
     "methods": "covariance",
     "num_alphas": "9",
     "num_eval": "123",
@@ -67,7 +70,12 @@ def seen(monkeypatch):
         return Results(experiment.name, config, claims=[Claim("x", "", "", 0.0, 0.0, 0.0, holds=False)])
 
     monkeypatch.setattr("experiments.harness.options.load_dataset", lambda *names, **where: (names, where))
+
+    def merge(experiment, paths, **options):
+        calls.append((experiment, paths, None, options))
+
     monkeypatch.setattr(Experiment, "run", run)
+    monkeypatch.setattr(Experiment, "merge", merge)
     return calls
 
 
@@ -78,9 +86,11 @@ def listed(binary):
 
 @pytest.mark.parametrize("binary", BINARIES, ids=lambda binary: binary.__name__)
 def test_every_flag_that_a_binary_lists_acts(binary, seen):
-    before = (call(binary), seen.pop())
+    # Epochs among the samples are those of the digits.
+    base = ["--preset=digits"] * (binary is paper_pair)
+    before = (call(binary, *base), seen.pop())
     for name in sorted(listed(binary)):
-        after = (call(binary, f"--{name}={SAMPLES[name]}"), seen.pop())
+        after = (call(binary, *base, f"--{name}={SAMPLES[name]}"), seen.pop())
         assert after != before, f"--{name} changes nothing"
     assert call(binary) == 0
 
@@ -92,10 +102,12 @@ def test_flags_that_some_binaries_lack():
         for name in SAMPLES
         if name not in every
     } == {
-        "strict": ["training_trajectories", "sgd_instability", "learning_rates"],
-        "methods": ["training_trajectories", "sgd_instability", "compare_methods"],
-        "record_epochs": ["training_trajectories"],
-        "match_epochs": ["training_trajectories"],
+        "strict": ["training_trajectories", "paper_pair", "sgd_instability", "learning_rates"],
+        "methods": ["training_trajectories", "paper_pair", "sgd_instability", "compare_methods"],
+        "time_limit": ["training_trajectories", "paper_pair"],
+        "merge": ["training_trajectories"],
+        "record_epochs": ["training_trajectories", "paper_pair"],
+        "match_epochs": ["training_trajectories", "paper_pair"],
         "spawn_epochs": ["sgd_instability"],
         "onset_at_most": ["sgd_instability"],
         "num_repair": ["compare_methods"],
@@ -207,3 +219,26 @@ def test_help_teaches(binary):
     assert all(f"--{name}:" in text or f"--[no]{name}:" in text for name in listed(binary))
     assert f"python -m {binary.__name__} --preset=digits" in binary.__doc__
     assert "results.json" in binary.__doc__
+
+
+def test_the_pair_of_the_paper(seen):
+    def config(*arguments):
+        assert call(paper_pair, *arguments) == 0
+        _, config, _, options = seen.pop()
+        return config, options
+
+    found, options = config("--model=vgg16", "--seed=2", "--time_limit=560")
+    assert (found.recipe.epochs, found.recipe.width, found.replicates, found.seed) == (150, 64, 1, 2)
+    assert found.epochs == (0, 1, 3, 5, 10, 20, 50, 80, 110, 150)
+    assert found.match_epochs == (3, 5, 10, 20, 150)
+    assert (found.num_eval, found.num_match, found.algorithm, found.num_alphas) == (5_000, None, "paper", 25)
+    assert (options["keep"], options["deadline"].limit) == ("measured", 560.0)
+    assert config("--epochs=7")[0].epochs == (0, 1, 2, 3, 5, 7)
+    assert config("--preset=digits", "--num_eval=9")[0].num_eval == 9
+    with flagsaver.flagsaver():
+        flags.FLAGS(["paper_pair", "--model=resnet20", "--algorithm=best"])
+        paper_pair.build_config()
+        assert flags.FLAGS["output_dir"].value == "paper_pairs/resnet20_seed_0_best"
+    # The defaults of this binary are its own.
+    call(training_trajectories)
+    assert seen.pop()[1].replicates == 5

@@ -18,7 +18,7 @@ from experiments import compare_methods, learning_rates
 from experiments.harness.console import Reporter
 from experiments.harness.experiment import Setup
 from experiments.harness.methods import MethodComparison
-from experiments.harness.networks import run_directory
+from experiments.harness.networks import Pair, run_directory
 from experiments.harness.record import MethodsRecord
 from experiments.harness.results import Results, Seconds
 from experiments.harness.serialisation import to_json
@@ -139,7 +139,9 @@ def normed():
     spec = rebasin.infer_spec(model.apply, trees[0], images[:1])
     setup = Setup(methods_config(), dataset, model, spec, None, Seconds(), reporter())
     comparison = MethodComparison(setup, ("weights",), num_test=200, num_repair=100)
-    *_, measured = comparison.measure([SimpleNamespace(last=tree) for tree in trees], "", {})
+    *_, measured = comparison.measure(
+        [SimpleNamespace(last=tree) for tree in trees], Pair(None, (0, 1)), "", {}
+    )
     config = methods_config(methods=("weights",), replicates=1)
     results = Results("compare_methods", config, records=[MethodsRecord((0, 1), measured)])
     return dataset, model, trees, results

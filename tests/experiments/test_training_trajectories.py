@@ -12,11 +12,11 @@ import jax
 import numpy as np
 import pytest
 from rich.console import Console
+from small_experiment import quiet, small_config
 
 import rebasin
 from experiments.harness.console import Reporter
 from experiments.harness.networks import run_directory
-from experiments.harness.presets import Thresholds
 from experiments.harness.record import (
     METRICS,
     AlignedEpoch,
@@ -25,35 +25,11 @@ from experiments.harness.record import (
     TrajectoryRecord,
 )
 from experiments.harness.results import claim
-from experiments.training_trajectories import EXPERIMENT, TrajectoryConfig, early_epochs, judge
+from experiments.training_trajectories import EXPERIMENT, early_epochs, judge
 from rebasin.errors import ConfigError
 from rebasin.models import build_model
 from rebasin.training.data import load_dataset, normalise
-from rebasin.training.recipes import build_recipe
 from rebasin.training.trajectory import Trajectory
-
-
-def small_config(**changes):
-    recipe = build_recipe(
-        "trajectory", dataset="digits", model="mlp", width=16, epochs=4, warmup_epochs=1, batch_size=32
-    )
-    fields = {
-        "recipe": recipe,
-        "replicates": 2,
-        "seed": 0,
-        "methods": ("weights", "activations"),
-        "epochs": (0, 1, 2, 4),
-        "match_epochs": (1, 4),
-        "num_alphas": 5,
-        "num_eval": 200,
-        "num_match": 100,
-        "thresholds": Thresholds(0.4, 0.1, 0.03),
-    }
-    return TrajectoryConfig(**(fields | changes))
-
-
-def quiet():
-    return Reporter(Console(file=io.StringIO(), width=80))
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +92,7 @@ def test_barriers_are_those_of_the_networks_on_disk(finished):
             (4, 0, own[0].under[4].test_error),
         ):
             if method == "weights":
-                match = rebasin.weight_matching(spec, a[s], b[s], key=jax.random.key(0))
+                match = rebasin.weight_matching(spec, a[s], b[s], key=jax.random.key(2))  # of the pair
             else:
                 match = rebasin.activation_matching(spec, a[s], b[s], apply, images)
             moved = rebasin.permute(spec, match.permutation, b[t])
@@ -215,6 +191,8 @@ def test_table_fits_80_columns_and_says_what_it_shows(finished):
     _, _, text = finished
     assert max(len(line) for line in text.splitlines() if not line.startswith(("/", "disk:"))) <= 80
     assert "…" not in text
+    header = "training_trajectories: mlp (width 16) on digits, 2 pairs of networks, algorithm best"
+    assert " ".join(text.split()).startswith(header)
     for word in (
         "P_end",
         "P_t@end",
