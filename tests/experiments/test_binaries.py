@@ -8,12 +8,18 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from experiments import compare_methods, learning_rates, sgd_instability, training_trajectories
+from experiments import (
+    compare_methods,
+    learning_rates,
+    sgd_instability,
+    sparse_connectivity,
+    training_trajectories,
+)
 from experiments.harness.experiment import Experiment
 from experiments.harness.networks import KEEP
 from experiments.harness.results import Claim, Results
 
-BINARIES = (training_trajectories, sgd_instability, compare_methods, learning_rates)
+BINARIES = (training_trajectories, sgd_instability, sparse_connectivity, compare_methods, learning_rates)
 
 # A value of each flag that is nobody's default. A flag that is missing here fails the test.
 SAMPLES = {
@@ -43,6 +49,9 @@ SAMPLES = {
     "num_repair": "77",
     "num_steps": "8",
     "rates": "0.01,0.02",
+    "levels": "3",
+    "rewind_epoch": "2",
+    "rewind": "learning_rate",
 }
 
 
@@ -92,8 +101,8 @@ def test_flags_that_some_binaries_lack():
         for name in SAMPLES
         if name not in every
     } == {
-        "strict": ["training_trajectories", "sgd_instability", "learning_rates"],
-        "methods": ["training_trajectories", "sgd_instability", "compare_methods"],
+        "strict": ["training_trajectories", "sgd_instability", "sparse_connectivity", "learning_rates"],
+        "methods": ["training_trajectories", "sgd_instability", "sparse_connectivity", "compare_methods"],
         "record_epochs": ["training_trajectories"],
         "match_epochs": ["training_trajectories"],
         "spawn_epochs": ["sgd_instability"],
@@ -101,6 +110,9 @@ def test_flags_that_some_binaries_lack():
         "num_repair": ["compare_methods"],
         "num_steps": ["compare_methods"],
         "rates": ["learning_rates"],
+        "levels": ["sparse_connectivity"],
+        "rewind_epoch": ["sparse_connectivity"],
+        "rewind": ["sparse_connectivity"],
     }
 
 
