@@ -25,105 +25,49 @@ and so are the pruned networks. A finished run of the same options is only drawn
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
-from absl import app, flags
+from absl import app
 
 from experiments import sparse_connectivity_figures as figures
 from experiments.harness import options
-from experiments.harness.experiment import Config, Experiment, Measure, Setup
-from experiments.harness.methods import PAPER_METHODS, Matcher, build_matchers, check_methods
+from experiments.harness.experiment import Experiment, Measure, Setup
+from experiments.harness.methods import PAPER_METHODS, Matcher, build_matchers
 from experiments.harness.networks import Pair
 from experiments.harness.paths import PathMeter, Paths, barriers, endpoints
 from experiments.harness.presets import Thresholds
-from experiments.harness.record import (
+from experiments.harness.pruning import (
     MaskedPath,
+    PruningConfig,
     SparseAligned,
     SparseLevel,
     SparseRecord,
-    added,
-    check_names,
-    summarise,
 )
+from experiments.harness.record import added, summarise
 from experiments.harness.results import Claim, Schema, claim
 from experiments.harness.statistics import Interval
 from rebasin.masks import apply_mask, join_masks, sparsity_report
 from rebasin.permutation import Permutation, compiled_permute
 from rebasin.pruning import level_sparsity, magnitude_mask, prunable_leaves
-from rebasin.training.imp import Level, Rewind
+from rebasin.training.imp import Level
 from rebasin.training.trajectory import Trajectory
 
 __all__ = ["EXPERIMENT", "SparseConfig", "judge", "main"]
 
 options.define_flags(__name__, methods=True, strict=True)
-_LEVELS = flags.DEFINE_integer(
-    "levels", 15, "Levels of pruning, each of which prunes a fifth of the remaining weights.", lower_bound=1
-)
-_REWIND_EPOCH = flags.DEFINE_integer(
-    "rewind_epoch", 5, "Epoch to which every level returns before it is trained.", lower_bound=0
-)
-_REWIND = flags.DEFINE_enum(
-    "rewind",
-    "weights",
-    get_args(Rewind),
-    "What returns to it: the weights, or the learning rate alone.",
-)
+options.define_pruning_flags(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SparseConfig(Config):
+class SparseConfig(PruningConfig):
     """Everything that the results depend on; written into ``results.json``.
 
     Attributes:
-      methods: names of matching methods.
-      levels: number of levels of pruning beside the dense networks.
-      rewind_epoch: epoch to which every level returns.
-      rewind: what returns to it, a `rebasin.training.imp.Rewind`.
-      num_eval: number of examples of each split on which paths are measured, `None` for all.
       thresholds: barriers against which claims are judged.
     """
 
-    methods: tuple[str, ...]
-    levels: int
-    rewind_epoch: int
-    rewind: str
-    num_eval: int | None
     thresholds: Thresholds
-
-    def problems(self) -> list[str]:
-        """Return the problems of the base, then those of the fields that are added here."""
-        problems = [*super().problems(), *check_methods(self.methods)]
-        if self.levels < 1:
-            problems.append(f"levels: wanted at least 1, got {self.levels}")
-        last = self.recipe.epochs
-        if not 0 <= self.rewind_epoch < last:
-            problems.append(f"rewind_epoch: wanted at least 0 and less than {last}, got {self.rewind_epoch}")
-        if self.rewind not in get_args(Rewind):
-            problems.append(f"rewind: wanted one of {', '.join(get_args(Rewind))}, got {self.rewind!r}")
-        return problems
-
-    @property
-    def wanted_epochs(self) -> tuple[int, ...]:
-        """The epoch to which levels return, and the last one."""
-        return (self.rewind_epoch, self.recipe.epochs)
-
-    @property
-    def further_networks(self) -> int:
-        """The sparse networks of both parents."""
-        return 2 * self.levels
-
-    @property
-    def wanted_parts(self) -> tuple[int, ...]:
-        """The levels, that of the dense networks included."""
-        return tuple(range(self.levels + 1))
-
-    def misfits(self, record: SparseRecord[float], pair: Pair) -> list[str]:
-        """Return the problems that the base finds, and those of methods."""
-        problems = super().misfits(record, pair)
-        for level in record.levels:
-            problems += check_names(f"levels.{level.level}.methods", level.methods, self.methods)
-        return problems
 
 
 def _build_measure(setup: Setup[SparseConfig]) -> Measure[SparseRecord[float]]:
@@ -180,7 +124,7 @@ class _Tickets:
                 trajectory,
                 config.levels,
                 rewind_epoch=config.rewind_epoch,
-                rewind=config.rewind,  # pyright: ignore[reportArgumentType] -- the config has checked it
+                rewind=config.rewind_kind,
                 advance=advance,
             )
             for trajectory in self._trained
@@ -314,9 +258,7 @@ def build_config() -> SparseConfig:
     return SparseConfig(
         **choice.fields,
         methods=options.chosen_methods(PAPER_METHODS),
-        levels=_LEVELS.value,
-        rewind_epoch=_REWIND_EPOCH.value,
-        rewind=_REWIND.value,
+        **options.chosen_pruning(),
         num_eval=choice.num_eval,
         thresholds=choice.preset.thresholds,
     )

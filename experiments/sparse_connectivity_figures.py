@@ -18,7 +18,8 @@ from experiments.harness.figures import (
     entitle,
     share_legend,
 )
-from experiments.harness.record import METRICS, MaskedPath, Metrics, SparseLevel, SparseRecord
+from experiments.harness.pruning import MaskedPath, SparseLevel, SparseRecord
+from experiments.harness.record import METRICS, Metrics
 from experiments.harness.results import Results, describe_mean
 from experiments.harness.statistics import Interval
 

@@ -314,6 +314,28 @@ class Networks:
 
         return run()
 
+    def retrained(self, parent: Trajectory, start: InitialState, mask: Any, name: str) -> Any:
+        """Return the last tree of a network that is rewound and trained with a mask.
+
+        Args:
+          parent: trajectory of the dense network, which gives recipe and data order.
+          start: the rewound network.
+          mask: the mask in the order of units of `start`.
+          name: name of the folder of the network, one for each mask and rewinding.
+        """
+        directory = self._levels_directory(parent.recipe, parent.seed) / "masks" / name
+        with self.seconds.count("training"):
+            return train(
+                parent.recipe,
+                self.dataset,
+                seed=parent.seed,
+                directory=directory,
+                start=start,
+                mask=mask,
+                keep=(),
+                resume=True,
+            ).last
+
     def _levels_directory(self, recipe: Recipe, seed: int) -> pathlib.Path:
         runs = self.runs_dir if self.keep == "all" else self.scratch
         return run_directory(runs, recipe, seed).parent / "levels" / f"seed_{seed}"

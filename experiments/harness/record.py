@@ -12,6 +12,7 @@ of them, one for each method; experiments to come will have one for each level o
 killed run goes on at the next one.
 
 To add an experiment, add its record here: a subclass of `PairRecord` that is made of the small types below.
+Those of experiments that prune are in `experiments.harness.pruning`.
 """
 
 import dataclasses
@@ -24,13 +25,13 @@ from rebasin.errors import ConfigError
 
 __all__ = [
     "METRICS",
+    "N",
     "AlignedEpoch",
     "Endpoints",
     "EpochRecord",
     "FamilyRecord",
     "FamilySummary",
     "FixedPoints",
-    "MaskedPath",
     "MatchRecord",
     "MethodsRecord",
     "Metrics",
@@ -40,9 +41,6 @@ __all__ = [
     "PathCurves",
     "RateRecord",
     "RatesSummary",
-    "SparseAligned",
-    "SparseLevel",
-    "SparseRecord",
     "SpawnRecord",
     "TestPath",
     "TrajectoryRecord",
@@ -354,82 +352,6 @@ class RatesSummary:
     """Mean and spread of every number at each peak learning rate, in ascending order."""
 
     rates: tuple[RateRecord[Interval], ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class MaskedPath(Generic[N]):
-    """The path between a pruned network and another one that is pruned and not trained again.
-
-    A barrier to a network that pruning has broken is low and means little, as its chord is high.
-
-    Attributes:
-      barriers: barriers of the path.
-      network: metrics of the network that is not trained again.
-    """
-
-    barriers: Metrics[N]
-    network: Metrics[N]
-
-
-@dataclasses.dataclass(frozen=True)
-class SparseAligned(Generic[N]):
-    """One matching method at one level i of pruning.
-
-    P is the permutation that it finds for the dense networks A and B, P⁽ⁱ⁾ that for the sparse networks A⁽ⁱ⁾
-    and B⁽ⁱ⁾, and M_A the mask of A⁽ⁱ⁾. The names of the comparisons are those of arXiv 2404.06498, App. F.
-
-    Attributes:
-      gold_standard: barriers of the path between A⁽ⁱ⁾ and P[B⁽ⁱ⁾].
-      sparse: barriers of the path between A⁽ⁱ⁾ and P⁽ⁱ⁾[B⁽ⁱ⁾].
-      transported: the path between A⁽ⁱ⁾ and P[B] under M_A.
-      previous_work: the path between A⁽ⁱ⁾ and P⁽ⁱ⁾[B] under M_A.
-      between_gold_standard: fraction of prunable weights that networks between A⁽ⁱ⁾ and P[B⁽ⁱ⁾] have.
-      between_sparse: fraction of prunable weights that networks between A⁽ⁱ⁾ and P⁽ⁱ⁾[B⁽ⁱ⁾] have.
-    """
-
-    gold_standard: Metrics[N]
-    sparse: Metrics[N]
-    transported: MaskedPath[N]
-    previous_work: MaskedPath[N]
-    between_gold_standard: N
-    between_sparse: N
-
-
-@dataclasses.dataclass(frozen=True)
-class SparseLevel(Generic[N]):
-    """One level i of pruning of both networks of a pair.
-
-    Attributes:
-      level: the level i.
-      density: fraction of prunable weights that A⁽ⁱ⁾ and B⁽ⁱ⁾ have.
-      endpoints: metrics of A⁽ⁱ⁾ and B⁽ⁱ⁾.
-      control: barriers of the path between A⁽ⁱ⁾ and B⁽ⁱ⁾.
-      baseline: the path between A⁽ⁱ⁾ and B pruned in one shot to the same sparsity.
-      between_control: fraction of prunable weights that networks between A⁽ⁱ⁾ and B⁽ⁱ⁾ have.
-      methods: what each matching method makes of it, by the method's name.
-    """
-
-    level: int
-    density: N
-    endpoints: Endpoints[N]
-    control: Metrics[N]
-    baseline: MaskedPath[N]
-    between_control: N
-    methods: Mapping[str, SparseAligned[N]]
-
-
-@dataclasses.dataclass(frozen=True)
-class SparseRecord(PairRecord[N]):
-    """Two sequences of pruned networks, level by level (``sparse_connectivity``).
-
-    Attributes:
-      seeds: see `PairRecord`.
-      levels: the levels that are measured already, in ascending order; level 0 are the dense networks.
-    """
-
-    parts: ClassVar = ("levels", "level")
-
-    levels: tuple[SparseLevel[N], ...] = ()
 
 
 def added(record: P, part: Any) -> P:

@@ -11,6 +11,7 @@ from absl.testing import flagsaver
 from experiments import (
     compare_methods,
     learning_rates,
+    mask_transport,
     sgd_instability,
     sparse_connectivity,
     training_trajectories,
@@ -19,7 +20,14 @@ from experiments.harness.experiment import Experiment
 from experiments.harness.networks import KEEP
 from experiments.harness.results import Claim, Results
 
-BINARIES = (training_trajectories, sgd_instability, sparse_connectivity, compare_methods, learning_rates)
+BINARIES = (
+    training_trajectories,
+    sgd_instability,
+    sparse_connectivity,
+    mask_transport,
+    compare_methods,
+    learning_rates,
+)
 
 # A value of each flag that is nobody's default. A flag that is missing here fails the test.
 SAMPLES = {
@@ -52,6 +60,7 @@ SAMPLES = {
     "levels": "3",
     "rewind_epoch": "2",
     "rewind": "learning_rate",
+    "matching_margin": "0.01",
 }
 
 
@@ -101,8 +110,20 @@ def test_flags_that_some_binaries_lack():
         for name in SAMPLES
         if name not in every
     } == {
-        "strict": ["training_trajectories", "sgd_instability", "sparse_connectivity", "learning_rates"],
-        "methods": ["training_trajectories", "sgd_instability", "sparse_connectivity", "compare_methods"],
+        "strict": [
+            "training_trajectories",
+            "sgd_instability",
+            "sparse_connectivity",
+            "mask_transport",
+            "learning_rates",
+        ],
+        "methods": [
+            "training_trajectories",
+            "sgd_instability",
+            "sparse_connectivity",
+            "mask_transport",
+            "compare_methods",
+        ],
         "record_epochs": ["training_trajectories"],
         "match_epochs": ["training_trajectories"],
         "spawn_epochs": ["sgd_instability"],
@@ -110,9 +131,10 @@ def test_flags_that_some_binaries_lack():
         "num_repair": ["compare_methods"],
         "num_steps": ["compare_methods"],
         "rates": ["learning_rates"],
-        "levels": ["sparse_connectivity"],
-        "rewind_epoch": ["sparse_connectivity"],
-        "rewind": ["sparse_connectivity"],
+        "levels": ["sparse_connectivity", "mask_transport"],
+        "rewind_epoch": ["sparse_connectivity", "mask_transport"],
+        "rewind": ["sparse_connectivity", "mask_transport"],
+        "matching_margin": ["mask_transport"],
     }
 
 

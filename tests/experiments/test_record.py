@@ -10,6 +10,7 @@ import pytest
 from experiments import (
     compare_methods,
     learning_rates,
+    mask_transport,
     sgd_instability,
     sparse_connectivity,
     training_trajectories,
@@ -39,6 +40,7 @@ EXPERIMENTS = {
         training_trajectories,
         sgd_instability,
         sparse_connectivity,
+        mask_transport,
         compare_methods,
         learning_rates,
     )

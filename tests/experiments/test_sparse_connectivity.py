@@ -15,7 +15,8 @@ from experiments.harness.console import Reporter
 from experiments.harness.networks import run_directory
 from experiments.harness.paths import PathMeter
 from experiments.harness.presets import Thresholds
-from experiments.harness.record import METRICS, Metrics, SparseAligned, SparseLevel, SparseRecord
+from experiments.harness.pruning import SparseAligned, SparseLevel, SparseRecord
+from experiments.harness.record import METRICS, Metrics
 from experiments.sparse_connectivity import EXPERIMENT, SparseConfig, judge
 from rebasin.barrier import classification_metrics
 from rebasin.errors import ConfigError
