@@ -101,7 +101,7 @@ def test_leaves_that_are_left_out():
     ("name", "edges"),
     [
         ("mlp", {"params/Dense_0/kernel", "params/Dense_2/kernel"}),
-        ("resnet", {"params/Conv_0/kernel", "params/Dense_0/kernel"}),
+        pytest.param("resnet", {"params/Conv_0/kernel", "params/Dense_0/kernel"}, marks=pytest.mark.slow),
     ],
 )
 def test_edges_are_the_first_and_the_last_layer(name, edges):
@@ -219,7 +219,9 @@ def test_weights_that_are_not_finite():
     assert magnitude_mask(broken, 0.5, leaves=["v"])["u"].all()
 
 
-@pytest.mark.parametrize("name", ["mlp", "resnet", pytest.param("fused", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["mlp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("resnet", "fused"))]
+)
 def test_masks_travel_with_the_units(name):
     """Masking and permuting commute, and a planted permutation carries A's mask to B's own."""
     case = build_case(name)

@@ -61,6 +61,7 @@ def finished(tmp_path_factory):
     return results, folder, text.getvalue()
 
 
+@pytest.mark.slow
 def test_errors_are_those_of_networks_trained_by_hand(finished, tmp_path):
     results, folder, _ = finished
     homes = [run_directory(folder / "runs", RECIPE, seed) for seed in (0, 1)]
@@ -97,6 +98,7 @@ def test_errors_are_those_of_networks_trained_by_hand(finished, tmp_path):
     assert len(losses) == 4
 
 
+@pytest.mark.slow
 def test_results_csv_and_table(finished):
     results, folder, text = finished
     with (folder / "out/accuracies.csv").open() as file:

@@ -144,6 +144,7 @@ def test_results_csv_and_table(finished):
     assert text.count(": 4/4 in ") == 2  # two levels of two networks
 
 
+@pytest.mark.slow
 def test_a_run_killed_in_a_level_ends_with_the_same_numbers(finished, tmp_path, monkeypatch):
     calls = []
 

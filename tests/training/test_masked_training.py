@@ -151,6 +151,7 @@ class Normed(nn.Module):
         return nn.Dense(10)(nn.relu(BatchNorm()(x)))
 
 
+@pytest.mark.slow
 def test_statistics_are_not_pruned(monkeypatch, tmp_path):
     monkeypatch.setitem(models.MODELS, "normed", lambda width, num_classes: Normed())
     recipe = dataclasses.replace(RECIPE, model="normed", epochs=1)
