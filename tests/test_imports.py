@@ -18,7 +18,8 @@ ROOMS = [
     ["rebasin"],  # the public names of all that follows
     ["rebasin.align"],
     ["rebasin.landscape"],
-    ["rebasin.matching", "rebasin.barrier", "rebasin.repair", "rebasin.batchnorm"],
+    ["rebasin.matching", "rebasin.barrier", "rebasin.repair", "rebasin.batchnorm", "rebasin.pruning"],
+    ["rebasin.masks"],
     ["rebasin.tracing"],
     ["rebasin.inference"],
     ["rebasin.permutation"],

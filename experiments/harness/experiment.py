@@ -105,6 +105,11 @@ class Config:
         return ()
 
     @property
+    def further_networks(self) -> int:
+        """Number of networks of each pair, beside the pair and its children, whose last epoch is stored."""
+        return 0
+
+    @property
     def wanted_parts(self) -> tuple[Any, ...]:
         """The key of each part in which a pair is measured, in order; none where it is measured whole."""
         return ()
@@ -358,7 +363,9 @@ class Experiment(Generic[C, R, S]):
         recipe, pairs = config.recipe, config.pairs
         done = [i for i, record in enumerate(records) if config.is_complete(record)]
         left = {i: pair for i, pair in enumerate(pairs) if i not in done}
-        networks.check_resources(list(left.values()), config.wanted_epochs, config.spawn_epochs)
+        networks.check_resources(
+            list(left.values()), config.wanted_epochs, config.spawn_epochs, config.further_networks
+        )
         # The first thing that is written says what the folder is of; a run that is refused leaves nothing.
         results.save(path)
         # A killed run may have stored its last measurement and not yet deleted the networks.

@@ -10,7 +10,7 @@ import os
 import pathlib
 import shutil
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -23,6 +23,7 @@ from rebasin.errors import ConfigError, TrajectoryError
 from rebasin.models import build_model
 from rebasin.training.data import Dataset
 from rebasin.training.folders import expand_home
+from rebasin.training.imp import Level, Rewind, prune_iteratively
 from rebasin.training.lock import FolderInUseError
 from rebasin.training.loop import InitialState, train
 from rebasin.training.recipes import Recipe
@@ -310,6 +311,72 @@ class Networks:
         base = run_directory(runs, parent.recipe, parent.seed).parent
         return base / "children" / f"seed_{parent.seed}_epoch_{epoch}_child_{number}"
 
+    def levels(
+        self,
+        parent: Trajectory,
+        levels: int,
+        *,
+        rewind_epoch: int,
+        rewind: Rewind,
+        advance: Callable[[], None],
+    ) -> Iterator[Level]:
+        """Return the levels of pruning of a network, each of which is trained when it is asked for.
+
+        Args:
+          parent: trajectory of the dense network.
+          levels: number of levels beside the dense one.
+          rewind_epoch: epoch to which weights or learning rate return.
+          rewind: what returns to it.
+          advance: called once for each level beside the dense one, when it is trained.
+        """
+        found = prune_iteratively(
+            parent,
+            self.dataset,
+            directory=self._levels_directory(parent.recipe, parent.seed) / f"{rewind}_{rewind_epoch}",
+            levels=levels,
+            rewind_epoch=rewind_epoch,
+            rewind=rewind,
+            resume=True,
+        )
+
+        def run() -> Iterator[Level]:
+            while True:
+                with self.seconds.count("training"):
+                    level = next(found, None)
+                if level is None:
+                    return
+                if level.level:
+                    advance()
+                yield level
+
+        return run()
+
+    def retrained(self, parent: Trajectory, start: InitialState, mask: Any, name: str) -> Any:
+        """Return the last tree of a network that is rewound and trained with a mask.
+
+        Args:
+          parent: trajectory of the dense network, which gives recipe and data order.
+          start: the rewound network.
+          mask: the mask in the order of units of `start`.
+          name: name of the folder of the network, one for each mask and rewinding.
+        """
+        directory = self._levels_directory(parent.recipe, parent.seed) / "masks" / name
+        with self.seconds.count("training"):
+            return train(
+                parent.recipe,
+                self.dataset,
+                seed=parent.seed,
+                directory=directory,
+                start=start,
+                mask=mask,
+                keep=(),
+                resume=True,
+            ).last
+
+    def _levels_directory(self, recipe: Recipe, seed: int) -> pathlib.Path:
+        runs = self.runs_dir if self.keep == "all" else self.scratch
+        return run_directory(runs, recipe, seed).parent / "levels" / f"seed_{seed}"
+
     def release(self, pair: Pair) -> None:
         """Delete what need not stay of a pair whose measurements are stored."""
         for directory in (run_directory(self.scratch, pair.recipe, seed) for seed in pair.seeds):
@@ -324,12 +391,17 @@ class Networks:
             for seed in pair.seeds:
                 for child in base.glob(f"children/seed_{seed}_epoch_*_child_*"):
                     shutil.rmtree(child, ignore_errors=True)
-            for folder in (base / "children", base, self.scratch):
+                shutil.rmtree(self._levels_directory(pair.recipe, seed), ignore_errors=True)
+            for folder in (base / "children", base / "levels", base, self.scratch):
                 if folder.is_dir() and not any(folder.iterdir()):
                     folder.rmdir()
 
     def check_resources(
-        self, pairs: Sequence[Pair], epochs: Sequence[int], spawned: Sequence[int] = ()
+        self,
+        pairs: Sequence[Pair],
+        epochs: Sequence[int],
+        spawned: Sequence[int] = (),
+        further: int = 0,
     ) -> None:
         """Say how much disk space the networks that are still to be trained take at most.
 
@@ -337,6 +409,7 @@ class Networks:
           pairs: pairs that are not measured yet, of one model and number of epochs.
           epochs: epochs that are wanted of each parent.
           spawned: epochs at which `CHILDREN` leave each pair.
+          further: number of other networks of each pair whose last epoch is stored.
 
         Raises:
           ConfigError: the networks are too large for the memory or the disk.
@@ -347,7 +420,7 @@ class Networks:
             sum(not _holds(run_directory(self.runs_dir, p.recipe, seed), epochs) for seed in p.seeds)
             for p in pairs
         ]
-        if not any(new) and not spawned:
+        if not any(new) and not spawned and not further:
             self.reporter.say(f"networks: all found in {self.runs_dir}")
             return
         recipe = pairs[0].recipe
@@ -356,6 +429,8 @@ class Networks:
         what = f"a network ({recipe.model}) of width {recipe.width}"
         check_memory(size, what)
         count = self._count_stored(recipe.epochs, new, epochs, spawned)
+        # With keep="none" they go once their pair is measured; one more is stored for resuming.
+        count += further * (1 if self.keep == "none" else len(pairs)) + (1 if further else 0)
         where = self.runs_dir if self.keep in _SHARED else self.scratch
         bases = {run_directory(where, pair.recipe, pair.seeds[0]).parent for pair in pairs}
         check_disk(size, count, where, "the networks", stored=sum(map(_disk_use, bases)))

@@ -8,7 +8,7 @@ defined in its own file.
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 from absl import app, flags, logging
@@ -23,6 +23,7 @@ from experiments.harness.presets import PRESETS, Preset, choose_preset
 from rebasin.errors import ConfigError, RebasinError
 from rebasin.training.data import load_dataset
 from rebasin.training.folders import expand_home
+from rebasin.training.imp import Rewind
 
 __all__ = [
     "INTERRUPTED",
@@ -30,7 +31,9 @@ __all__ = [
     "choose",
     "choose_epochs",
     "chosen_methods",
+    "chosen_pruning",
     "define_flags",
+    "define_pruning_flags",
     "run_binary",
 ]
 
@@ -180,6 +183,29 @@ def define_flags(
     module = sys.argv[0] if binary == "__main__" else binary
     for name in (*_SHARED, *(name for name, has in own.items() if has)):
         flags.FLAGS.register_key_flag_for_module(module, flags.FLAGS[name])
+
+
+def define_pruning_flags(binary: str) -> None:
+    """Give a binary the flags of iterative magnitude pruning, see `chosen_pruning`.
+
+    Args:
+      binary: ``__name__`` of the binary's module.
+    """
+    if "levels" not in flags.FLAGS:
+        text = "Levels of pruning, each of which prunes a fifth of the remaining weights."
+        flags.DEFINE_integer("levels", 15, text, lower_bound=1)
+        text = "Epoch to which every level returns before it is trained."
+        flags.DEFINE_integer("rewind_epoch", 5, text, lower_bound=0)
+        text = "What returns to it: the weights, or the learning rate alone."
+        flags.DEFINE_enum("rewind", "weights", get_args(Rewind), text)
+    module = sys.argv[0] if binary == "__main__" else binary
+    for name in ("levels", "rewind_epoch", "rewind"):
+        flags.FLAGS.register_key_flag_for_module(module, flags.FLAGS[name])
+
+
+def chosen_pruning() -> dict[str, Any]:
+    """Return the values of the flags of pruning, by name."""
+    return {name: flags.FLAGS[name].value for name in ("levels", "rewind_epoch", "rewind")}
 
 
 def chosen_methods(default: Sequence[str]) -> tuple[str, ...]:

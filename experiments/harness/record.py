@@ -12,6 +12,7 @@ of them, one for each method; experiments to come will have one for each level o
 killed run goes on at the next one.
 
 To add an experiment, add its record here: a subclass of `PairRecord` that is made of the small types below.
+Those of experiments that prune are in `experiments.harness.pruning`.
 """
 
 import dataclasses
@@ -24,6 +25,7 @@ from rebasin.errors import ConfigError
 
 __all__ = [
     "METRICS",
+    "N",
     "AlignedEpoch",
     "Endpoints",
     "EpochRecord",

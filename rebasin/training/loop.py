@@ -19,6 +19,7 @@ from jax.typing import ArrayLike
 from rebasin.batches import Batch
 from rebasin.compilation import compiler_options
 from rebasin.errors import ConfigError, NonFiniteError, problem_list
+from rebasin.masks import apply_mask, check_mask, mask_digest
 from rebasin.models import build_model
 from rebasin.training.augmentation import random_crop_and_flip
 from rebasin.training.data import Dataset, normalise
@@ -119,6 +120,7 @@ def train(
     seed: int,
     directory: str | os.PathLike[str],
     start: InitialState | None = None,
+    mask: Any = None,
     keep: Collection[int] | None = None,
     progress: Progress | None = None,
     resume: bool = False,
@@ -139,6 +141,8 @@ def train(
       start: variables to start from in place of a random initialisation. Their momentum is zero, and the
         learning rate continues at their epoch (as in OpenLTH). `seed` then sets data order and augmentation
         only.
+      mask: a mask (`rebasin.masks`) of the weights that are trained, `None` for all. The others are zero from
+        the start to the end, in every bit. ``run.json`` holds a hash of the mask.
       keep: epochs to keep on disk; `None` keeps all. The last epoch is always kept. About once a minute
         another epoch is stored for resuming and deleted again when the next is stored. Affects disk use
         only; ignored for finished runs.
@@ -152,6 +156,7 @@ def train(
       ConfigError: recipe, data and start do not fit each other, or the network is too large for the memory or
         the disk.
       DataError: the recipe's `num_train` exceeds the size of the training split.
+      TreeMismatchError: `start` or the mask does not fit the model.
       TrajectoryError: the folder holds something else, another run, or an unfinished one without `resume`.
       FolderInUseError: another process trains in the folder.
       NonFiniteError: the loss or a weight is no longer finite; epochs stored before stay on disk.
@@ -165,7 +170,9 @@ def train(
     if start is not None:
         _check_start(recipe, start, template)
     leaves = describe_leaves(template.variables)
-    record = RunRecord(recipe, int(seed), len(split.labels), leaves, _fingerprint(start))
+    mask = None if mask is None else _checked_mask(mask, template)
+    digest = None if mask is None else mask_digest(mask)
+    record = RunRecord(recipe, int(seed), len(split.labels), leaves, _fingerprint(start), digest)
     # A finished run is only read, perhaps from a folder in which nothing may be written.
     finished = find_finished(directory, record)
     if finished is not None:
@@ -187,13 +194,15 @@ def train(
         else:
             first = record.first_epoch
             state = init(init_key, data) if start is None else _fresh_state(recipe, start.variables)
+            state = state if mask is None else TrainState(apply_mask(mask, state.variables), state.optimizer)
             if keep is None or first in keep:
                 trajectory.save(first, state._asdict(), {})
         run_epoch = build_epoch(recipe, dataset.num_classes)
+        masks = () if mask is None else (_to_device(_split_collections(mask)[0]),)
         _train_epochs(
             trajectory,
             state,
-            lambda state, epoch: run_epoch(state, epoch, data_key, data),
+            lambda state, epoch: run_epoch(state, epoch, data_key, data, *masks),
             first=first,
             keep=keep,
             progress=progress,
@@ -249,12 +258,13 @@ def build_init(recipe: Recipe, num_classes: int) -> Callable[..., TrainState]:
 
 @functools.lru_cache(maxsize=8)
 def build_epoch(recipe: Recipe, num_classes: int) -> Callable[..., tuple[TrainState, EpochMetrics]]:
-    """Build a jitted ``run_epoch(state, epoch, key, data) -> (state, metrics)``.
+    """Build a jitted ``run_epoch(state, epoch, key, data, mask=None) -> (state, metrics)``.
 
     It trains epoch number `epoch`, counted from 1, and consumes the state it is given. Each step is SGD with
     momentum μ and coupled weight decay λ on every leaf of ``params``: m ← μm + ∇L(w) + λw, then w ← w − ηm.
     Other collections of the model, such as BatchNorm's running statistics, are updated by the model itself
-    when it is applied to the batch.
+    when it is applied to the batch. A mask of ``params`` takes the gradient from pruned weights. Where they
+    are zero and have no momentum, they stay zero in every bit.
 
     Results are cached: equal arguments give the same function, which is then compiled once.
 
@@ -268,7 +278,7 @@ def build_epoch(recipe: Recipe, num_classes: int) -> Callable[..., tuple[TrainSt
 
     @functools.partial(jax.jit, donate_argnames="state", compiler_options=compiler_options())
     def run_epoch(
-        state: TrainState, epoch: jax.Array, key: jax.Array, data: TrainingData
+        state: TrainState, epoch: jax.Array, key: jax.Array, data: TrainingData, mask: Any = None
     ) -> tuple[TrainState, EpochMetrics]:
         shuffle_key, augment_key = jax.random.split(jax.random.fold_in(key, epoch))
         batches = shuffled_batches(shuffle_key, len(data.examples.labels), recipe.batch_size)
@@ -283,6 +293,8 @@ def build_epoch(recipe: Recipe, num_classes: int) -> Callable[..., tuple[TrainSt
             batch = Batch(normalise(images, data.mean, data.std), data.examples.labels[chosen])
             weights, statistics = _split_collections(state.variables)
             (loss, (error, statistics)), gradient = loss_and_gradient(weights, statistics, batch)
+            if mask is not None:  # decided while tracing: it costs nothing without a mask
+                gradient = apply_mask(mask, gradient)
             direction, momentum = optimizer.update(gradient, state.optimizer, weights)
             rate = schedule((epoch - 1) * num_steps + index)
             weights = jax.tree.map(lambda w, m: w - rate * m, weights, direction)
@@ -462,6 +474,15 @@ def _check_start(recipe: Recipe, start: InitialState, template: TrainState) -> N
         raise ConfigError(f"start.epoch: wanted at least 0 and less than {recipe.epochs}, got {start.epoch}")
     check_same_shapes(start.variables, template.variables, names=("start.variables", "the recipe's model"))
     check_finite(start.variables, "start.variables")
+
+
+def _checked_mask(mask: Any, template: TrainState) -> Any:
+    """Return a mask in the containers of the model; raise unless it fits and prunes trained leaves alone."""
+    mask = check_mask(mask, template.variables, name="the recipe's model")
+    rest = leaf_table(_split_collections(mask)[1]).items()
+    if wrong := [f"{path}: not trained, and yet pruned" for path, leaf in rest if not np.all(leaf)]:
+        raise ConfigError(problem_list("the mask cannot work:", wrong))
+    return mask
 
 
 def _check_epoch(trajectory: Trajectory, epoch: int, variables: Any, loss: float) -> None:

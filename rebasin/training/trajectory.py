@@ -44,8 +44,9 @@ __all__ = [
     "tree_bytes",
 ]
 
-# Version of the format of ``run.json``. Increase it when old versions cannot read new files.
-_SCHEMA_VERSION = 1
+# Versions of the format of ``run.json``: that of most runs, and that of runs with a mask, which a program
+# that knows no masks would take for runs without. Increase them when old versions cannot read new files.
+_SCHEMA_VERSION, _MASKED_VERSION = 1, 2
 
 _RUN_FILE = "run.json"
 
@@ -81,6 +82,7 @@ class RunRecord:
       leaves: dtype and shape of every leaf of the network, as ``"float32[64, 128]"``, by path name.
       start: epoch and fingerprint of the variables that the run started from; `None` for a run with a random
         initialisation of its own.
+      mask: `rebasin.masks.mask_digest` of the mask of the weights that are trained; `None` for all weights.
     """
 
     recipe: Recipe
@@ -88,6 +90,7 @@ class RunRecord:
     num_examples: int
     leaves: Mapping[str, str]
     start: Mapping[str, Any] | None = None
+    mask: str | None = None
 
     @property
     def first_epoch(self) -> int:
@@ -96,10 +99,18 @@ class RunRecord:
 
     @property
     def digest(self) -> str:
-        """A hash of recipe, seed and start of the run, which is stored with every epoch."""
-        fields = {name: value for name, value in dataclasses.asdict(self).items() if name != "leaves"}
+        """A hash of recipe, seed, start and mask of the run, which is stored with every epoch."""
+        fields = self._fields()
+        del fields["leaves"]
         text = json.dumps(fields, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def _fields(self) -> dict[str, Any]:
+        """Return all fields, without the mask where there is none, as runs were stored before masks."""
+        fields = dataclasses.asdict(self)
+        if self.mask is None:
+            del fields["mask"]
+        return fields
 
     def differences(self, wanted: "RunRecord") -> list[str]:
         """Return one line for each field in which this stored record differs from the one wanted."""
@@ -113,8 +124,8 @@ class RunRecord:
     def write(self, directory: pathlib.Path) -> None:
         """Write ``run.json`` and rename it into place, so that no reader finds half a file."""
         content = {
-            "schema_version": _SCHEMA_VERSION,
-            **dataclasses.asdict(self),
+            "schema_version": _SCHEMA_VERSION if self.mask is None else _MASKED_VERSION,
+            **self._fields(),
             "versions": {name: metadata.version(name) for name in _PACKAGES},
         }
         partial = directory / _PARTIAL_RUN_FILE
@@ -129,11 +140,13 @@ class RunRecord:
             raise TrajectoryError(f"{directory} is not a trajectory: it has no {_RUN_FILE}")
         try:
             content = json.loads(path.read_text())
-            if content["schema_version"] != _SCHEMA_VERSION:
+            if content["schema_version"] not in (_SCHEMA_VERSION, _MASKED_VERSION):
                 raise TrajectoryError(
                     f"{path} has schema_version {content['schema_version']}, and this version of rebasin "
-                    f"reads {_SCHEMA_VERSION}"
+                    f"reads {_SCHEMA_VERSION} and {_MASKED_VERSION}"
                 )
+            masked = content["schema_version"] == _MASKED_VERSION
+            content["mask"] = operator.concat("", content["mask"]) if masked else None
             fields = {field.name: content[field.name] for field in dataclasses.fields(cls)}
             traverse_util.unflatten_dict(_parse_leaves(content["leaves"]), sep="/")
             if content["start"] is not None:

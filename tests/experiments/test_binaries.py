@@ -8,12 +8,28 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from experiments import compare_methods, learning_rates, paper_pair, sgd_instability, training_trajectories
+from experiments import (
+    compare_methods,
+    learning_rates,
+    mask_transport,
+    paper_pair,
+    sgd_instability,
+    sparse_connectivity,
+    training_trajectories,
+)
 from experiments.harness.experiment import Experiment
 from experiments.harness.networks import KEEP
 from experiments.harness.results import Claim, Results
 
-BINARIES = (training_trajectories, paper_pair, sgd_instability, compare_methods, learning_rates)
+BINARIES = (
+    training_trajectories,
+    paper_pair,
+    sgd_instability,
+    sparse_connectivity,
+    mask_transport,
+    compare_methods,
+    learning_rates,
+)
 
 # A value of each flag that is nobody's default. A flag that is missing here fails the test.
 SAMPLES = {
@@ -46,6 +62,10 @@ SAMPLES = {
     "num_repair": "77",
     "num_steps": "8",
     "rates": "0.01,0.02",
+    "levels": "3",
+    "rewind_epoch": "2",
+    "rewind": "learning_rate",
+    "matching_margin": "0.01",
 }
 
 
@@ -102,8 +122,22 @@ def test_flags_that_some_binaries_lack():
         for name in SAMPLES
         if name not in every
     } == {
-        "strict": ["training_trajectories", "paper_pair", "sgd_instability", "learning_rates"],
-        "methods": ["training_trajectories", "paper_pair", "sgd_instability", "compare_methods"],
+        "strict": [
+            "training_trajectories",
+            "paper_pair",
+            "sgd_instability",
+            "sparse_connectivity",
+            "mask_transport",
+            "learning_rates",
+        ],
+        "methods": [
+            "training_trajectories",
+            "paper_pair",
+            "sgd_instability",
+            "sparse_connectivity",
+            "mask_transport",
+            "compare_methods",
+        ],
         "time_limit": ["training_trajectories", "paper_pair"],
         "merge": ["training_trajectories"],
         "record_epochs": ["training_trajectories", "paper_pair"],
@@ -113,6 +147,10 @@ def test_flags_that_some_binaries_lack():
         "num_repair": ["compare_methods"],
         "num_steps": ["compare_methods"],
         "rates": ["learning_rates"],
+        "levels": ["sparse_connectivity", "mask_transport"],
+        "rewind_epoch": ["sparse_connectivity", "mask_transport"],
+        "rewind": ["sparse_connectivity", "mask_transport"],
+        "matching_margin": ["mask_transport"],
     }
 
 

@@ -7,7 +7,14 @@ import pathlib
 
 import pytest
 
-from experiments import compare_methods, learning_rates, sgd_instability, training_trajectories
+from experiments import (
+    compare_methods,
+    learning_rates,
+    mask_transport,
+    sgd_instability,
+    sparse_connectivity,
+    training_trajectories,
+)
 from experiments.harness.record import (
     AlignedEpoch,
     Endpoints,
@@ -29,7 +36,14 @@ from rebasin.errors import ConfigError
 RESULTS = pathlib.Path(__file__).parents[2] / "results"
 EXPERIMENTS = {
     binary.EXPERIMENT.name: binary.EXPERIMENT
-    for binary in (training_trajectories, sgd_instability, compare_methods, learning_rates)
+    for binary in (
+        training_trajectories,
+        sgd_instability,
+        sparse_connectivity,
+        mask_transport,
+        compare_methods,
+        learning_rates,
+    )
 }
 
 

@@ -29,7 +29,9 @@ def test_a_run_json_of_another_schema(copied):
     (copied / "run.json").write_text(json.dumps(content | {"schema_version": 99}))
     with pytest.raises(TrajectoryError) as info:
         Trajectory(copied)
-    assert str(info.value) == f"{copied}/run.json has schema_version 99, and this version of rebasin reads 1"
+    assert str(info.value) == (
+        f"{copied}/run.json has schema_version 99, and this version of rebasin reads 1 and 2"
+    )
 
 
 def test_an_epoch_that_is_not_there(finished):
