@@ -23,7 +23,7 @@ __all__ = [
     "check_networks",
     "check_spec_and_key",
     "check_start",
-    "check_weights_move",
+    "comparable_weights",
 ]
 
 
@@ -175,25 +175,40 @@ def check_networks(
     (first, reference), *rest = trees.items()
     conformed = (reference, *(conform(reference, tree, names=(first, name)) for name, tree in rest))
     spec.group_sizes(reference, name=first)  # and so it fits the others
-    weights = weight_leaves(reference, roles)
     if by_weights:
-        check_weights_move(spec, weights)
-        check_weight_dtypes(reference, weights, first)
+        weights = comparable_weights(spec, reference, roles, first)
+    else:
+        weights = weight_leaves(reference, roles)
     for name, tree in zip(trees, conformed, strict=True):
         check_finite(tree, name, leaves=weights)
     return Networks(conformed, weights)
 
 
-def check_weights_move(spec: PermutationSpec, weights: frozenset[str]) -> None:
-    """Raise `SpecMismatchError` if a spec moves leaves, and none of them is a weight.
+def comparable_weights(spec: PermutationSpec, tree: Any, roles: RoleNames, name: str) -> frozenset[str]:
+    """Return the path names of a network's weights, after checking that a matching can compare them.
 
-    Every permutation would then have the same objective, and a result would look like one that was found.
+    If no leaf that the spec moves were a weight, every permutation would have the same objective, and a
+    result would look like one that was found.
+
+    Args:
+      spec: the symmetries.
+      tree: the tree of the network.
+      roles: roles of leaves that would not be found.
+      name: what messages call the tree.
+
+    Raises:
+      SpecMismatchError: the spec moves leaves, and none of them is a weight.
+      TreeMismatchError: a weight holds integers.
+      ConfigError: `roles` do not fit the tree.
     """
+    weights = weight_leaves(tree, roles)
     moving = [path for path, axes in spec.leaves if any(axis.groups for axis in axes)]
     if spec.groups and weights.isdisjoint(moving):
         raise SpecMismatchError(
             f"none of the leaves that the spec moves is a weight: {', '.join(moving)}; roles= says which are"
         )
+    check_weight_dtypes(tree, weights, name)
+    return weights
 
 
 def check_start(start: Any, names: Sequence[str]) -> None:

@@ -194,10 +194,12 @@ class SinkhornMatching(Method):
         """Build the function from a permutation to its loss over all data."""
         alphas = _RANDOM_ALPHAS if self.loss == "random" else (0.5,)
 
+        weights = weight_leaves(params_a, self.roles)
+
         def hard_loss(permutation: Permutation) -> float:
             moved = compiled_permute(spec, permutation, params_b)
             if metrics_fn is None:
-                return distance(params_a, moved, leaves=weight_leaves(params_a, self.roles)) ** 2
+                return distance(params_a, moved, leaves=weights) ** 2
             points = [interpolate(params_a, moved, alpha, roles=self.roles) for alpha in alphas]
             evaluate = functools.partial(mean_loss, metrics_fn=metrics_fn, batch_size=self.batch_size)
             return sum(float(evaluate(point, data)) for point in points) / len(points)
@@ -287,7 +289,8 @@ def _soft_loss_and_gradient(
         # `rebasin.arithmetic.distance` is computed on the host in float64, and so it cannot be
         # differentiated.
         a, b = leaf_table(params_a), leaf_table(moved)
-        pairs = ((a[path], b[path]) for path in a if path in weight_leaves(params_a, roles))
+        weights = weight_leaves(params_a, roles)
+        pairs = ((a[path], b[path]) for path in a if path in weights)
         differences = (real_parts(jnp.asarray(x, wide_dtype(x)) - y) for x, y in pairs)
         return sum(((difference**2).sum() for difference in differences), jnp.zeros(()))
 

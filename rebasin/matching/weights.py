@@ -28,11 +28,10 @@ from rebasin.matching.ascent import (
     state_at,
 )
 from rebasin.matching.blocks import LeafPairs, PairBlock, pair_blocks
-from rebasin.matching.method import Method, build_method, check_spec_and_key, check_start, check_weights_move
+from rebasin.matching.method import Method, build_method, check_spec_and_key, check_start, comparable_weights
 from rebasin.matching.progress import ProgressFn, Reporter, report_end
 from rebasin.matching.result import MatchResult
 from rebasin.permutation import Permutation, check_permutation, identity_permutation
-from rebasin.roles import check_weight_dtypes, weight_leaves
 from rebasin.spec import PermutationSpec
 from rebasin.trees import check_finite, check_same_shapes, is_below, leaf_table
 
@@ -321,9 +320,7 @@ def _check_pair(
     """Return the leaves that count of both networks, after all checks."""
     check_same_shapes(params_a, params_b, names=names)
     spec.group_sizes(params_a, name=names[0])  # and so it fits B
-    weights = weight_leaves(params_a, method.roles)
-    check_weights_move(spec, weights)
-    check_weight_dtypes(params_a, weights, names[0])
+    weights = comparable_weights(spec, params_a, method.roles, names[0])
     tables = []
     for tree, name in zip((params_a, params_b), names, strict=True):
         table = {p: leaf for p, leaf in leaf_table(tree).items() if p in weights}

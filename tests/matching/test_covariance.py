@@ -87,11 +87,11 @@ def test_linear_chain_by_hand(order):
             np.testing.assert_array_equal(rows[i], best)
             known = best
     else:
-        climbed = match.stats["inner_products"]
-        assert (np.diff(climbed) >= 0).all()
-        assert climbed[-1] >= total([np.arange(6), np.arange(5)])
+        products = match.stats["inner_products"]
+        assert (np.diff(products) >= 0).all()
+        assert products[-1] >= total([np.arange(6), np.arange(5)])
         assert match.stats["kept"] == "ascent"
-        np.testing.assert_allclose(climbed[-1], total(rows), rtol=1e-4)
+        np.testing.assert_allclose(products[-1], total(rows), rtol=1e-4)
     assert match.converged
     ends = [distance(a64, b64, moments, r) for r in ([np.arange(6), np.arange(5)], rows)]
     np.testing.assert_allclose(match.stats["distance"], ends, rtol=1e-4)
@@ -198,8 +198,8 @@ def test_a_shuffled_copy_of_a_relu_network_is_put_back(seed):
     b = rebasin.permute(spec, shuffle, a)
     match = covariance_matching(spec, a, b, relu_chain, x, key=KEY_)
     assert rebasin.fixed_points(match.permutation, rebasin.invert(spec, shuffle)).total == 1
-    climbed = match.stats["inner_products"]
-    assert climbed[-1] > climbed[0]
+    products = match.stats["inner_products"]
+    assert products[-1] > products[0]
     assert match.stats["kept"] == "depth"
 
 
