@@ -1,4 +1,4 @@
-"""The experiment of two trajectories in small, shared by the tests of the experiments."""
+"""What the tests of the experiments share: the experiment of two trajectories in small, and a reporter."""
 
 import io
 
@@ -29,5 +29,6 @@ def small_config(**changes):
     return TrajectoryConfig(**(fields | changes))
 
 
-def quiet():
-    return Reporter(Console(file=io.StringIO(), width=80))
+def reporter(text=None):
+    """A reporter that writes to `text`, or to nothing that anybody reads."""
+    return Reporter(Console(file=text or io.StringIO(), width=80))

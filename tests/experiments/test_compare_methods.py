@@ -11,11 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from rich.console import Console
+from small_experiment import reporter
 
 import rebasin
 from experiments import compare_methods, learning_rates
-from experiments.harness.console import Reporter
 from experiments.harness.experiment import Setup
 from experiments.harness.methods import MethodComparison
 from experiments.harness.networks import Pair, run_directory
@@ -35,10 +34,6 @@ RECIPE = build_recipe(
     "trajectory", dataset="digits", model="mlp", width=16, epochs=3, warmup_epochs=1, batch_size=32
 )
 SIZES = {"num_alphas": 5, "num_test": 200, "num_match": 300}
-
-
-def reporter(text=None):
-    return Reporter(Console(file=text or io.StringIO(), width=80))
 
 
 def methods_config(**changes):

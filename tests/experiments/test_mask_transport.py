@@ -7,11 +7,10 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-from rich.console import Console
+from small_experiment import reporter
 
 import rebasin
 from experiments.harness import networks
-from experiments.harness.console import Reporter
 from experiments.harness.networks import run_directory
 from experiments.harness.pruning import TransportedMask, TransportLevel, TransportRecord
 from experiments.harness.record import METRICS, Metrics
@@ -46,10 +45,6 @@ def small_config(**changes):
         "matching_margin": 0.01,
     }
     return TransportConfig(**(fields | changes))
-
-
-def reporter(text=None):
-    return Reporter(Console(file=text or io.StringIO(), width=80))
 
 
 @pytest.fixture(scope="module")

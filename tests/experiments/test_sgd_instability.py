@@ -10,10 +10,9 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-from rich.console import Console
+from small_experiment import reporter
 
 import rebasin
-from experiments.harness.console import Reporter
 from experiments.harness.networks import child_seed, run_directory
 from experiments.harness.paths import PathMeter
 from experiments.harness.record import METRICS, FamilyRecord, Metrics, ParentsRecord, SpawnRecord
@@ -43,10 +42,6 @@ def small_config(**changes):
         "num_match": 100,
     }
     return InstabilityConfig(**(fields | changes))
-
-
-def reporter(text=None):
-    return Reporter(Console(file=text or io.StringIO(), width=80))
 
 
 @pytest.fixture(scope="module")

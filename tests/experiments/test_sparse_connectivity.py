@@ -8,10 +8,9 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-from rich.console import Console
+from small_experiment import reporter
 
 import rebasin
-from experiments.harness.console import Reporter
 from experiments.harness.networks import run_directory
 from experiments.harness.paths import PathMeter
 from experiments.harness.presets import Thresholds
@@ -57,10 +56,6 @@ def small_config(**changes):
         "thresholds": Thresholds(unaligned_above=0.4, any_epoch_at_most=0.1, end_at_most=0.03),
     }
     return SparseConfig(**(fields | changes))
-
-
-def reporter(text=None):
-    return Reporter(Console(file=text or io.StringIO(), width=80))
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 from rich.console import Console
-from small_experiment import quiet, small_config
+from small_experiment import reporter, small_config
 
 from experiments import paper_pair
 from experiments.harness.console import Reporter
@@ -48,7 +48,7 @@ class Steps(Deadline):
 
 
 def run(folder, experiment=UNDRAWN, config=CONFIG, **options):
-    arguments = {"output_dir": folder, "runs_dir": folder / "runs", "keep": "none", "reporter": quiet()}
+    arguments = {"output_dir": folder, "runs_dir": folder / "runs", "keep": "none", "reporter": reporter()}
     return experiment.run(config, load_dataset("digits"), **(arguments | options))
 
 
@@ -232,7 +232,7 @@ def apart(whole, tmp_path_factory):
 
 
 def test_merged_pairs_equal_one_run_of_all_pairs(apart, tmp_path):
-    merged = UNDRAWN.merge([apart["second"], apart["first"]], output_dir=tmp_path, reporter=quiet())
+    merged = UNDRAWN.merge([apart["second"], apart["first"]], output_dir=tmp_path, reporter=reporter())
     both = EXPERIMENT.load(apart["both"])
     assert merged.finished
     for name in ("config", "records", "summary", "claims", "environment"):
@@ -240,9 +240,9 @@ def test_merged_pairs_equal_one_run_of_all_pairs(apart, tmp_path):
     assert stored(tmp_path).records == merged.records
     assert (tmp_path / EXPERIMENT.csv).is_file()
     # The same pairs again are no error, as a merge is cheap to repeat.
-    UNDRAWN.merge([apart["first"], apart["second"]], output_dir=tmp_path, reporter=quiet())
+    UNDRAWN.merge([apart["first"], apart["second"]], output_dir=tmp_path, reporter=reporter())
     with pytest.raises(ConfigError, match="results.json is of another config; choose another folder"):
-        UNDRAWN.merge([apart["first"]], output_dir=tmp_path, reporter=quiet())
+        UNDRAWN.merge([apart["first"]], output_dir=tmp_path, reporter=reporter())
 
 
 def test_unfinished_pairs_are_merged_as_far_as_they_go(apart, tmp_path):
@@ -251,8 +251,7 @@ def test_unfinished_pairs_are_merged_as_far_as_they_go(apart, tmp_path):
     path = tmp_path / "begun.json"
     dataclasses.replace(second, records=[record], summary=None, claims=[]).save(path)
     text = io.StringIO()
-    reporter = Reporter(Console(file=text, width=80))
-    found = UNDRAWN.merge([apart["first"], path], output_dir=tmp_path / "out", reporter=reporter)
+    found = UNDRAWN.merge([apart["first"], path], output_dir=tmp_path / "out", reporter=reporter(text))
     assert not found.finished
     assert found.records == [EXPERIMENT.load(apart["first"]).records[0], record]
     assert "seeds 2 and 3: epochs 0; the pair is left out" in " ".join(text.getvalue().split())
@@ -275,9 +274,9 @@ def test_pairs_that_are_not_those_of_one_run_are_not_merged(apart, tmp_path):
         records = [dataclasses.replace(other.records[0], seeds=config.pairs[0].seeds)]
         dataclasses.replace(other, config=config, records=records).save(path)
         with pytest.raises(ConfigError, match=message):
-            EXPERIMENT.merge([apart["first"], path], output_dir=tmp_path / "out", reporter=quiet())
+            EXPERIMENT.merge([apart["first"], path], output_dir=tmp_path / "out", reporter=reporter())
     with pytest.raises(ConfigError, match="--merge: wanted the results.json of each run, got no file"):
-        EXPERIMENT.merge([], output_dir=tmp_path / "out", reporter=quiet())
+        EXPERIMENT.merge([], output_dir=tmp_path / "out", reporter=reporter())
     assert not (tmp_path / "out").exists()
 
 

@@ -11,11 +11,9 @@ import sys
 import jax
 import numpy as np
 import pytest
-from rich.console import Console
-from small_experiment import quiet, small_config
+from small_experiment import reporter, small_config
 
 import rebasin
-from experiments.harness.console import Reporter
 from experiments.harness.networks import run_directory
 from experiments.harness.record import (
     METRICS,
@@ -37,13 +35,12 @@ def finished(tmp_path_factory):
     """One finished run, its folder, and what it printed."""
     folder = tmp_path_factory.mktemp("experiment")
     text = io.StringIO()
-    reporter = Reporter(Console(file=text, width=80))
     results = EXPERIMENT.run(
         small_config(),
         load_dataset("digits"),
         output_dir=folder / "out",
         runs_dir=folder / "runs",
-        reporter=reporter,
+        reporter=reporter(text),
     )
     return results, folder, text.getvalue()
 
@@ -218,7 +215,7 @@ def test_a_finished_run_is_only_drawn_anew(finished):
         load_dataset("digits"),
         output_dir=folder / "out",
         runs_dir=folder / "none",
-        reporter=quiet(),
+        reporter=reporter(),
     )
     assert all(figure.stat().st_size > 10_000 for figure in figures)
     assert (folder / "out/results.json").read_bytes() == before
@@ -236,7 +233,7 @@ def test_another_config_is_refused_and_nothing_lost(finished):
             load_dataset("digits"),
             output_dir=folder / "out",
             runs_dir=folder / "runs",
-            reporter=quiet(),
+            reporter=reporter(),
         )
     assert str(info.value).splitlines() == [
         f"{folder / 'out/results.json'} is of another config; choose another folder:",
@@ -252,7 +249,7 @@ def test_an_unfinished_run_needs_resume_and_keeps_its_replicates(finished, tmp_p
     partial = dataclasses.replace(complete, records=complete.records[:1], summary=None, claims=[])
     tmp_path.joinpath("out").mkdir()
     partial.save(tmp_path / "out/results.json")
-    arguments = {"output_dir": tmp_path / "out", "runs_dir": folder / "runs", "reporter": quiet()}
+    arguments = {"output_dir": tmp_path / "out", "runs_dir": folder / "runs", "reporter": reporter()}
     with pytest.raises(
         ConfigError, match=r"unfinished run \(1 replicates done\); pass --resume to go on with it"
     ):
@@ -271,7 +268,7 @@ def test_a_run_killed_within_a_pair_measures_only_the_epochs_that_it_lacks(finis
     begun = dataclasses.replace(complete.records[1], epochs=(complete.records[1].epochs[1], marked))
     partial = dataclasses.replace(complete, records=[complete.records[0], begun], summary=None, claims=[])
     partial.save(tmp_path / "results.json")
-    arguments = {"output_dir": tmp_path, "runs_dir": folder / "runs", "reporter": quiet()}
+    arguments = {"output_dir": tmp_path, "runs_dir": folder / "runs", "reporter": reporter()}
     resumed = EXPERIMENT.run(small_config(), load_dataset("digits"), resume=True, **arguments)
     assert resumed.records[0] == complete.records[0]
     assert resumed.records[1].epochs[3] == marked
@@ -285,7 +282,7 @@ def test_networks_are_dropped_and_the_numbers_stay(finished, tmp_path, keep, lef
     output, runs = tmp_path / "out", tmp_path / "runs"
     config = small_config(replicates=1, methods=("weights",))
     results = EXPERIMENT.run(
-        config, load_dataset("digits"), output_dir=output, runs_dir=runs, keep=keep, reporter=quiet()
+        config, load_dataset("digits"), output_dir=output, runs_dir=runs, keep=keep, reporter=reporter()
     )
     ours, theirs = ([epoch.methods["weights"] for epoch in r.records[0].epochs] for r in (results, complete))
     assert ours == theirs
@@ -303,7 +300,7 @@ def test_files_of_the_user_beside_dropped_networks_stay(tmp_path):
     (output / "networks/thesis.txt").write_text("mine")
     config = small_config(replicates=1, methods=("weights",), epochs=(4,), match_epochs=(4,))
     arguments = {"output_dir": output, "runs_dir": tmp_path / "runs", "keep": "none"}
-    EXPERIMENT.run(config, load_dataset("digits"), **arguments, reporter=quiet())
+    EXPERIMENT.run(config, load_dataset("digits"), **arguments, reporter=reporter())
     assert [path.name for path in (output / "networks").iterdir()] == ["thesis.txt"]
 
 
@@ -311,7 +308,7 @@ def test_networks_found_elsewhere_are_never_dropped(finished, tmp_path):
     _, folder, _ = finished
     config = small_config(replicates=1, methods=("weights",))
     arguments = {"output_dir": tmp_path / "out", "runs_dir": folder / "runs", "keep": "none"}
-    EXPERIMENT.run(config, load_dataset("digits"), **arguments, reporter=quiet())
+    EXPERIMENT.run(config, load_dataset("digits"), **arguments, reporter=reporter())
     assert not (tmp_path / "out/networks").exists()
     found = Trajectory(run_directory(folder / "runs", config.recipe, 0))
     assert found.epochs == (0, 1, 2, 3, 4)
