@@ -146,7 +146,7 @@ def train(
       keep: epochs to keep on disk; `None` keeps all. The last epoch is always kept. About once a minute
         another epoch is stored for resuming and deleted again when the next is stored. Affects disk use
         only; ignored for finished runs.
-      progress: function called after every epoch.
+      progress: function called after every epoch. If it raises, the epoch is stored first.
       resume: continue an unfinished run from its last stored epoch.
 
     Returns:
@@ -232,8 +232,14 @@ def _train_epochs(
             saved = time.perf_counter()
             if keep is not None:
                 trajectory.drop(e for e in trajectory.epochs if e not in keep and e != epoch)
-        if progress is not None:
+        if progress is None:
+            continue
+        try:
             progress(epoch, last, metrics)
+        except BaseException:  # a time limit or Ctrl-C: a run that goes on begins here
+            if epoch not in trajectory.epochs:
+                trajectory.save(epoch, state._asdict(), metrics)
+            raise
 
 
 @functools.lru_cache(maxsize=8)

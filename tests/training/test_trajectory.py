@@ -156,7 +156,7 @@ def test_chosen_epochs_are_kept_and_are_those_of_a_whole_run(finished, tmp_path,
     assert seen == [(0, 1), (0, 2), (0, 3), (0, 3, 4), (0, 3, 5), (0, 3, 6)]
 
 
-def test_a_sparse_run_resumes_at_the_same_bits(finished, tmp_path, monkeypatch):
+def test_a_sparse_run_that_progress_stops_loses_no_epoch_and_resumes_at_the_same_bits(finished, tmp_path):
     class Killed(Exception):
         pass
 
@@ -164,7 +164,6 @@ def test_a_sparse_run_resumes_at_the_same_bits(finished, tmp_path, monkeypatch):
         if epoch == 5:
             raise Killed
 
-    monkeypatch.setattr("rebasin.training.loop.RESUME_SECONDS", 0.0)
     arguments = {"seed": 0, "directory": tmp_path / "run", "keep": ()}
     with pytest.raises(Killed):
         train(RECIPE, DIGITS, progress=kill, **arguments)
