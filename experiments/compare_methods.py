@@ -11,8 +11,8 @@ row `none` is the pair as it was trained. The run prints a table.
   python -m experiments.compare_methods --preset=digits --output_dir=results/methods_digits
   python -m experiments.compare_methods --preset=cpu --model=mlp --num_alphas=13 --num_eval=2000
     --num_match=2000 --output_dir=results/methods_mnist
-  python -m experiments.compare_methods --preset=cpu --model=vgg16 --num_alphas=11 --num_steps=25
-    --output_dir=results/methods_vgg16
+  python -m experiments.compare_methods --preset=cpu --model=vgg16 --width=8 --epochs=16 --num_train=20000
+    --num_alphas=11 --num_steps=25 --output_dir=results/methods_vgg16
   python -m experiments.compare_methods --methods=weights,activations --output_dir=results/two_methods
 
 On two CPU cores digits take 4 minutes, and with the networks already trained MNIST 14 and VGG-16 28.

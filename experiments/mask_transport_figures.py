@@ -63,8 +63,7 @@ def draw_transport(results: _Finished, target: Target) -> None:
                 axes.set_xlim(1.05, min(remaining) / 1.05)  # sparser to the right, as in the paper
                 axes.grid(alpha=0.25, linewidth=0.5)
             row[0].set_title(f"matching of {method}", loc="left")
-        note = f", {config.rewind} rewound to epoch {config.rewind_epoch}; bands: ± standard deviation"
-        entitle(figure, results, "networks", note)
+        entitle(figure, results, "networks", config.figure_note)
         share_legend(figure, list(panels[0]), columns=3)
         figure.savefig(target, metadata={"Software": None})
 

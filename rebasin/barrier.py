@@ -15,7 +15,15 @@ import numpy as np
 from jax.tree_util import Partial
 
 from rebasin.arithmetic import interpolate
-from rebasin.batches import Batch, check_counts, check_data, inputs_of, num_examples, to_batches
+from rebasin.batches import (
+    Batch,
+    check_counts,
+    check_data,
+    default_batch_size,
+    inputs_of,
+    num_examples,
+    to_batches,
+)
 from rebasin.compilation import compiler_options
 from rebasin.errors import ConfigError, DataError, NonFiniteError, RebasinError, problem_list
 from rebasin.roles import RoleNames, check_roles, check_weight_dtypes, weight_leaves
@@ -248,7 +256,7 @@ def build_sweep(
     metrics_fn: MetricsFn,
     *,
     num_alphas: int = 25,
-    batch_size: int = 500,
+    batch_size: int | None = None,
     prepare: Callable[[Any, jax.Array], Any] | None = None,
     roles: RoleNames = None,
 ) -> Callable[..., BarrierCurve]:
@@ -260,8 +268,9 @@ def build_sweep(
     Args:
       metrics_fn: ``(params, batch) -> {name: [n]}``, one value for each example.
       num_alphas: number of equally spaced points on the path, both ends included; 25 in the paper.
-      batch_size: number of examples evaluated at once. The last batch is filled up with copies of the first
-        example, whose values are dropped.
+      batch_size: number of examples evaluated at once, by default `default_batch_size`: 500 on a CPU and
+        2,000 on an accelerator. The last batch is filled up with copies of the first example, whose values
+        are dropped.
       prepare: ``(params, alpha) -> extra``, called once at each point. `metrics_fn` gets its result as third
         argument. REPAIR and the statistics of BatchNorm need it. Bind arrays to it by
         `jax.tree_util.Partial`, as `build_repair` and `build_norm_reset` do: they are then arguments of the
@@ -309,7 +318,7 @@ def build_evaluation(
     metrics_fn: MetricsFn,
     combine: Callable[[Sequence[Any], jax.Array], Any],
     *,
-    batch_size: int,
+    batch_size: int | None,
     prepare: Callable[[Any, jax.Array], Any] | None,
     roles: RoleNames,
 ) -> Callable[[Mapping[str, Any], np.ndarray, Any], dict[str, np.ndarray]]:
@@ -318,7 +327,7 @@ def build_evaluation(
     Args:
       metrics_fn: ``(params, batch) -> {name: [n]}``, one value for each example.
       combine: ``(trees, point) -> params``, the mixture of networks at a point.
-      batch_size: number of examples evaluated at once.
+      batch_size: number of examples evaluated at once, `None` for `default_batch_size`.
       prepare: ``(params, point) -> extra``, called once at each point; `metrics_fn` gets its result as third
         argument.
       roles: roles of leaves that would not be found; weights must be finite.
@@ -331,7 +340,8 @@ def build_evaluation(
     Raises:
       ConfigError: `batch_size` is below 1.
     """
-    check_counts(1, batch_size=batch_size)
+    size = default_batch_size() if batch_size is None else batch_size
+    check_counts(1, batch_size=size)
     roles = check_roles(roles)
     if prepare is not None and not isinstance(prepare, Partial):
         prepare = Partial(prepare)
@@ -340,7 +350,7 @@ def build_evaluation(
     def compiled(
         trees: tuple[Any, ...], points: jax.Array, data: Any, prepare: Partial | None
     ) -> Mapping[str, jax.Array]:
-        n, batches = num_examples(data), to_batches(data, batch_size)
+        n, batches = num_examples(data), to_batches(data, size)
 
         def at(point: jax.Array) -> Mapping[str, jax.Array]:
             params = combine(trees, point)

@@ -22,6 +22,7 @@ __all__ = [
     "batch_shapes",
     "check_counts",
     "check_data",
+    "default_batch_size",
     "inputs_of",
     "map_batches",
     "num_examples",
@@ -116,6 +117,15 @@ def num_examples(data: Any) -> int:
       3
     """
     return np.shape(jax.tree.leaves(data)[0])[0]
+
+
+def default_batch_size() -> int:
+    """Return the number of examples that a sweep evaluates at once: 500 on a CPU, 2,000 on an accelerator.
+
+    On an H200 a VGG-16 of width 64 is a tenth faster with 2,000 than with 500. On two CPU cores
+    sizes from 125 to 2,000 differ by less than the noise, and smaller ones need less memory.
+    """
+    return 500 if jax.default_backend() == "cpu" else 2_000
 
 
 def to_batches(data: Any, batch_size: int) -> Any:

@@ -134,7 +134,7 @@ def build_simplex_sweep(
     metrics_fn: MetricsFn,
     *,
     resolution: int = 4,
-    batch_size: int = 500,
+    batch_size: int | None = None,
     prepare: Callable[[Any, jax.Array], Any] | None = None,
     roles: RoleNames = None,
 ) -> Callable[[Sequence[Any], Any], SimplexSurface]:
@@ -145,7 +145,7 @@ def build_simplex_sweep(
     Args:
       metrics_fn: ``(params, batch) -> {name: [n]}``, one value for each example.
       resolution: number of steps along an edge of the simplex; see `simplex_grid`.
-      batch_size: number of examples evaluated at once.
+      batch_size: number of examples evaluated at once, by default `default_batch_size`.
       prepare: ``(params, weights) -> extra``, called once at each point. `metrics_fn` gets its result as
         third argument. REPAIR and the statistics of BatchNorm need it.
       roles: roles of leaves that `rebasin.roles.leaf_roles` would not find. Weights are averaged, and

@@ -58,6 +58,12 @@ class PruningConfig(Config):
         return cast(Rewind, self.rewind)
 
     @property
+    def figure_note(self) -> str:
+        """What figures say of the rewinding, and of their bands."""
+        what = self.rewind.replace("_", " ")
+        return f"{what} rewound to epoch {self.rewind_epoch}; bands: ± standard deviation"
+
+    @property
     def wanted_epochs(self) -> tuple[int, ...]:
         """The epoch to which levels return, and the last one."""
         return (self.rewind_epoch, self.recipe.epochs)
