@@ -24,6 +24,9 @@ EXPERIMENTS = [
     "tensorflow-datasets>=4.9.9",
 ]
 
+# For the command and the checkpoints that it reads and writes; each is loaded when a file of its kind is.
+CHECKPOINTS = ["absl-py>=2.1", "flax>=0.12", "orbax-checkpoint>=0.12", "safetensors>=0.5"]
+
 # For the matching methods that learn, which load them when they are called.
 SINKHORN = ["optax>=0.2.5", "ott-jax>=0.6"]
 
@@ -70,11 +73,13 @@ setup(
     packages=find_packages(include=["rebasin", "rebasin.*"]),
     package_data={"rebasin": ["py.typed", "training/digits.npz"]},
     install_requires=["jax>=0.10", "numpy>=2.0", "scipy>=1.13"],
+    entry_points={"console_scripts": ["rebasin = rebasin.command.main:run"]},
     extras_require={
+        "checkpoints": CHECKPOINTS,
         "experiments": [*EXPERIMENTS, *SINKHORN],
         "public-models": PUBLIC_MODELS,
         "sinkhorn": SINKHORN,
-        "test": [*EXPERIMENTS, *SINKHORN, *TEST],
+        "test": [*EXPERIMENTS, *CHECKPOINTS, *SINKHORN, *TEST],
     },
     keywords=[
         "jax",

@@ -8,6 +8,7 @@ puts every problem on a line of its own.
 from collections.abc import Iterable
 
 __all__ = [
+    "CheckpointError",
     "ConfigError",
     "DataError",
     "InferenceError",
@@ -62,6 +63,10 @@ class VerificationError(RebasinError):
 
 class DataError(RebasinError):
     """Data are unknown, not prepared, empty or of the wrong form."""
+
+
+class CheckpointError(RebasinError):
+    """A checkpoint is missing, damaged, or in a form that cannot be read or written."""
 
 
 class TrajectoryError(RebasinError):

@@ -13,6 +13,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 # Rooms from the top down. A module imports from rooms further down, and from its own.
 ROOMS = [
     ["experiments"],
+    ["rebasin.__main__"],
+    ["rebasin.command"],
     ["rebasin.training"],
     ["rebasin.models"],
     ["rebasin"],  # the public names of all that follows
@@ -29,7 +31,9 @@ ROOMS = [
     ["rebasin.axis"],
     ["rebasin.arithmetic"],
     ["rebasin.roles"],
+    ["rebasin.checkpoints"],
     ["rebasin.trees"],
+    ["rebasin.files"],
     ["rebasin.errors"],
 ]
 

@@ -13,7 +13,6 @@ from experiments.harness.algorithms import ALGORITHMS
 from experiments.harness.console import Reporter
 from experiments.harness.deadline import Deadline, OutOfTime
 from experiments.harness.figures import Target
-from experiments.harness.files import write_whole
 from experiments.harness.networks import Networks, Pair
 from experiments.harness.paths import infer_model_spec
 from experiments.harness.record import PairRecord
@@ -32,6 +31,7 @@ from experiments.harness.results import (
 from experiments.harness.serialisation import from_json, to_json
 from rebasin.barrier import MetricsFn, classification_metrics
 from rebasin.errors import ConfigError, problem_list
+from rebasin.files import write_whole
 from rebasin.models import build_model
 from rebasin.spec import PermutationSpec
 from rebasin.training.data import Dataset

@@ -17,10 +17,10 @@ import rebasin
 from experiments.harness.algorithms import ALGORITHMS, PAPER_ALGORITHM
 from experiments.harness.deadline import Deadline
 from experiments.harness.experiment import C, Experiment
-from experiments.harness.files import explain
 from experiments.harness.networks import KEEP, shared_runs
 from experiments.harness.presets import PRESETS, Preset, choose_preset
 from rebasin.errors import ConfigError, RebasinError
+from rebasin.files import explain
 from rebasin.training.data import load_dataset
 from rebasin.training.folders import expand_home
 from rebasin.training.imp import Rewind

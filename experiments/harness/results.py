@@ -18,10 +18,10 @@ import jax
 import numpy as np
 
 import rebasin
-from experiments.harness.files import write_whole
 from experiments.harness.serialisation import from_json, to_json
 from experiments.harness.statistics import student_interval
 from rebasin.errors import ConfigError, problem_list
+from rebasin.files import write_whole
 
 __all__ = [
     "WAY_OUT",

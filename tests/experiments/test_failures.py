@@ -18,12 +18,12 @@ from experiments import learning_rates, training_trajectories
 from experiments.harness import networks
 from experiments.harness.console import Reporter
 from experiments.harness.experiment import Experiment
-from experiments.harness.files import explain, write_whole
 from experiments.harness.options import INTERRUPTED
 from experiments.harness.record import AlignedEpoch, EpochRecord, Metrics, TrajectoryRecord
 from experiments.harness.results import Results, Seconds, write_csv
 from experiments.harness.statistics import ratio
 from rebasin.errors import ConfigError
+from rebasin.files import explain, write_whole
 from rebasin.training.data import load_dataset
 from rebasin.training.lock import FolderInUseError, locked
 from rebasin.training.recipes import Recipe

@@ -1,0 +1,1 @@
+"""The command ``rebasin``: align, inspect and merge checkpoints from a shell."""

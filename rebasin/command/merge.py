@@ -1,0 +1,122 @@
+"""``rebasin merge``: average checkpoints whose units are in one order."""
+
+import functools
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+import rebasin
+from rebasin.arithmetic import average
+from rebasin.checkpoints import (
+    check_absent,
+    checkpoint_digest,
+    read_checkpoint,
+    read_names,
+    write_checkpoint,
+)
+from rebasin.command.align import card_path, describe
+from rebasin.command.command import Command
+from rebasin.errors import ConfigError
+from rebasin.files import write_whole
+from rebasin.trees import conform
+
+__all__ = ["MERGE"]
+
+_ABOUT = """
+Averages networks whose units are in one order: those that rebasin align wrote,
+and the network that they were aligned with. The result has the form of the
+first. A card, OUTPUT.json, says how it was made.
+
+  rebasin merge --networks a.safetensors,b_aligned.safetensors
+    --output merged.safetensors
+  rebasin merge --networks a,b --weights ratios.json --output merged
+
+Counters, running statistics and other leaves that are no weights are taken from
+the network with the largest weight. Running statistics of a BatchNorm have to
+be measured anew (rebasin.build_norm_reset), which this command cannot do.
+"""
+
+_FLAGS = flags.FlagValues()
+flags.DEFINE_list("networks", None, "Checkpoints, at least two.", flag_values=_FLAGS)
+flags.DEFINE_string("output", None, "The new checkpoint; it must not exist yet.", flag_values=_FLAGS)
+flags.DEFINE_string(
+    "weights",
+    None,
+    "One number for each network, such as 0.7,0.3, by default equal ones; or a JSON file that maps path "
+    'names of leaves or subtrees to such numbers, such as {"": [0.5, 0.5], "layers/*/mlp": [0.3, 0.7]}.',
+    flag_values=_FLAGS,
+)
+flags.DEFINE_string("names", None, "JSON file that maps names, as in rebasin align.", flag_values=_FLAGS)
+
+
+def _weights(text: str | None) -> Sequence[float] | Mapping[str, Sequence[float]] | None:
+    """Return what ``--weights`` says."""
+    if text is None:
+        return None
+    try:
+        if not text.endswith(".json"):
+            return [float(number) for number in text.split(",")]
+        content = json.loads(pathlib.Path(text).read_text())
+        return {str(name): [float(number) for number in numbers] for name, numbers in content.items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"--weights: wanted numbers such as 0.7,0.3 or a JSON file of them by path name, got {text}: "
+            f"{error}"
+        ) from None
+
+
+def _in_common_dtypes(trees: Sequence[Any]) -> list[Any]:
+    """Return networks in the containers of the first, and each weight in the widest of its floating dtypes.
+
+    So that networks of several precisions are averaged exactly, and rounded once to that of the first.
+    """
+    first = trees[0]
+    conformed = [
+        conform(first, tree, names=("network 0", f"network {i}"), dtypes=False)
+        for i, tree in enumerate(trees)
+    ]
+
+    def widen(*leaves: Any) -> tuple[Any, ...]:
+        dtypes = [leaf.dtype for leaf in leaves]
+        if not all(jnp.issubdtype(dtype, jnp.inexact) for dtype in dtypes):
+            return leaves
+        common = functools.reduce(jnp.promote_types, dtypes)
+        return tuple(leaf.astype(common) for leaf in leaves)
+
+    widened = jax.tree.map(widen, *conformed)
+    return [jax.tree.map(lambda _, leaves, i=i: leaves[i], first, widened) for i in range(len(trees))]
+
+
+def _run(values: flags.FlagValues) -> None:
+    output = pathlib.Path(values.output)
+    for path in (output, card_path(output)):
+        check_absent(path)
+    if len(values.networks) < 2:
+        raise ConfigError(f"--networks: wanted at least two checkpoints, got {len(values.networks)}")
+    weights = _weights(values.weights)
+    names = read_names(values.names) if values.names else None
+    checkpoints = [read_checkpoint(path, names=names) for path in values.networks]
+    for i, checkpoint in enumerate(checkpoints):
+        print(describe(f"network {i}", checkpoint))
+    first = checkpoints[0].tree
+    merged = average(_in_common_dtypes([checkpoint.tree for checkpoint in checkpoints]), weights)
+    rounded = jax.tree.map(lambda value, leaf: np.asarray(value).astype(leaf.dtype), merged, first)
+    write_checkpoint(output, rounded, checkpoints[0])
+    card = {
+        "made_by": f"rebasin {rebasin.__version__}",
+        "networks": [
+            {"path": str(c.path), "form": c.form, "sha256": checkpoint_digest(c.path)} for c in checkpoints
+        ],
+        "weights": weights,
+    }
+    write_whole(card_path(output), f"{json.dumps(card, indent=2)}\n".encode())
+    print(f"written: {output}, with its card {card_path(output)}")
+
+
+MERGE = Command("merge", _ABOUT, _FLAGS, ("networks", "output"), _run)
