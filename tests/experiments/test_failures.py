@@ -182,7 +182,10 @@ def test_records_that_are_not_those_of_the_config_are_refused(stored, name):
     for change, message in (
         (lambda content: content["records"].append(content["records"][0]), r"records: wanted \d+ at most"),
         (lambda content: content["records"].pop(), r"records: wanted \d+ in a finished run"),
-        (lambda content: content["records"][0].update(seeds=[8, 9]), r"records\.0\.seeds: wanted \[(0, 1|100, 101)\]"),
+        (
+            lambda content: content["records"][0].update(seeds=[8, 9]),
+            r"records\.0\.seeds: wanted \[(0, 1|100, 101)\]",
+        ),
         (drop_part, r"records\.0: parts are missing"),
     ):
         path.write_text(whole)
