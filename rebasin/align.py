@@ -21,9 +21,9 @@ from rebasin.matching.result import MatchResult
 from rebasin.permutation import compiled_permute
 from rebasin.roles import Role, RoleNames, check_roles
 from rebasin.spec import PermutationSpec
-from rebasin.trees import conform, is_below, leaf_table, map_leaves
+from rebasin.trees import conform, is_below, join_static, leaf_table, map_leaves, path_name, split_static
 
-__all__ = ["Aligned", "align"]
+__all__ = ["Aligned", "align", "as_function"]
 
 
 class Aligned(NamedTuple):
@@ -63,10 +63,21 @@ def align(
     Infers the symmetries of the network from `apply_fn`, verifies them in float64, finds a permutation, and
     applies it to B. A and B may differ in floating dtypes: they are matched in the wider of the two.
 
+    Every library has its line:
+
+    ==================== ===============================================================================
+    plain JAX            ``align(apply_fn, params_a, params_b, x)``
+    Flax Linen           ``align(model, variables_a, variables_b, x)``
+    Flax NNX             ``align(lambda model, x: model(x), model_a, model_b, x)``
+    Equinox              ``align(lambda model, x: jax.vmap(model)(x), model_a, model_b, x)``
+    Haiku                ``align(transformed, params_a, params_b, x)``
+    ==================== ===============================================================================
+
     Args:
-      apply_fn: ``apply_fn(params, *inputs)``, any JAX function, for example a Flax model's ``apply``. Close
-        over arguments that are not arrays (`functools.partial`).
-      params_a: tree of A, which stays.
+      apply_fn: ``apply_fn(params, *inputs)``, any JAX function, or a Linen module or Haiku transform, whose
+        ``apply`` is called. Close over arguments that are not arrays (`functools.partial`).
+      params_a: tree of A, which stays. A module that is a tree will do; its leaves that are no arrays, such
+        as activation functions, must be those of B.
       params_b: tree of B, with the leaves and shapes of A.
       *inputs: example inputs, from which the symmetries are inferred. They may be left out where `spec` is
         given and `verify` is false.
@@ -92,8 +103,8 @@ def align(
 
     Raises:
       ConfigError: no method has that name, or something that is needed is missing.
-      TreeMismatchError: A and B differ in leaves, shapes or dtypes that are not floating, or in other leaves
-        than `shared` allows.
+      TreeMismatchError: A and B differ in leaves, shapes or dtypes that are not floating, in other leaves
+        than `shared` allows, or in leaves that are no arrays.
       InferenceError: the function cannot be traced with these inputs.
       VerificationError: the spec changes the function.
       RebasinError: whatever the method raises.
@@ -106,6 +117,26 @@ def align(
       >>> aligned.params["w"].tolist(), aligned.permutation["w"].tolist()
       ([[1.0, 2.0, 3.0]], [1, 2, 0])
     """
+    apply_fn = as_function(apply_fn)
+    (params_a, static), (params_b, static_b) = split_static(params_a), split_static(params_b)
+    if jax.tree.leaves(static) or jax.tree.leaves(static_b):
+        _check_same_static(static, static_b)
+        arrays_only = align(
+            lambda params, *rest: apply_fn(join_static(params, static), *rest),
+            params_a,
+            params_b,
+            *inputs,
+            method=method,
+            spec=spec,
+            verify=verify,
+            key=key,
+            data=data,
+            metrics_fn=metrics_fn and (lambda params, *rest: metrics_fn(join_static(params, static), *rest)),
+            roles=roles,
+            shared=shared,
+            progress=progress,
+        )
+        return arrays_only._replace(params=join_static(arrays_only.params, static_b))
     chosen = as_method(method, **({} if roles is None else {"roles": roles}))
     own_b = params_b
     if shared is None:
@@ -136,6 +167,33 @@ def align(
         spec, wide_a, wide_b, key=key, apply_fn=apply_fn, metrics_fn=metrics_fn, data=data, progress=progress
     )
     return Aligned(compiled_permute(spec, match.permutation, own_b), match.permutation, spec, match)
+
+
+def as_function(model: Any) -> Callable[..., Any]:
+    """Return ``apply_fn(params, *inputs)`` of a model: its ``apply``, or the function itself.
+
+    Args:
+      model: a function, a Flax Linen module, or what `haiku.transform` returns, which gets no random key.
+
+    Examples:
+      >>> as_function(abs) is abs
+      True
+    """
+    if type(model).__name__ == "Transformed" and type(model).__module__.startswith("haiku"):
+        return lambda params, *inputs: model.apply(params, None, *inputs)
+    return getattr(model, "apply", model)
+
+
+def _check_same_static(static_a: Any, static_b: Any) -> None:
+    """Raise unless the leaves of two modules that are no arrays are the same."""
+    a, b = (dict(jax.tree_util.tree_leaves_with_path(static)) for static in (static_a, static_b))
+    problems = [
+        f"{path_name(path)}: {a.get(path, 'an array')} in params_a, {b.get(path, 'an array')} in params_b"
+        for path in dict.fromkeys([*a, *b])
+        if path not in a or path not in b or a[path] is not b[path] and a[path] != b[path]
+    ]
+    if problems:
+        raise TreeMismatchError(problem_list("leaves that are no arrays differ:", problems))
 
 
 def _is_shared(path: str, shared: Sequence[str]) -> bool:

@@ -17,12 +17,14 @@ __all__ = [
     "check_same_shapes",
     "conform",
     "is_below",
+    "join_static",
     "leaf_table",
     "longest_name",
     "map_leaves",
     "path_name",
     "real_dtype",
     "real_parts",
+    "split_static",
     "state_leaves",
 ]
 
@@ -78,12 +80,54 @@ def _is_numeric(leaf: Any) -> bool:
     return any(jnp.issubdtype(dtype, kind) for kind in kinds)
 
 
+def _is_array(leaf: Any) -> bool:
+    return hasattr(leaf, "dtype") and _is_numeric(leaf)
+
+
 def _kind(leaf: Any) -> str:
     """Return what a leaf is, for a message."""
     if hasattr(leaf, "dtype"):
         return f"an array of dtype {leaf.dtype}"
     name = getattr(leaf, "__name__", None)
     return f"a {type(leaf).__name__}" if name is None else f"the {type(leaf).__name__} {name}"
+
+
+def split_static(tree: Any) -> tuple[Any, Any]:
+    """Split a module that is a tree, such as one of Equinox, into its arrays and its static leaves.
+
+    A tree that has numeric leaves alone has no static ones. Where there are others, such as activation
+    functions, Python's own numbers are static too, since code may branch on them.
+
+    Args:
+      tree: any pytree.
+
+    Returns:
+      The arrays and the static leaves, each in the structure of the tree with `None` for the rest.
+
+    Examples:
+      >>> arrays, static = split_static({"w": np.ones(2), "rate": 0.5, "activation": "relu"})
+      >>> arrays
+      {'activation': None, 'rate': None, 'w': array([1., 1.])}
+      >>> static
+      {'activation': 'relu', 'rate': 0.5, 'w': None}
+      >>> split_static({"w": np.ones(2), "rate": 0.5})[0]["rate"]
+      0.5
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    keep = _is_numeric if all(map(_is_numeric, leaves)) else _is_array
+    arrays = [leaf if keep(leaf) else None for leaf in leaves]
+    static = [None if keep(leaf) else leaf for leaf in leaves]
+    return jax.tree.unflatten(structure, arrays), jax.tree.unflatten(structure, static)
+
+
+def join_static(arrays: Any, static: Any) -> Any:
+    """Put together what `split_static` took apart."""
+    return jax.tree.map(
+        lambda array, leaf: leaf if array is None else array,
+        arrays,
+        static,
+        is_leaf=lambda leaf: leaf is None,
+    )
 
 
 def map_leaves(function: Callable[..., Any], tree: Any, *rest: Any) -> Any:

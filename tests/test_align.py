@@ -1,15 +1,18 @@
 """One call aligns two networks: it infers, verifies, matches and permutes."""
 
 import chex
+import equinox as eqx
 import flax.linen as nn
+import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from helpers import build_case
 
 import rebasin
-from rebasin import Batch, WeightMatching
+from rebasin import Batch, StraightThroughMatching, WeightMatching
 from rebasin.errors import ConfigError, InferenceError, TreeMismatchError, VerificationError
 
 KEY = jax.random.key(0)
@@ -234,3 +237,79 @@ def test_b_from_a_checkpoint_takes_the_containers_of_a():
     chex.assert_trees_all_equal(
         aligned.params, rebasin.align(apply_fn, a, b, np.ones((2, 4), np.float32)).params
     )
+
+
+class TestEveryLibrary:
+    """One line for each library returns its own kind of network, in the order of the units of A."""
+
+    x = jax.random.normal(jax.random.key(5), (6, 3))
+
+    def planted(self, spec, tree, apply_fn):
+        """The tree with its units in another order, after making sure that this changes the tree."""
+        moved = rebasin.permute(spec, rebasin.random_permutation(spec, tree, key=jax.random.key(9)), tree)
+        assert not all(jax.tree.leaves(jax.tree.map(np.array_equal, moved, tree)))
+        np.testing.assert_allclose(apply_fn(moved), apply_fn(tree), atol=1e-5)
+        return moved
+
+    def test_linen(self):
+        class Model(nn.Module):
+            @nn.compact
+            def __call__(self, x):
+                x = nn.relu(nn.Dense(8)(x))
+                return nn.Dense(2)(x)
+
+        model = Model()
+        a = model.init(jax.random.key(0), self.x)
+        spec = rebasin.infer_spec(model.apply, a, self.x)
+        aligned = rebasin.align(model, a, self.planted(spec, a, lambda t: model.apply(t, self.x)), self.x)
+        chex.assert_trees_all_equal(aligned.params, a)
+
+    def test_haiku(self):
+        transformed = hk.transform(lambda x: hk.nets.MLP([8, 2])(x))
+        a = transformed.init(jax.random.key(0), self.x)
+        apply_fn = lambda params, x: transformed.apply(params, None, x)  # noqa: E731
+        spec = rebasin.infer_spec(apply_fn, a, self.x)
+        b = self.planted(spec, a, lambda t: apply_fn(t, self.x))
+        chex.assert_trees_all_equal(rebasin.align(transformed, a, b, self.x).params, a)
+
+    def test_nnx(self):
+        class Model(nnx.Module):
+            def __init__(self, rngs):
+                self.first, self.second = nnx.Linear(3, 8, rngs=rngs), nnx.Linear(8, 2, rngs=rngs)
+
+            def __call__(self, x):
+                return self.second(jax.nn.relu(self.first(x)))
+
+        a, b = Model(nnx.Rngs(0)), Model(nnx.Rngs(0))
+        order = np.random.default_rng(0).permutation(8)
+        b.first.kernel[...] = a.first.kernel[:, order]
+        b.second.kernel[...] = a.second.kernel[order]
+        aligned = rebasin.align(lambda model, x: model(x), a, b, self.x)
+        assert isinstance(aligned.params, Model)
+        chex.assert_trees_all_equal(nnx.state(aligned.params), nnx.state(a))
+
+    def test_equinox(self):
+        a = eqx.nn.MLP(3, 2, 8, 1, key=jax.random.key(0))
+        order = np.random.default_rng(0).permutation(8)
+        where = lambda m: (m.layers[0].weight, m.layers[0].bias, m.layers[1].weight)  # noqa: E731
+        first, bias, second = where(a)
+        b = eqx.tree_at(where, a, (first[order], bias[order], second[:, order]))
+        apply_fn = lambda model, x: jax.vmap(model)(x)  # noqa: E731
+        aligned = rebasin.align(apply_fn, a, b, self.x)
+        assert isinstance(aligned.params, eqx.nn.MLP)
+        chex.assert_trees_all_equal(eqx.filter(aligned.params, eqx.is_array), eqx.filter(a, eqx.is_array))
+        np.testing.assert_allclose(apply_fn(aligned.params, self.x), apply_fn(b, self.x), atol=1e-5)
+        # A method with data and a loss sees whole modules too.
+        data = Batch(self.x, jnp.zeros(6, jnp.int32))
+        by_loss = rebasin.align(
+            apply_fn, a, b, self.x, method=StraightThroughMatching(num_steps=2), data=data
+        )
+        assert isinstance(by_loss.params, eqx.nn.MLP)
+
+    def test_modules_with_other_functions_are_refused(self):
+        a, b = (
+            eqx.nn.MLP(3, 2, 8, 1, activation=activation, key=jax.random.key(0))
+            for activation in (jnp.tanh, jnp.sin)
+        )
+        with pytest.raises(TreeMismatchError, match=r"no arrays differ:\n  activation: .*tanh.* in params_a"):
+            rebasin.align(lambda model, x: jax.vmap(model)(x), a, b, self.x)

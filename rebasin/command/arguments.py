@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from rebasin.align import as_function
 from rebasin.batches import Batch
 from rebasin.errors import ConfigError, DataError
 
@@ -58,7 +59,7 @@ def load_function(name: str, *, flag: str) -> Callable[..., Any]:
       ConfigError: the name leads to nothing, or to something that cannot be called.
     """
     found = load_object(name, flag=flag)
-    function = getattr(found, "apply", found)
+    function = as_function(found)
     if not callable(function):
         raise ConfigError(f"--{flag}: {name} is a {type(found).__name__} and cannot be called")
     return function
