@@ -91,7 +91,8 @@ def _draw(results: _Finished, target: Target, *, between: bool) -> None:
             for axes, metric in zip(row, _COLUMNS, strict=True):
                 _draw_panel(axes, levels, method, metric, between)
             row[0].set_title(f"matching of {method}", loc="left")
-        note = f", {config.rewind} rewound to epoch {config.rewind_epoch}; bands: ± standard deviation"
+        what = config.rewind.replace("_", " ")
+        note = f"{what} rewound to epoch {config.rewind_epoch}; bands: ± standard deviation"
         entitle(figure, results, "networks", note)
         share_legend(figure, list(panels[0]), columns=3)
         figure.savefig(target, metadata={"Software": None})
