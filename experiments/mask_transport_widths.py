@@ -19,6 +19,8 @@ of A above that of B with its own. The run prints a table of gaps and the claims
   python -m experiments.mask_transport_widths --preset=digits --rewind_epoch=0
     --output_dir=results/digits_mlp_widths_initialisation
 
+The first takes 11 minutes of a processor's time.
+
 Writes results.json, widths.csv and mask_transport_widths.png. Training dominates: two networks for each
 replicate and width, and four for each level of those and one for each method. Results are stored level by
 level, and so are the networks. A finished run of the same options is only drawn anew.
