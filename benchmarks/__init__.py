@@ -11,6 +11,7 @@ see its flags.
   digits_methods     barriers of every matching method, and of merging several networks, on digits
   repair             barriers of BatchNorm networks with REPAIR and with new running statistics
   throughput         training and sweeps in images per second, next to PyTorch
+  masked_training    training with several masks: one by one, in threads, and as one program
   memory             memory of matching and of passes over data
   inference_time     seconds that inferring a spec takes
   public_models      what inference finds on public models of transformers, diffusers and other packages

@@ -1,6 +1,6 @@
 """Figure, table and tidy rows of ``mask_transport``, made from ``results.json`` alone."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import matplotlib as mpl
@@ -41,7 +41,8 @@ def draw_transport(results: _Finished, target: Target) -> None:
     """Draw test and train accuracy by the fraction of weights that remain: figures 2 right and 13.
 
     One row for each matching method. Lines are means over replicates, bands one standard deviation. The
-    horizontal line is the accuracy of the dense networks, from which a network is matching.
+    horizontal line is the accuracy of the dense networks, from which a network is matching. Lines of
+    masks that fail leave the panels.
     """
     config, levels = results.config, results.require_summary().levels
     remaining = [level.density.mean for level in levels]
@@ -55,6 +56,7 @@ def draw_transport(results: _Finished, target: Target) -> None:
                 for name, style in (_OF_LEVEL | _OF_METHOD).items():
                     errors = [getattr(_picked(level, name, method), metric) for level in levels]
                     draw_band(axes, remaining, [_accuracy(error) for error in errors], style, 100)
+                axes.set_ylim(*_accuracy_range(levels, method, metric))
                 split = metric.partition("_")[0]
                 axes.set(xscale="log", xlabel="fraction of weights", ylabel=f"{split} accuracy (%)")
                 ticks = [t for t in (1, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005) if t >= 0.8 * min(remaining)]
@@ -66,6 +68,20 @@ def draw_transport(results: _Finished, target: Target) -> None:
         entitle(figure, results, "networks", config.figure_note)
         share_legend(figure, list(panels[0]), columns=3)
         figure.savefig(target, metadata={"Software": None})
+
+
+def _accuracy_range(
+    levels: Sequence[TransportLevel[Interval]], method: str, metric: str
+) -> tuple[float, float]:
+    """Return the range of accuracies in % of the masks that iterative pruning found, twice as large.
+
+    Where other masks fail they fall far below, so that a range of all lines would show nothing of these.
+    """
+    names = ("ticket_a", "gold_standard", *_OF_METHOD)
+    errors = [getattr(_picked(level, name, method), metric).mean for level in levels for name in names]
+    best, worst = min(errors), max(errors)
+    span = max(worst - best, 0.005)
+    return 100 * max(0.0, 1 - worst - 0.8 * span), 100 * min(1 + 0.05 * span, 1 - best + 0.2 * span)
 
 
 # At level 0 these are the dense networks A and B.

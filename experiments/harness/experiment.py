@@ -12,9 +12,10 @@ import jax
 from experiments.harness.algorithms import ALGORITHMS
 from experiments.harness.console import Reporter
 from experiments.harness.deadline import Deadline, OutOfTime
+from experiments.harness.disk import check_resources
 from experiments.harness.figures import Target
 from experiments.harness.networks import Networks, Pair
-from experiments.harness.paths import infer_model_spec
+from experiments.harness.paths import infer_model_spec, network_shapes
 from experiments.harness.record import PairRecord
 from experiments.harness.results import (
     WAY_OUT,
@@ -95,6 +96,11 @@ class Config:
         return [Pair(self.recipe, (seed, seed + 1)) for seed in seeds]
 
     @property
+    def width(self) -> str:
+        """The width of the networks, in words."""
+        return f"width {self.recipe.width}"
+
+    @property
     def wanted_epochs(self) -> tuple[int, ...]:
         """Epochs at which networks are measured."""
         return (self.recipe.epochs,)
@@ -113,6 +119,14 @@ class Config:
     def wanted_parts(self) -> tuple[Any, ...]:
         """The key of each part in which a pair is measured, in order; none where it is measured whole."""
         return ()
+
+    def check_network(self, recipe: Recipe, shapes: Any) -> None:
+        """Raise `ConfigError` if networks of a recipe cannot be measured, before anything is trained.
+
+        Args:
+          recipe: recipe of one of the pairs.
+          shapes: shapes of the variables of its networks.
+        """
 
     def is_complete(self, record: PairRecord[float]) -> bool:
         """Say whether a stored record has all its parts."""
@@ -163,6 +177,11 @@ class Setup(Generic[C]):
     seconds: Seconds
     reporter: Reporter
     deadline: Deadline = dataclasses.field(default_factory=Deadline)
+
+    def for_recipe(self, recipe: Recipe) -> "Setup[C]":
+        """Return the same setup for networks of another recipe, such as one of another width."""
+        model = _build_model(recipe, self.dataset)
+        return dataclasses.replace(self, model=model, spec=infer_model_spec(model, self.dataset))
 
     @functools.cached_property
     def apply_fn(self) -> Callable[[Any, Any], jax.Array]:
@@ -360,18 +379,20 @@ class Experiment(Generic[C, R, S]):
     ) -> None:
         """Add to `results` everything that they lack, and store them after each part."""
         config, records = results.config, results.records
-        recipe, pairs = config.recipe, config.pairs
+        pairs = config.pairs
         done = [i for i, record in enumerate(records) if config.is_complete(record)]
         left = {i: pair for i, pair in enumerate(pairs) if i not in done}
-        networks.check_resources(
-            list(left.values()), config.wanted_epochs, config.spawn_epochs, config.further_networks
+        for recipe in {pair.recipe.width: pair.recipe for pair in left.values()}.values():
+            config.check_network(recipe, network_shapes(_build_model(recipe, dataset), dataset)[0])
+        check_resources(
+            networks, list(left.values()), config.wanted_epochs, config.spawn_epochs, config.further_networks
         )
         # The first thing that is written says what the folder is of; a run that is refused leaves nothing.
         results.save(path)
         # A killed run may have stored its last measurement and not yet deleted the networks.
         for i in done:
             networks.release(pairs[i])
-        model = build_model(recipe.model, width=recipe.width, num_classes=dataset.num_classes)
+        model = _build_model(config.recipe, dataset)
         spec = infer_model_spec(model, dataset)
         setup = Setup(config, dataset, model, spec, networks, results.seconds, reporter, deadline)
         measure = self.build_measure(setup)
@@ -427,7 +448,7 @@ def describe_run(config: Config) -> str:
       'mlp (width 64) on mnist, 2 pairs of networks, algorithm best'
     """
     recipe, pairs = config.recipe, count_pairs(config.replicates)
-    return f"{recipe.model} (width {recipe.width}) on {recipe.dataset}, {pairs}, algorithm {config.algorithm}"
+    return f"{recipe.model} ({config.width}) on {recipe.dataset}, {pairs}, algorithm {config.algorithm}"
 
 
 def _check_records(path: pathlib.Path, results: Results[Any, Any, Any]) -> None:
@@ -448,6 +469,10 @@ def _check_records(path: pathlib.Path, results: Results[Any, Any, Any]) -> None:
         problems.append(f"records: wanted {len(pairs)} in a finished run, got {len(records)}")
     if problems:
         raise ConfigError(problem_list(f"{path} is damaged ({WAY_OUT}):", problems))
+
+
+def _build_model(recipe: Recipe, dataset: Dataset) -> Any:
+    return build_model(recipe.model, width=recipe.width, num_classes=dataset.num_classes)
 
 
 def _as_stored(kind: Any, value: Any) -> Any:

@@ -69,7 +69,13 @@ GROUND = Style("no permutation", "#777777", (0, (1, 1)))
 
 
 def draw_band(
-    axes: Axes, x: Sequence[float], series: Sequence[Interval], style: Style, scale: float = 1
+    axes: Axes,
+    x: Sequence[float],
+    series: Sequence[Interval],
+    style: Style,
+    scale: float = 1,
+    *,
+    signed: bool = False,
 ) -> None:
     """Draw a mean over replicates with a band of one standard deviation to either side.
 
@@ -79,6 +85,7 @@ def draw_band(
       series: intervals over replicates, ``[n]``; no band is drawn where a deviation is NaN.
       style: look of the line.
       scale: factor on all values.
+      signed: whether values may be negative. Otherwise no band falls below 0.
     """
     mean = scale * np.array([interval.mean for interval in series])
     spread = scale * np.array([interval.deviation for interval in series])
@@ -93,7 +100,7 @@ def draw_band(
         markersize=3,
     )
     if np.isfinite(spread).all():
-        low = np.maximum(mean - spread, 0) if (mean >= 0).all() else mean - spread
+        low = np.maximum(mean - spread, 0) if (mean >= 0).all() and not signed else mean - spread
         axes.fill_between(x, low, mean + spread, color=style.colour, alpha=0.18, linewidth=0)
 
 
@@ -114,7 +121,7 @@ def dress_epochs(axes: Axes, epochs: Sequence[int], *, bottom: float | None = 0)
 def entitle(figure: Figure, results: Results[Any, Any, Any], what: str, note: str) -> None:
     """Head a figure with the model, the dataset, the number of pairs of `what`, the algorithm, and a note."""
     recipe, pairs = results.config.recipe, count_pairs(results.config.replicates, what)
-    title = f"{recipe.model} (width {recipe.width}) on {recipe.dataset}, {pairs}"
+    title = f"{recipe.model} ({results.config.width}) on {recipe.dataset}, {pairs}"
     # A note of its own line, since one line would be wider than the figure.
     unfinished = ", unfinished" if isinstance(results, PartialResults) else ""
     figure.suptitle(f"{title}, algorithm {results.config.algorithm}{unfinished}\n{note}", fontsize=9)

@@ -1,9 +1,9 @@
 """The networks of experiments: found by recipe and seed, trained where missing, deleted once measured."""
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -17,18 +17,15 @@ import jax
 
 from experiments.harness.console import Reporter
 from experiments.harness.deadline import Deadline
-from experiments.harness.paths import network_shapes
 from experiments.harness.results import Seconds
 from rebasin.errors import ConfigError, TrajectoryError
-from rebasin.models import build_model
 from rebasin.training.data import Dataset
 from rebasin.training.folders import expand_home
 from rebasin.training.imp import Level, Rewind, prune_iteratively
 from rebasin.training.lock import FolderInUseError
 from rebasin.training.loop import InitialState, train
 from rebasin.training.recipes import Recipe
-from rebasin.training.resources import check_disk, check_memory, format_bytes
-from rebasin.training.trajectory import Trajectory, tree_bytes
+from rebasin.training.trajectory import Trajectory
 
 __all__ = [
     "CHILDREN",
@@ -37,6 +34,7 @@ __all__ = [
     "Networks",
     "Pair",
     "child_seed",
+    "holds_epochs",
     "run_directory",
     "shared_runs",
     "train_networks",
@@ -234,6 +232,11 @@ class Networks:
         self.runs_dir, self.scratch = runs_dir, output_dir / "networks"
         self.reporter, self.seconds, self.deadline = reporter, seconds, deadline
 
+    @property
+    def shares_parents(self) -> bool:
+        """Whether parents are trained in `runs_dir`, where other experiments find them."""
+        return self.keep in _SHARED
+
     def parents(self, pair: Pair, epochs: Collection[int]) -> list[Trajectory]:
         """Return both trajectories of a pair, with at least the wanted epochs.
 
@@ -243,7 +246,9 @@ class Networks:
         found = []
         for seed in pair.seeds:
             # A network that is kept for other experiments is also trained in the folder that they share.
-            shared = self.keep in _SHARED or _holds(run_directory(self.runs_dir, pair.recipe, seed), epochs)
+            shared = self.shares_parents or holds_epochs(
+                run_directory(self.runs_dir, pair.recipe, seed), epochs
+            )
             (trajectory,) = train_networks(
                 pair.recipe,
                 self.dataset,
@@ -329,7 +334,8 @@ class Networks:
           rewind: what returns to it.
           advance: called once for each level beside the dense one, when it is trained.
         """
-        found = prune_iteratively(
+        begin = functools.partial(
+            prune_iteratively,
             parent,
             self.dataset,
             directory=self._levels_directory(parent.recipe, parent.seed) / f"{rewind}_{rewind_epoch}",
@@ -338,40 +344,52 @@ class Networks:
             rewind=rewind,
             resume=True,
         )
+        found = begin()
+
+        def next_level(number: int) -> Level:
+            nonlocal found
+            try:
+                return next(found)
+            except FolderInUseError:
+                # An iterator ends with its first error. A new one finds the levels before this one.
+                found = itertools.islice(begin(), number, None)
+                raise
 
         def run() -> Iterator[Level]:
-            while True:
+            for number in range(levels + 1):
                 with self.seconds.count("training"):
-                    level = next(found, None)
-                if level is None:
-                    return
-                if level.level:
+                    level = _when_free(functools.partial(next_level, number), self.reporter)
+                if number:
                     advance()
                 yield level
 
         return run()
 
-    def retrained(self, parent: Trajectory, start: InitialState, mask: Any, name: str) -> Any:
+    def retrained(
+        self, parent: Trajectory, start: InitialState, mask: Any, name: str, *, seed: int | None = None
+    ) -> Any:
         """Return the last tree of a network that is rewound and trained with a mask.
 
         Args:
-          parent: trajectory of the dense network, which gives recipe and data order.
+          parent: trajectory of the dense network, which gives the recipe.
           start: the rewound network.
           mask: the mask in the order of units of `start`.
-          name: name of the folder of the network, one for each mask and rewinding.
+          name: name of the folder of the network, one for each mask, rewinding and seed.
+          seed: seed of the data order, by default the parent's.
         """
-        directory = self._levels_directory(parent.recipe, parent.seed) / "masks" / name
+        retrain = functools.partial(
+            train,
+            parent.recipe,
+            self.dataset,
+            seed=parent.seed if seed is None else seed,
+            directory=self._levels_directory(parent.recipe, parent.seed) / "masks" / name,
+            start=start,
+            mask=mask,
+            keep=(),
+            resume=True,
+        )
         with self.seconds.count("training"):
-            return train(
-                parent.recipe,
-                self.dataset,
-                seed=parent.seed,
-                directory=directory,
-                start=start,
-                mask=mask,
-                keep=(),
-                resume=True,
-            ).last
+            return _when_free(retrain, self.reporter).last
 
     def _levels_directory(self, recipe: Recipe, seed: int) -> pathlib.Path:
         runs = self.runs_dir if self.keep == "all" else self.scratch
@@ -396,64 +414,6 @@ class Networks:
                 if folder.is_dir() and not any(folder.iterdir()):
                     folder.rmdir()
 
-    def check_resources(
-        self,
-        pairs: Sequence[Pair],
-        epochs: Sequence[int],
-        spawned: Sequence[int] = (),
-        further: int = 0,
-    ) -> None:
-        """Say how much disk space the networks that are still to be trained take at most.
-
-        Args:
-          pairs: pairs that are not measured yet, of one model and number of epochs.
-          epochs: epochs that are wanted of each parent.
-          spawned: epochs at which `CHILDREN` leave each pair.
-          further: number of other networks of each pair whose last epoch is stored.
-
-        Raises:
-          ConfigError: the networks are too large for the memory or the disk.
-        """
-        if not pairs:
-            return
-        new = [
-            sum(not _holds(run_directory(self.runs_dir, p.recipe, seed), epochs) for seed in p.seeds)
-            for p in pairs
-        ]
-        if not any(new) and not spawned and not further:
-            self.reporter.say(f"networks: all found in {self.runs_dir}")
-            return
-        recipe = pairs[0].recipe
-        model = build_model(recipe.model, width=recipe.width, num_classes=self.dataset.num_classes)
-        size = tree_bytes(network_shapes(model, self.dataset)[0])
-        what = f"a network ({recipe.model}) of width {recipe.width}"
-        check_memory(size, what)
-        count = self._count_stored(recipe.epochs, new, epochs, spawned)
-        # With keep="none" they go once their pair is measured; one more is stored for resuming.
-        count += further * (1 if self.keep == "none" else len(pairs)) + (1 if further else 0)
-        where = self.runs_dir if self.keep in _SHARED else self.scratch
-        bases = {run_directory(where, pair.recipe, pair.seeds[0]).parent for pair in pairs}
-        check_disk(size, count, where, "the networks", stored=sum(map(_disk_use, bases)))
-        # A stored epoch has its momentum beside it.
-        size *= 2
-        self.reporter.say(
-            f"disk: at most {format_bytes(count * size)} for networks in {where}, {format_bytes(size)} an "
-            f"epoch (keeping {self.keep})"
-        )
-
-    def _count_stored(
-        self, last: int, new: Sequence[int], epochs: Sequence[int], spawned: Sequence[int]
-    ) -> int:
-        """Count the epochs that are on disk at most; `new` says how many parents of each pair are trained."""
-        families = len(CHILDREN) * len(new)
-        if self.keep == "all":
-            return sum(new) * (last + 1) + families * sum(last - epoch + 1 for epoch in spawned)
-        # While a run goes on, the epoch at which it would resume is stored too.
-        working = max(new) * (len(set(epochs)) + 1)
-        ends = len(set(epochs)) if self.keep == "measured" else min(2, len(set(epochs)))
-        staying = ends * sum(new) + families * len(spawned) if self.keep != "none" else 0
-        return working + staying + (2 if spawned else 0)
-
 
 def _warn_if_guessing(trajectory: Trajectory, name: str, dataset: Dataset, reporter: Reporter) -> None:
     """Warn of a network that ends training no better than at guessing, as one does whose units all died."""
@@ -475,19 +435,15 @@ def _last_stored(directory: pathlib.Path) -> int:
         return 0
 
 
-def _holds(directory: pathlib.Path, epochs: Collection[int]) -> bool:
-    """Say whether a folder holds a finished run with these epochs."""
+def holds_epochs(directory: pathlib.Path, epochs: Collection[int]) -> bool:
+    """Say whether a folder holds a finished run with these epochs.
+
+    Args:
+      directory: folder of the run.
+      epochs: the epochs that must be stored.
+    """
     try:
         trajectory = Trajectory(directory)
     except TrajectoryError:
         return False
     return trajectory.complete and set(epochs) <= set(trajectory.epochs)
-
-
-def _disk_use(folder: pathlib.Path) -> int:
-    """Return the size of all files below a folder, in bytes; 0 for one that is not there."""
-    total = 0
-    for path in folder.rglob("*"):
-        with contextlib.suppress(OSError):  # deleted by another process meanwhile
-            total += path.stat().st_size if path.is_file() else 0
-    return total

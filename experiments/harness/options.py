@@ -185,27 +185,34 @@ def define_flags(
         flags.FLAGS.register_key_flag_for_module(module, flags.FLAGS[name])
 
 
-def define_pruning_flags(binary: str) -> None:
+def define_pruning_flags(binary: str, *, rewind: bool = True) -> None:
     """Give a binary the flags of iterative magnitude pruning, see `chosen_pruning`.
 
     Args:
       binary: ``__name__`` of the binary's module.
+      rewind: whether the binary has ``--rewind``; without it weights are rewound.
     """
     if "levels" not in flags.FLAGS:
         text = "Levels of pruning, each of which prunes a fifth of the remaining weights."
         flags.DEFINE_integer("levels", 15, text, lower_bound=1)
         text = "Epoch to which every level returns before it is trained."
         flags.DEFINE_integer("rewind_epoch", 5, text, lower_bound=0)
+    if rewind and "rewind" not in flags.FLAGS:
         text = "What returns to it: the weights, or the learning rate alone."
         flags.DEFINE_enum("rewind", "weights", get_args(Rewind), text)
     module = sys.argv[0] if binary == "__main__" else binary
-    for name in ("levels", "rewind_epoch", "rewind"):
+    for name in ("levels", "rewind_epoch", *(("rewind",) if rewind else ())):
         flags.FLAGS.register_key_flag_for_module(module, flags.FLAGS[name])
 
 
-def chosen_pruning() -> dict[str, Any]:
-    """Return the values of the flags of pruning, by name."""
-    return {name: flags.FLAGS[name].value for name in ("levels", "rewind_epoch", "rewind")}
+def chosen_pruning(*, rewind: bool = True) -> dict[str, Any]:
+    """Return the values of the flags of pruning, by name.
+
+    Args:
+      rewind: as in `define_pruning_flags`.
+    """
+    values = {name: flags.FLAGS[name].value for name in ("levels", "rewind_epoch")}
+    return values | {"rewind": flags.FLAGS["rewind"].value if rewind else "weights"}
 
 
 def chosen_methods(default: Sequence[str]) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """The config and the records of experiments that prune networks level by level."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, Generic, cast, get_args
 
@@ -8,7 +9,12 @@ from experiments.harness.experiment import Config
 from experiments.harness.methods import check_methods
 from experiments.harness.networks import Pair
 from experiments.harness.record import Endpoints, Metrics, N, PairRecord, check_names
+from experiments.harness.statistics import Interval
+from rebasin.errors import ConfigError
+from rebasin.pruning import count_kept, level_sparsity, prunable_leaves
 from rebasin.training.imp import Rewind
+from rebasin.training.recipes import Recipe
+from rebasin.trees import leaf_table
 
 __all__ = [
     "MaskedPath",
@@ -19,6 +25,9 @@ __all__ = [
     "TransportLevel",
     "TransportRecord",
     "TransportedMask",
+    "WidthLevel",
+    "WidthRecord",
+    "WidthsSummary",
 ]
 
 
@@ -51,6 +60,18 @@ class PruningConfig(Config):
         if self.rewind not in get_args(Rewind):
             problems.append(f"rewind: wanted one of {', '.join(get_args(Rewind))}, got {self.rewind!r}")
         return problems
+
+    def check_network(self, recipe: Recipe, shapes: Any) -> None:
+        """Raise `ConfigError` if the last level would have fewer weights than leaves."""
+        table, leaves = leaf_table(shapes), prunable_leaves(shapes)
+        total = sum(math.prod(table[path].shape) for path in leaves)
+        kept = count_kept(total, level_sparsity(self.levels))
+        if kept < len(leaves):
+            raise ConfigError(
+                f"levels: level {self.levels} keeps {kept} of the {total} prunable weights of a network "
+                f"({recipe.model}) of width {recipe.width}; wanted at least one for each of {len(leaves)} "
+                "leaves"
+            )
 
     @property
     def rewind_kind(self) -> Rewind:
@@ -212,3 +233,45 @@ class TransportRecord(PairRecord[N]):
     parts: ClassVar = ("levels", "level")
 
     levels: tuple[TransportLevel[N], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class WidthLevel(Generic[N]):
+    """Network B of one width, rewound and trained in a new data order with masks of one sparsity.
+
+    Attributes:
+      level: the level of pruning; at level 0 all networks are the dense B.
+      density: fraction of prunable weights that all masks keep.
+      own: metrics of B with its own mask, found by iterative pruning.
+      unpermuted: metrics of B with the mask of A as it is.
+      methods: metrics of P[B] with the mask of A, by the method that found P for the dense networks.
+    """
+
+    level: int
+    density: N
+    own: Metrics[N]
+    unpermuted: Metrics[N]
+    methods: Mapping[str, Metrics[N]]
+
+
+@dataclasses.dataclass(frozen=True)
+class WidthRecord(PairRecord[N]):
+    """Masks of one network in another of the same width, level by level (``mask_transport_widths``).
+
+    Attributes:
+      seeds: see `PairRecord`.
+      width: width of both networks.
+      levels: the levels that are measured already, in ascending order.
+    """
+
+    parts: ClassVar = ("levels", "level")
+
+    width: int
+    levels: tuple[WidthLevel[N], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class WidthsSummary:
+    """Mean and spread of every number at each width, in ascending order."""
+
+    widths: tuple[WidthRecord[Interval], ...]

@@ -12,6 +12,7 @@ from experiments import (
     compare_methods,
     learning_rates,
     mask_transport,
+    mask_transport_widths,
     paper_pair,
     sgd_instability,
     sparse_connectivity,
@@ -27,6 +28,7 @@ BINARIES = (
     sgd_instability,
     sparse_connectivity,
     mask_transport,
+    mask_transport_widths,
     compare_methods,
     learning_rates,
 )
@@ -66,6 +68,7 @@ SAMPLES = {
     "rewind_epoch": "2",
     "rewind": "learning_rate",
     "matching_margin": "0.01",
+    "widths": "8,16",
 }
 
 
@@ -128,6 +131,7 @@ def test_flags_that_some_binaries_lack():
             "sgd_instability",
             "sparse_connectivity",
             "mask_transport",
+            "mask_transport_widths",
             "learning_rates",
         ],
         "methods": [
@@ -136,10 +140,11 @@ def test_flags_that_some_binaries_lack():
             "sgd_instability",
             "sparse_connectivity",
             "mask_transport",
+            "mask_transport_widths",
             "compare_methods",
         ],
         "time_limit": ["training_trajectories", "paper_pair"],
-        "merge": ["training_trajectories"],
+        "merge": ["training_trajectories", "mask_transport", "mask_transport_widths"],
         "record_epochs": ["training_trajectories", "paper_pair"],
         "match_epochs": ["training_trajectories", "paper_pair"],
         "spawn_epochs": ["sgd_instability"],
@@ -147,10 +152,11 @@ def test_flags_that_some_binaries_lack():
         "num_repair": ["compare_methods"],
         "num_steps": ["compare_methods"],
         "rates": ["learning_rates"],
-        "levels": ["sparse_connectivity", "mask_transport"],
-        "rewind_epoch": ["sparse_connectivity", "mask_transport"],
+        "levels": ["sparse_connectivity", "mask_transport", "mask_transport_widths"],
+        "rewind_epoch": ["sparse_connectivity", "mask_transport", "mask_transport_widths"],
         "rewind": ["sparse_connectivity", "mask_transport"],
         "matching_margin": ["mask_transport"],
+        "widths": ["mask_transport_widths"],
     }
 
 
@@ -238,6 +244,7 @@ def test_what_the_user_gets_wrong_is_one_message(tmp_path, monkeypatch):
             "error: this experiment cannot work:\n  num_alphas: wanted an odd",
         ),
         (learning_rates, ["--rates=fast"], "error: wanted rates, such as 0.01,0.1, got 'fast'"),
+        (mask_transport_widths, ["--widths=8,wide"], "error: wanted widths, such as 16,32, got '8,wide'"),
         (sgd_instability, ["--spawn_epochs=one"], "error: wanted epochs, such as 0,1,5, got 'one'"),
         (
             sgd_instability,
@@ -257,6 +264,16 @@ def test_help_teaches(binary):
     assert all(f"--{name}:" in text or f"--[no]{name}:" in text for name in listed(binary))
     assert f"python -m {binary.__name__} --preset=digits" in binary.__doc__
     assert "results.json" in binary.__doc__
+
+
+def test_default_widths_follow_the_width(seen):
+    for arguments, widths in (
+        ([], (16, 32, 64, 128, 256)),
+        (["--width=4"], (1, 2, 4, 8)),
+        (["--width=4", "--widths=3,5"], (3, 5)),
+    ):
+        assert call(mask_transport_widths, *arguments) == 0
+        assert seen.pop()[1].widths == widths
 
 
 def test_the_pair_of_the_paper(seen):

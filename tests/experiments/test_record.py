@@ -11,6 +11,7 @@ from experiments import (
     compare_methods,
     learning_rates,
     mask_transport,
+    mask_transport_widths,
     sgd_instability,
     sparse_connectivity,
     training_trajectories,
@@ -41,6 +42,7 @@ EXPERIMENTS = {
         sgd_instability,
         sparse_connectivity,
         mask_transport,
+        mask_transport_widths,
         compare_methods,
         learning_rates,
     )
