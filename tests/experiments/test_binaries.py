@@ -37,7 +37,7 @@ SAMPLES = {
     "output_dir": "elsewhere",
     "runs_dir": "networks",
     "seed": "7",
-    "replicates": "4",
+    "replicates": "6",
     "dataset": "mnist",
     "data_dir": "data",
     "model": "vit",
@@ -191,7 +191,7 @@ def test_warm_up_follows_recipe_and_epochs(seen):
         (training_trajectories, [], 5),
         (training_trajectories, ["--epochs=3"], 3),
         (compare_methods, ["--preset=cpu", "--model=vgg16"], 2),
-        (learning_rates, ["--preset=cpu", "--model=mlp"], 5),
+        (learning_rates, ["--preset=cpu", "--model=mlp"], 0),
         (sgd_instability, ["--preset=cpu", "--model=vgg16"], 3),
         (sgd_instability, ["--preset=cpu", "--model=mlp"], 1),
         (sgd_instability, ["--warmup_epochs=0"], 0),
@@ -199,7 +199,8 @@ def test_warm_up_follows_recipe_and_epochs(seen):
         assert call(binary, *arguments) == 0
         recipe = seen.pop()[1].recipe
         assert recipe.warmup_epochs == warmup
-        assert recipe.weight_decay == (0 if binary is sgd_instability else 1e-4)
+        assert recipe.weight_decay == (0 if binary in (sgd_instability, learning_rates) else 1e-4)
+        assert recipe.warmup_steps == (10 if binary is learning_rates else 0)
 
 
 def test_epochs_by_flag_and_preset(seen):
