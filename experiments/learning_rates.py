@@ -43,13 +43,22 @@ from experiments.harness.results import Claim, Results, Schema, claim, describe_
 from rebasin.errors import ConfigError
 from rebasin.training.trajectory import Trajectory
 
-__all__ = ["EXPERIMENT", "METHODS", "PAPER_PAIRS", "PAPER_RATES", "RatesConfig", "main"]
+__all__ = [
+    "EXPERIMENT",
+    "METHODS",
+    "OPTIONS",
+    "PAPER_PAIRS",
+    "PAPER_RATES",
+    "RatesConfig",
+    "chosen_rates",
+    "main",
+]
 
 # The methods that the paper compares.
 METHODS = ("weights", "covariance", "activations")
 
 # The paper assigns the layers once, in order of depth, and does not go on from there.
-_OPTIONS = {"covariance": {"order": "depth"}}
+OPTIONS = {"covariance": {"order": "depth"}}
 
 # Test loss at the midpoint for an MLP on MNIST, read off the paper's plot at these learning rates. It has
 # four seeds.
@@ -125,7 +134,7 @@ class RatesConfig(Config):
 
 
 def _build_measure(setup: Setup[RatesConfig]) -> Measure[RateRecord[float]]:
-    comparison = MethodComparison(setup, METHODS, num_test=setup.config.num_test, options=_OPTIONS)
+    comparison = MethodComparison(setup, METHODS, num_test=setup.config.num_test, options=OPTIONS)
 
     def measure(
         pair: Pair, trained: list[Trajectory], begun: RateRecord[float] | None
@@ -232,11 +241,15 @@ EXPERIMENT = Experiment(
 def build_config() -> RatesConfig:
     """Build the config that the flags describe."""
     choice = options.choose("optimal_transport", replicates=PAPER_PAIRS)
+    return RatesConfig(**choice.fields, rates=chosen_rates(), num_test=choice.num_eval)
+
+
+def chosen_rates() -> tuple[float, ...]:
+    """Return the learning rates of ``--rates``; raise `ConfigError` where they are no numbers."""
     try:
-        rates = tuple(float(rate) for rate in _RATES.value)
+        return tuple(float(rate) for rate in _RATES.value)
     except ValueError:
         raise ConfigError(f"wanted rates, such as 0.01,0.1, got {','.join(_RATES.value)!r}") from None
-    return RatesConfig(**choice.fields, rates=rates, num_test=choice.num_eval)
 
 
 def main(arguments: list[str]) -> None:
