@@ -11,6 +11,7 @@ from experiments import (
     compare_methods,
     learning_rates,
     mask_transport,
+    optimal_transport,
     sgd_instability,
     sparse_connectivity,
     training_trajectories,
@@ -43,6 +44,7 @@ EXPERIMENTS = {
         mask_transport,
         compare_methods,
         learning_rates,
+        optimal_transport,
     )
 }
 
