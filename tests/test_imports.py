@@ -20,7 +20,14 @@ ROOMS = [
     ["rebasin"],  # the public names of all that follows
     ["rebasin.align"],
     ["rebasin.landscape"],
-    ["rebasin.matching", "rebasin.barrier", "rebasin.repair", "rebasin.batchnorm", "rebasin.pruning"],
+    [
+        "rebasin.matching",
+        "rebasin.barrier",
+        "rebasin.repair",
+        "rebasin.batchnorm",
+        "rebasin.pruning",
+        "rebasin.transport",
+    ],
     ["rebasin.masks"],
     ["rebasin.tracing"],
     ["rebasin.inference"],

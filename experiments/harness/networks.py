@@ -1,6 +1,5 @@
 """The networks of experiments: found by recipe and seed, trained where missing, deleted once measured."""
 
-import dataclasses
 import functools
 import hashlib
 import itertools
@@ -24,7 +23,7 @@ from rebasin.training.folders import expand_home
 from rebasin.training.imp import Level, Rewind, prune_iteratively
 from rebasin.training.lock import FolderInUseError
 from rebasin.training.loop import InitialState, train
-from rebasin.training.recipes import Recipe
+from rebasin.training.recipes import Recipe, recipe_fields
 from rebasin.training.trajectory import Trajectory
 
 __all__ = [
@@ -100,7 +99,7 @@ def shared_runs(given: str | None) -> pathlib.Path:
 
 def run_directory(runs_dir: pathlib.Path, recipe: Recipe, seed: int) -> pathlib.Path:
     """Return the folder of one network, whose name tells the recipe and ends with a hash of it."""
-    text = json.dumps(dataclasses.asdict(recipe), sort_keys=True)
+    text = json.dumps(recipe_fields(recipe), sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()[:10]
     name = f"{recipe.dataset}-{recipe.model}-w{recipe.width}-e{recipe.epochs}-{digest}"
     return runs_dir / name / f"seed_{seed}"

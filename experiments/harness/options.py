@@ -220,11 +220,12 @@ def chosen_methods(default: Sequence[str]) -> tuple[str, ...]:
     return tuple(flags.FLAGS["methods"].value or default)
 
 
-def choose(regime: str = "trajectory") -> Choice:
+def choose(regime: str = "trajectory", *, replicates: int | None = None) -> Choice:
     """Read the shared flags.
 
     Args:
       regime: regime of the recipe, a name in `rebasin.training.recipes.REGIMES`.
+      replicates: number of pairs where ``--replicates`` is not given; `None` for the preset's.
 
     Raises:
       ConfigError: the preset lacks the model, or the recipe cannot work.
@@ -240,7 +241,7 @@ def choose(regime: str = "trajectory") -> Choice:
     num_match = None if algorithm == PAPER_ALGORITHM else preset.num_match
     fields = {
         "recipe": recipe,
-        "replicates": _REPLICATES.value or preset.replicates,
+        "replicates": _REPLICATES.value or replicates or preset.replicates,
         "seed": _SEED.value,
         "num_alphas": _NUM_ALPHAS.value or preset.num_alphas,
         "num_match": _NUM_MATCH.value or num_match,

@@ -22,6 +22,7 @@ from experiments.harness.serialisation import from_json, to_json
 from experiments.harness.statistics import student_interval
 from rebasin.errors import ConfigError, problem_list
 from rebasin.files import write_whole
+from rebasin.training.recipes import Recipe
 
 __all__ = [
     "WAY_OUT",
@@ -245,6 +246,8 @@ def open_results(
     if not isinstance(found, dict):
         raise ConfigError(f"{path} is damaged: config is no object; {WAY_OUT}")
     found = {**_defaults(schema.config), **found}
+    if isinstance(found.get("recipe"), dict):
+        found["recipe"] = {**_defaults(Recipe), **found["recipe"]}
     differences = [
         f"{name}: {found.get(name)!r} there, {wanted.get(name)!r} wanted"
         for name in {**found, **wanted}
@@ -261,9 +264,9 @@ def open_results(
     return results
 
 
-def _defaults(config: type[Any]) -> dict[str, Any]:
+def _defaults(kind: type[Any]) -> dict[str, Any]:
     """Return the options that a file may lack since they are newer than it, and what they were then."""
-    fields = dataclasses.fields(config)
+    fields = dataclasses.fields(kind)
     return {f.name: to_json(f.default) for f in fields if f.default is not dataclasses.MISSING}
 
 

@@ -268,6 +268,7 @@ def build_epoch(recipe: Recipe, num_classes: int) -> Callable[..., tuple[TrainSt
 
     It trains epoch number `epoch`, counted from 1, and consumes the state it is given. Each step is SGD with
     momentum μ and coupled weight decay λ on every leaf of ``params``: m ← μm + ∇L(w) + λw, then w ← w − ηm.
+    With Adam, w moves by η times Adam's direction for the gradient ∇L(w) + λw.
     Other collections of the model, such as BatchNorm's running statistics, are updated by the model itself
     when it is applied to the batch. A mask of ``params`` takes the gradient from pruned weights. Where they
     are zero and have no momentum, they stay zero in every bit.
@@ -389,13 +390,13 @@ def learning_rate(recipe: Recipe, num_steps: int) -> optax.Schedule:
     taken from OpenLTH.
 
     Args:
-      recipe: gives the peak rate η, and W and T in epochs.
+      recipe: gives the peak rate η, T in epochs, and W in epochs and steps.
       num_steps: number of steps per epoch.
 
     Returns:
       A function from the step, counted over the whole run, to its rate.
     """
-    warmup_steps = recipe.warmup_epochs * num_steps
+    warmup_steps = recipe.warmup_epochs * num_steps + recipe.warmup_steps
     decay_steps = recipe.epochs * num_steps - warmup_steps
     # Optax raises for a phase of length zero. A run that is all warm-up never reaches the cosine's one step.
     decay = optax.cosine_decay_schedule(recipe.peak_learning_rate, max(decay_steps, 1))
@@ -416,16 +417,18 @@ def shuffled_batches(key: jax.Array, num_examples: int, batch_size: int) -> jax.
 
 
 def _optimizer(recipe: Recipe) -> optax.GradientTransformation:
-    """Return SGD with momentum and weight decay, but without the learning rate.
+    """Return SGD with momentum, or Adam, with coupled weight decay, but without the learning rate.
 
     The rate follows from the epoch rather than from a step count in the optimiser's state. A child that
     starts at epoch t therefore needs a fresh optimiser state and nothing else.
     """
-    return optax.chain(optax.add_decayed_weights(recipe.weight_decay), optax.trace(recipe.momentum))
+    adam = recipe.optimizer == "adam"
+    steps = optax.scale_by_adam(b1=recipe.momentum) if adam else optax.trace(recipe.momentum)
+    return optax.chain(optax.add_decayed_weights(recipe.weight_decay), steps)
 
 
 def _fresh_state(recipe: Recipe, variables: Any) -> TrainState:
-    """Return a state with zero momentum.
+    """Return a state whose momentum, and moments of Adam, are zero.
 
     It gets copies of the variables, because an epoch consumes the buffers of the state it is given.
     """

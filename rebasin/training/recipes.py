@@ -8,11 +8,15 @@ from typing import Any
 
 from rebasin.errors import ConfigError, problem_list
 
-__all__ = ["REGIMES", "Recipe", "build_recipe"]
+__all__ = ["OPTIMIZERS", "REGIMES", "Recipe", "build_recipe", "recipe_fields"]
+
+# What a recipe may train with.
+OPTIMIZERS = ("sgd", "adam")
 
 # How training differs between the paper's experiments (arXiv 2404.06498, App. D and H.4). `trajectory` is for
 # dense and sparse trajectories, `instability` for children that are spawned during training, `remaining` for
 # the rest of the main text, and the two `stability` regimes for the interventions of App. H.4.
+# `optimal_transport` is for the experiments of arXiv 2310.19103, section 6.
 REGIMES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "trajectory": {"warmup_epochs": 5, "weight_decay": 1e-4},
@@ -20,6 +24,7 @@ REGIMES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "remaining": {"warmup_epochs": 1, "weight_decay": 1e-4},
         "stability_1": {"warmup_epochs": 0, "weight_decay": 1e-4, "peak_learning_rate": 1e-3},
         "stability_2": {"warmup_epochs": 1, "weight_decay": 0.0},
+        "optimal_transport": {"warmup_epochs": 0, "warmup_steps": 10, "weight_decay": 0.0},
     }
 )
 
@@ -43,12 +48,14 @@ class Recipe:
       num_train: size of the stratified subset of the training split to train on; `None` trains on all of it.
       batch_size: number of examples per step; a last, short batch is dropped.
       peak_learning_rate: learning rate at the end of the warm-up.
-      momentum: momentum of SGD, in [0, 1).
+      momentum: momentum of SGD, and the decay rate β₁ of Adam's first moment, in [0, 1).
       warmup_epochs: number of epochs in which the learning rate rises linearly from 0; it then falls to 0
         along a cosine.
+      warmup_steps: number of steps by which the warm-up is longer than `warmup_epochs`.
       weight_decay: factor λ of coupled L2 decay, which adds λw to the gradient of every leaf, including
         biases and norm scales.
       augment: whether to train on random crops with padding 4 and random horizontal flips.
+      optimizer: ``"sgd"``, or ``"adam"`` with the usual β₂ of 0.999 and ε of 1e-8.
 
     Raises:
       ConfigError: a field has a value that cannot work; all such fields are listed.
@@ -69,6 +76,8 @@ class Recipe:
     warmup_epochs: int = 5
     weight_decay: float = 1e-4
     augment: bool = False
+    warmup_steps: int = 0
+    optimizer: str = "sgd"
 
     def __post_init__(self):
         problems = [
@@ -80,20 +89,42 @@ class Recipe:
             problems.append(
                 f"warmup_epochs: wanted between 0 and epochs ({self.epochs}), got {self.warmup_epochs}"
             )
+        if self.warmup_steps < 0:
+            problems.append(f"warmup_steps: wanted at least 0, got {self.warmup_steps}")
         if not 0 < self.peak_learning_rate < math.inf:
             problems.append(f"peak_learning_rate: wanted a positive number, got {self.peak_learning_rate}")
         if not 0 <= self.momentum < 1:
             problems.append(f"momentum: wanted at least 0 and less than 1, got {self.momentum}")
         if not 0 <= self.weight_decay < math.inf:
             problems.append(f"weight_decay: wanted a number of at least 0, got {self.weight_decay}")
+        if self.optimizer not in OPTIMIZERS:
+            problems.append(f"optimizer: wanted one of {', '.join(OPTIMIZERS)}, got {self.optimizer!r}")
         if problems:
             raise ConfigError(problem_list("this recipe cannot work:", problems))
+
+
+# Fields that recipes have had since networks were first stored without them.
+_LATER_FIELDS = {"warmup_steps": 0, "optimizer": "sgd"}
+
+
+def recipe_fields(recipe: Recipe) -> dict[str, Any]:
+    """Return the fields of a recipe, by name, from which it is written and hashed.
+
+    Fields that were added later are left out at their defaults. A run that was stored before they were added
+    is therefore found again.
+
+    Examples:
+      >>> "optimizer" in recipe_fields(Recipe("digits", "mlp", width=128, epochs=30))
+      False
+    """
+    fields = dataclasses.asdict(recipe)
+    return {name: value for name, value in fields.items() if _LATER_FIELDS.get(name, ...) != value}
 
 
 def build_recipe(
     regime: str, *, dataset: str, model: str, width: int, epochs: int = 150, **changes: Any
 ) -> Recipe:
-    """Build the recipe of one of the paper's regimes.
+    """Build the recipe of one of the regimes of the papers.
 
     Args:
       regime: one of `REGIMES`.

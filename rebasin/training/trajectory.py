@@ -31,7 +31,7 @@ from flax import traverse_util
 from rebasin.errors import TrajectoryError, problem_list
 from rebasin.training.folders import expand_home
 from rebasin.training.lock import LOCK_FILE
-from rebasin.training.recipes import Recipe
+from rebasin.training.recipes import Recipe, recipe_fields
 from rebasin.trees import leaf_table
 
 __all__ = [
@@ -107,7 +107,7 @@ class RunRecord:
 
     def _fields(self) -> dict[str, Any]:
         """Return all fields, without the mask where there is none, as runs were stored before masks."""
-        fields = dataclasses.asdict(self)
+        fields = {**dataclasses.asdict(self), "recipe": recipe_fields(self.recipe)}
         if self.mask is None:
             del fields["mask"]
         return fields

@@ -1,5 +1,6 @@
 """What goes wrong outside of the numbers: files, folders, interrupts, damage, two processes at once."""
 
+import dataclasses
 import errno
 import importlib
 import io
@@ -20,7 +21,7 @@ from experiments.harness.console import Reporter
 from experiments.harness.experiment import Experiment
 from experiments.harness.options import INTERRUPTED
 from experiments.harness.record import AlignedEpoch, EpochRecord, Metrics, TrajectoryRecord
-from experiments.harness.results import Results, Seconds, write_csv
+from experiments.harness.results import Results, Seconds, open_results, write_csv
 from experiments.harness.statistics import ratio
 from rebasin.errors import ConfigError
 from rebasin.files import explain, write_whole
@@ -207,6 +208,21 @@ def test_records_of_other_methods_and_rates_are_refused(stored):
         path.write_text(text.replace(old, new, 1))
         with pytest.raises(ConfigError, match=message):
             experiment.load(path)
+
+
+def test_results_of_a_recipe_without_later_fields_are_of_the_same_config(stored, tmp_path):
+    experiment, path = stored("rates")
+    config = experiment.load(path).config
+
+    def change(content):
+        del content["config"]["recipe"]["optimizer"], content["config"]["recipe"]["warmup_steps"]
+
+    edited(path, change)
+    path.rename(tmp_path / "results.json")
+    assert open_results(tmp_path, experiment.schema, config, resume=False).finished
+    other = dataclasses.replace(config, recipe=dataclasses.replace(config.recipe, warmup_steps=10))
+    with pytest.raises(ConfigError, match="is of another config; choose another folder:\n  recipe: "):
+        open_results(tmp_path, experiment.schema, other, resume=False)
 
 
 def test_a_number_that_was_changed_is_noticed(stored):

@@ -12,6 +12,7 @@ from experiments import (
     learning_rates,
     mask_transport,
     mask_transport_widths,
+    optimal_transport,
     sgd_instability,
     sparse_connectivity,
     training_trajectories,
@@ -45,6 +46,7 @@ EXPERIMENTS = {
         mask_transport_widths,
         compare_methods,
         learning_rates,
+        optimal_transport,
     )
 }
 

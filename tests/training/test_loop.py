@@ -71,6 +71,17 @@ def test_learning_rate_equals_its_closed_form(warmup):
     np.testing.assert_allclose(rates, [rate_by_hand(recipe, 11, step) for step in range(77)], atol=1e-8)
 
 
+def test_a_warm_up_of_steps():
+    recipe = dataclasses.replace(RECIPE, epochs=7, warmup_epochs=0, warmup_steps=10)
+    schedule = learning_rate(recipe, num_steps=11)
+    by_hand = [
+        0.1 * t / 10 if t < 10 else 0.1 * (1 + math.cos(math.pi * (t - 10) / 67)) / 2 for t in range(77)
+    ]
+    np.testing.assert_allclose([schedule(step) for step in range(77)], by_hand, atol=1e-8)
+    longer = learning_rate(dataclasses.replace(recipe, warmup_epochs=1), num_steps=11)
+    assert longer(20) == pytest.approx(0.1 * 20 / 21)
+
+
 def test_learning_rate_at_its_corners():
     recipe = Recipe("digits", "mlp", width=8, epochs=30, warmup_epochs=5)
     schedule = learning_rate(recipe, num_steps=11)
@@ -113,6 +124,36 @@ def test_an_epoch_equals_its_steps_by_hand():
     # Both sum the same float32 terms in another order, over three steps.
     chex.assert_trees_all_close(state.variables, weights, atol=1e-6)
     assert metrics.loss == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+def test_an_epoch_of_adam_equals_its_steps_by_hand():
+    recipe = dataclasses.replace(RECIPE, optimizer="adam", peak_learning_rate=0.01)
+    data, key, epoch = training_data(recipe), jax.random.key(7), 2
+    state = build_init(recipe, 10)(jax.random.key(1), data)
+    gradient_fn = jax.jit(jax.grad(lambda w, batch: jnp.mean(METRICS(w, batch)["loss"])))
+    weights = jax.device_get(state.variables)
+    first = second = jax.tree.map(np.zeros_like, weights)
+    shuffle_key, _ = jax.random.split(jax.random.fold_in(key, epoch))
+    for index, batch in enumerate(shuffled_batches(shuffle_key, 200, 64)):
+        batch = Batch(data.examples.inputs[batch], data.examples.labels[batch])
+        gradient = jax.device_get(gradient_fn(weights, batch))
+        gradient = jax.tree.map(lambda g, w: g + 0.1 * w, gradient, weights)
+        first = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, first, gradient)
+        second = jax.tree.map(lambda v, g: 0.999 * v + 0.001 * g * g, second, gradient)
+        rate, t = rate_by_hand(recipe, 3, 3 + index), index + 1
+        weights = jax.tree.map(
+            lambda w, m, v, rate=rate, t=t: (
+                w - rate * (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
+            ),
+            weights,
+            first,
+            second,
+        )
+
+    state, _ = build_epoch(recipe, 10)(state, epoch, key, data)
+
+    # Gradients near zero are divided by their own size, which magnifies their rounding.
+    chex.assert_trees_all_close(state.variables, weights, atol=1e-4)
 
 
 def test_a_subset_is_normalised_with_the_statistics_of_the_whole_dataset(trajectory):

@@ -1,7 +1,9 @@
+import dataclasses
+
 import pytest
 
 from rebasin.errors import ConfigError
-from rebasin.training.recipes import REGIMES, Recipe, build_recipe
+from rebasin.training.recipes import REGIMES, Recipe, build_recipe, recipe_fields
 
 
 def test_every_bad_field_is_listed():
@@ -17,6 +19,8 @@ def test_every_bad_field_is_listed():
             momentum=1.0,
             warmup_epochs=5,
             weight_decay=-1e-4,
+            warmup_steps=-2,
+            optimizer="lion",
         )
     assert str(info.value).splitlines() == [
         "this recipe cannot work:",
@@ -24,9 +28,11 @@ def test_every_bad_field_is_listed():
         "  batch_size: wanted at least 1, got -1",
         "  num_train: wanted at least 1, got 0",
         "  warmup_epochs: wanted between 0 and epochs (3), got 5",
+        "  warmup_steps: wanted at least 0, got -2",
         "  peak_learning_rate: wanted a positive number, got nan",
         "  momentum: wanted at least 0 and less than 1, got 1.0",
         "  weight_decay: wanted a number of at least 0, got -0.0001",
+        "  optimizer: wanted one of sgd, adam, got 'lion'",
     ]
 
 
@@ -58,7 +64,34 @@ def test_regimes_are_the_papers(regime, decay, warmup, peak):
 
 
 def test_every_regime_is_tested():
-    assert set(REGIMES) == {"trajectory", "instability", "remaining", "stability_1", "stability_2"}
+    names = {"trajectory", "instability", "remaining", "stability_1", "stability_2", "optimal_transport"}
+    assert set(REGIMES) == names
+
+
+def test_the_regime_of_the_optimal_transport_paper():
+    recipe = build_recipe("optimal_transport", dataset="mnist", model="mlp", width=512, epochs=10)
+    assert (recipe.warmup_epochs, recipe.warmup_steps, recipe.weight_decay) == (0, 10, 0.0)
+    assert (recipe.optimizer, recipe.momentum) == ("sgd", 0.9)
+
+
+def test_later_fields_are_written_where_they_are_used_alone():
+    """Else a network that was stored before they were added would not be found again."""
+    recipe = Recipe("digits", "mlp", width=8, epochs=3, warmup_epochs=1)
+    assert set(recipe_fields(recipe)) == {
+        "dataset",
+        "model",
+        "width",
+        "epochs",
+        "num_train",
+        "batch_size",
+        "peak_learning_rate",
+        "momentum",
+        "warmup_epochs",
+        "weight_decay",
+        "augment",
+    }
+    adam = dataclasses.replace(recipe, optimizer="adam", warmup_steps=10)
+    assert Recipe(**recipe_fields(adam)) == adam
 
 
 def test_augmentation_follows_the_dataset_unless_told():
@@ -84,5 +117,6 @@ def test_unknown_regime():
     with pytest.raises(ConfigError) as info:
         build_recipe("fast", dataset="digits", model="mlp", width=8)
     assert str(info.value) == (
-        "no regime is called 'fast'; there are trajectory, instability, remaining, stability_1, stability_2"
+        "no regime is called 'fast'; there are trajectory, instability, remaining, stability_1, stability_2, "
+        "optimal_transport"
     )
