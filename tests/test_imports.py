@@ -17,8 +17,15 @@ ROOMS = [
     ["rebasin.models"],
     ["rebasin"],  # the public names of all that follows
     ["rebasin.align"],
-    ["rebasin.landscape"],
-    ["rebasin.matching", "rebasin.barrier", "rebasin.repair", "rebasin.batchnorm", "rebasin.pruning"],
+    ["rebasin.landscape", "rebasin.connectivity"],
+    [
+        "rebasin.matching",
+        "rebasin.barrier",
+        "rebasin.repair",
+        "rebasin.batchnorm",
+        "rebasin.temperature",
+        "rebasin.pruning",
+    ],
     ["rebasin.masks"],
     ["rebasin.tracing"],
     ["rebasin.inference"],

@@ -49,7 +49,8 @@ class Config:
 
     Attributes:
       recipe: how networks are trained.
-      replicates: number of independent pairs; pair r has the seeds ``seed + 2r`` and ``seed + 2r + 1``.
+      replicates: number of independent pairs; pair r has the seeds ``seed + 2r`` and ``seed + 2r + 1``, and
+        so on for experiments whose pairs have more networks.
       seed: the first of the networks' seeds.
       num_alphas: number of points on each path, both ends included.
       num_match: number of training examples, without augmentation, for matching methods that need data;
@@ -62,6 +63,9 @@ class Config:
 
     # Whether ½ must be among the alphas.
     needs_midpoint: ClassVar[bool] = False
+
+    # What a replicate is called: some experiments measure more than two networks together.
+    unit: ClassVar[str] = "pair"
 
     recipe: Recipe
     replicates: int
@@ -91,8 +95,25 @@ class Config:
     @property
     def pairs(self) -> list[Pair]:
         """The pairs of networks, in the order of the records."""
-        seeds = range(self.seed, self.seed + 2 * self.replicates, 2)
-        return [Pair(self.recipe, (seed, seed + 1)) for seed in seeds]
+        each = self.networks_each
+        firsts = range(self.seed, self.seed + each * self.replicates, each)
+        return [Pair(self.recipe, tuple(range(first, first + each))) for first in firsts]
+
+    @property
+    def networks_each(self) -> int:
+        """Number of networks that are measured together in one replicate."""
+        return 2
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Widths of the networks, in the order in which they are measured."""
+        return (self.recipe.width,)
+
+    @property
+    def described(self) -> str:
+        """Model, widths and data of the networks, for titles."""
+        widths = f"width{'s' * (len(self.widths) > 1)} {', '.join(map(str, self.widths))}"
+        return f"{self.recipe.model} ({widths}) on {self.recipe.dataset}"
 
     @property
     def wanted_epochs(self) -> tuple[int, ...]:
@@ -144,10 +165,12 @@ Measure: TypeAlias = Callable[[Pair, list[Trajectory], R | None], Iterator[R]]
 class Setup(Generic[C]):
     """What an experiment measures with.
 
+    A run over several widths has one setup, and one measure, for each width.
+
     Attributes:
       config: the config of the run.
       dataset: the data.
-      model: the Flax module of all networks.
+      model: the Flax module of all networks of one width.
       spec: symmetries of the model.
       networks: finds and trains networks.
       seconds: counts computing time.
@@ -360,7 +383,7 @@ class Experiment(Generic[C, R, S]):
     ) -> None:
         """Add to `results` everything that they lack, and store them after each part."""
         config, records = results.config, results.records
-        recipe, pairs = config.recipe, config.pairs
+        pairs = config.pairs
         done = [i for i, record in enumerate(records) if config.is_complete(record)]
         left = {i: pair for i, pair in enumerate(pairs) if i not in done}
         networks.check_resources(
@@ -371,11 +394,15 @@ class Experiment(Generic[C, R, S]):
         # A killed run may have stored its last measurement and not yet deleted the networks.
         for i in done:
             networks.release(pairs[i])
-        model = build_model(recipe.model, width=recipe.width, num_classes=dataset.num_classes)
-        spec = infer_model_spec(model, dataset)
-        setup = Setup(config, dataset, model, spec, networks, results.seconds, reporter, deadline)
-        measure = self.build_measure(setup)
+        shape, measure = None, None
         for i, pair in left.items():
+            recipe = pair.recipe
+            if measure is None or (recipe.model, recipe.width) != shape:
+                shape = (recipe.model, recipe.width)
+                model = build_model(recipe.model, width=recipe.width, num_classes=dataset.num_classes)
+                spec = infer_model_spec(model, dataset)
+                setup = Setup(config, dataset, model, spec, networks, results.seconds, reporter, deadline)
+                measure = self.build_measure(setup)
             trained = networks.parents(pair, config.wanted_epochs)
             begun = records[i] if i < len(records) else None
             for record in measure(pair, trained, begun):
@@ -426,8 +453,8 @@ def describe_run(config: Config) -> str:
       >>> describe_run(Config(recipe=recipe, replicates=2, seed=0, num_alphas=5, num_match=None))
       'mlp (width 64) on mnist, 2 pairs of networks, algorithm best'
     """
-    recipe, pairs = config.recipe, count_pairs(config.replicates)
-    return f"{recipe.model} (width {recipe.width}) on {recipe.dataset}, {pairs}, algorithm {config.algorithm}"
+    pairs = count_pairs(config.replicates, unit=config.unit)
+    return f"{config.described}, {pairs}, algorithm {config.algorithm}"
 
 
 def _check_records(path: pathlib.Path, results: Results[Any, Any, Any]) -> None:

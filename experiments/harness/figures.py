@@ -113,11 +113,11 @@ def dress_epochs(axes: Axes, epochs: Sequence[int], *, bottom: float | None = 0)
 
 def entitle(figure: Figure, results: Results[Any, Any, Any], what: str, note: str) -> None:
     """Head a figure with the model, the dataset, the number of pairs of `what`, the algorithm, and a note."""
-    recipe, pairs = results.config.recipe, count_pairs(results.config.replicates, what)
-    title = f"{recipe.model} (width {recipe.width}) on {recipe.dataset}, {pairs}"
+    config = results.config
+    title = f"{config.described}, {count_pairs(config.replicates, what, unit=config.unit)}"
     # A note of its own line, since one line would be wider than the figure.
     unfinished = ", unfinished" if isinstance(results, PartialResults) else ""
-    figure.suptitle(f"{title}, algorithm {results.config.algorithm}{unfinished}\n{note}", fontsize=9)
+    figure.suptitle(f"{title}, algorithm {config.algorithm}{unfinished}\n{note}", fontsize=9)
 
 
 def share_legend(figure: Figure, panels: Sequence[Axes], *, columns: int = 4) -> None:

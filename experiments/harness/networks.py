@@ -70,15 +70,15 @@ _GUESSING = 0.99
 
 
 class Pair(NamedTuple):
-    """Two networks that differ in their seeds.
+    """Networks that differ in their seeds and are measured together: two, or more in some experiments.
 
     Attributes:
-      recipe: how both networks are trained.
+      recipe: how all of them are trained.
       seeds: seed of each network.
     """
 
     recipe: Recipe
-    seeds: tuple[int, int]
+    seeds: tuple[int, ...]
 
     @property
     def key(self) -> jax.Array:
@@ -86,7 +86,8 @@ class Pair(NamedTuple):
         return jax.random.key(self.seeds[0])
 
     def __str__(self) -> str:
-        return f"seeds {self.seeds[0]} and {self.seeds[1]}"
+        *first, last = self.seeds
+        return f"seeds {', '.join(map(str, first))} and {last}"
 
 
 def shared_runs(given: str | None) -> pathlib.Path:
@@ -235,7 +236,7 @@ class Networks:
         self.reporter, self.seconds, self.deadline = reporter, seconds, deadline
 
     def parents(self, pair: Pair, epochs: Collection[int]) -> list[Trajectory]:
-        """Return both trajectories of a pair, with at least the wanted epochs.
+        """Return the trajectories of a pair, with at least the wanted epochs.
 
         Raises:
           ConfigError: a finished run lacks some of the epochs.
@@ -406,7 +407,7 @@ class Networks:
         """Say how much disk space the networks that are still to be trained take at most.
 
         Args:
-          pairs: pairs that are not measured yet, of one model and number of epochs.
+          pairs: pairs that are not measured yet, of one number of epochs; their widths may differ.
           epochs: epochs that are wanted of each parent.
           spawned: epochs at which `CHILDREN` leave each pair.
           further: number of other networks of each pair whose last epoch is stored.
@@ -423,23 +424,30 @@ class Networks:
         if not any(new) and not spawned and not further:
             self.reporter.say(f"networks: all found in {self.runs_dir}")
             return
-        recipe = pairs[0].recipe
-        model = build_model(recipe.model, width=recipe.width, num_classes=self.dataset.num_classes)
-        size = tree_bytes(network_shapes(model, self.dataset)[0])
+        recipe = max((pair.recipe for pair in pairs), key=lambda recipe: recipe.width)
         what = f"a network ({recipe.model}) of width {recipe.width}"
-        check_memory(size, what)
-        count = self._count_stored(recipe.epochs, new, epochs, spawned)
-        # With keep="none" they go once their pair is measured; one more is stored for resuming.
-        count += further * (1 if self.keep == "none" else len(pairs)) + (1 if further else 0)
+        check_memory(self._network_bytes(recipe), what)
         where = self.runs_dir if self.keep in _SHARED else self.scratch
+        needed = 0
+        for width in {pair.recipe.width: None for pair in pairs}:
+            own = [i for i, pair in enumerate(pairs) if pair.recipe.width == width]
+            count = self._count_stored(recipe.epochs, [new[i] for i in own], epochs, spawned)
+            # With keep="none" they go once their pair is measured; one more is stored for resuming.
+            count += further * (1 if self.keep == "none" else len(own)) + (1 if further else 0)
+            needed += count * self._network_bytes(pairs[own[0]].recipe)
         bases = {run_directory(where, pair.recipe, pair.seeds[0]).parent for pair in pairs}
-        check_disk(size, count, where, "the networks", stored=sum(map(_disk_use, bases)))
+        size = self._network_bytes(recipe)
+        check_disk(size, -(-needed // size), where, "the networks", stored=sum(map(_disk_use, bases)))
         # A stored epoch has its momentum beside it.
-        size *= 2
         self.reporter.say(
-            f"disk: at most {format_bytes(count * size)} for networks in {where}, {format_bytes(size)} an "
-            f"epoch (keeping {self.keep})"
+            f"disk: at most {format_bytes(2 * needed)} for networks in {where}, {format_bytes(2 * size)} an "
+            f"epoch{' of the widest' * (len({p.recipe.width for p in pairs}) > 1)} (keeping {self.keep})"
         )
+
+    def _network_bytes(self, recipe: Recipe) -> int:
+        """Return the size of a network's variables, in bytes."""
+        model = build_model(recipe.model, width=recipe.width, num_classes=self.dataset.num_classes)
+        return tree_bytes(network_shapes(model, self.dataset)[0])
 
     def _count_stored(
         self, last: int, new: Sequence[int], epochs: Sequence[int], spawned: Sequence[int]
