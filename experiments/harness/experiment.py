@@ -105,15 +105,9 @@ class Config:
         return 2
 
     @property
-    def widths(self) -> tuple[int, ...]:
-        """Widths of the networks, in the order in which they are measured."""
-        return (self.recipe.width,)
-
-    @property
     def described(self) -> str:
-        """Model, widths and data of the networks, for titles."""
-        widths = f"width{'s' * (len(self.widths) > 1)} {', '.join(map(str, self.widths))}"
-        return f"{self.recipe.model} ({widths}) on {self.recipe.dataset}"
+        """Model, width and data of the networks, for titles."""
+        return f"{self.recipe.model} (width {self.recipe.width}) on {self.recipe.dataset}"
 
     @property
     def wanted_epochs(self) -> tuple[int, ...]:

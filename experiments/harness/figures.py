@@ -18,6 +18,7 @@ __all__ = [
     "Target",
     "draw_band",
     "dress_epochs",
+    "dress_widths",
     "entitle",
     "share_legend",
 ]
@@ -108,6 +109,15 @@ def dress_epochs(axes: Axes, epochs: Sequence[int], *, bottom: float | None = 0)
     axes.set_xlim(epochs[0] - 0.1, last * 1.05)
     if bottom is not None:
         axes.set_ylim(bottom=bottom)
+    axes.grid(alpha=0.25, linewidth=0.5)
+
+
+def dress_widths(axes: Axes, widths: Sequence[int]) -> None:
+    """Give axes a logarithmic scale of widths, each of them a tick."""
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(list(widths), labels=[str(width) for width in widths])
+    axes.minorticks_off()
+    axes.set_xlabel("width")
     axes.grid(alpha=0.25, linewidth=0.5)
 
 

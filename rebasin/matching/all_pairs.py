@@ -53,10 +53,10 @@ def all_pairs_matching(
     data: Any,
     *,
     key: jax.Array,
-    start: Sequence[Permutation] | None = None,
+    starts: Sequence[Sequence[Permutation]] = (),
     restarts: int = 0,
     num_steps: int = 100,
-    learning_rate: float = 3e-3,
+    learning_rate: float = 1e-2,
     batch_size: int = 500,
     roles: RoleNames = None,
 ) -> UniverseResult:
@@ -68,10 +68,12 @@ def all_pairs_matching(
       metrics_fn: ``(params, batch) -> {"loss": [n], …}``, one loss for each example, differentiable in
         `params`.
       data: a `Batch`, or whatever tree of arrays ``[n, …]`` `metrics_fn` takes as its batch.
-      key: PRNG key for the shuffled batches, for the starts and for weight matching.
-      start: a permutation of each network to start from, into any common order; by default the better one of
-        `merge_many` and `match_to_reference`.
-      restarts: number of further runs, each from `merge_many` with another key; the best run is kept.
+      key: PRNG key for the shuffled batches, for `merge_many` and for weight matching.
+      starts: permutations of all networks into a common order that may be started from, beside the results of
+        `merge_many` and of `match_to_reference` by weights. On narrow networks those of `match_to_reference`
+        by activations are much better than both.
+      restarts: number of runs after the first. The runs begin at different starts, the best of them first,
+        with as many results of `merge_many` among them as there are runs; the best run is kept.
       num_steps: number of gradient steps of a run, at least 1.
       learning_rate: learning rate of Adam on the targets.
       batch_size: number of examples of a gradient step, and number of examples evaluated at once.
@@ -85,9 +87,9 @@ def all_pairs_matching(
 
     Raises:
       RebasinError: Optax is not installed.
-      ConfigError: there are fewer than two networks, `start` holds another number of permutations, or an
+      ConfigError: there are fewer than two networks, a start holds another number of permutations, or an
         option has a value that cannot work.
-      PermutationError: a permutation in `start` does not fit.
+      PermutationError: a permutation of a start does not fit.
       SpecMismatchError, TreeMismatchError, NonFiniteError, DataError: as `straight_through_matching`.
     """
     began = time.perf_counter()
@@ -97,18 +99,15 @@ def all_pairs_matching(
         raise ConfigError(f"all_pairs_matching needs at least two networks, got {len(trees)}")
     checked = check_networks(spec, {f"network {i}": tree for i, tree in enumerate(trees)}, roles)
     check_metrics(metrics_fn, checked.trees[0], data, batch_size)
-    run = functools.partial(
-        _Run(spec, checked.trees, checked.weights, metrics_fn, data, batch_size, check_roles(roles)),
-        num_steps=num_steps,
-        learning_rate=learning_rate,
-    )
-    if start is not None:
-        starts = [[_checked(spec, trees[0], start, len(trees))]]
-    else:
-        keys = [jax.random.fold_in(key, i) for i in range(1 + restarts)]
-        starts = [[merge_many(spec, trees, key=k, roles=roles).permutations] for k in keys]
-        starts[0].append(match_to_reference(spec, trees, key=key, roles=roles).permutations)
-    runs = [run(first, key=jax.random.fold_in(key, i)) for i, first in enumerate(starts)]
+    import_optax("all_pairs_matching")
+    found = [_checked(spec, trees[0], start, len(trees)) for start in starts]
+    keys = [jax.random.fold_in(key, i) for i in range(1 + restarts)]
+    found += [merge_many(spec, trees, key=k, roles=roles).permutations for k in keys]
+    found.append(match_to_reference(spec, trees, key=key, roles=roles).permutations)
+    run = _Run(spec, checked.trees, checked.weights, metrics_fn, data, batch_size, check_roles(roles))
+    begun = sorted(map(run.begin, found), key=lambda history: -history.objective)
+    options = {"num_steps": num_steps, "learning_rate": learning_rate}
+    runs = [run(history, key=k, **options) for history, k in zip(begun, keys, strict=False)]
     best = max(runs, key=lambda history: history.objective)
     match = best.result({})
     stats = {"runs": [history.objective for history in runs], "seconds": time.perf_counter() - began}
@@ -117,7 +116,7 @@ def all_pairs_matching(
 
 
 class _Run:
-    """One run of the estimator from given starts, and what all runs share."""
+    """One run of the estimator, and what all runs share."""
 
     def __init__(
         self,
@@ -134,18 +133,16 @@ class _Run:
         # What is learned is float32 at least: the steps of Adam are too small for narrower types.
         self._wide = [widen_weights(tree, weights) for tree in trees]
 
+    def begin(self, start: Sequence[Permutation]) -> LossHistory:
+        """Return the history that begins with a permutation of each network."""
+        return LossHistory.begin(_join(start), self._loss)
+
     def __call__(
-        self,
-        starts: Sequence[Sequence[Permutation]],
-        *,
-        key: jax.Array,
-        num_steps: int,
-        learning_rate: float,
+        self, history: LossHistory, *, key: jax.Array, num_steps: int, learning_rate: float
     ) -> LossHistory:
+        """Return a history with as many steps more."""
         optax = import_optax("all_pairs_matching")
         count = len(self._trees)
-        histories = [LossHistory.begin(_join(start), self._loss) for start in starts]
-        history = max(histories, key=lambda history: history.objective)
         moved = self._moved(history.current)
         others = [[m for j, m in enumerate(moved) if j != i] for i in range(1, count)]
         targets = [weights_of(average(rest, roles=self._roles), self._weights) for rest in others]
@@ -258,7 +255,7 @@ def _split(joint: Permutation, count: int) -> list[dict[str, np.ndarray]]:
 def _checked(spec: PermutationSpec, tree: Any, start: Sequence[Permutation], count: int) -> list[Permutation]:
     """Check the permutations to start from, and bring them into the order of units of network 0."""
     if len(start) != count:
-        raise ConfigError(f"start must hold a permutation for each of {count} networks, got {len(start)}")
+        raise ConfigError(f"a start must hold a permutation for each of {count} networks, got {len(start)}")
     for permutation in start:
         check_permutation(spec, tree, permutation)
     undo = invert(spec, start[0])

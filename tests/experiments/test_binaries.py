@@ -15,7 +15,9 @@ from experiments import (
     paper_pair,
     sgd_instability,
     sparse_connectivity,
+    strong_connectivity,
     training_trajectories,
+    transitivity,
 )
 from experiments.harness.experiment import Experiment
 from experiments.harness.networks import KEEP
@@ -27,6 +29,8 @@ BINARIES = (
     sgd_instability,
     sparse_connectivity,
     mask_transport,
+    strong_connectivity,
+    transitivity,
     compare_methods,
     learning_rates,
 )
@@ -66,6 +70,12 @@ SAMPLES = {
     "rewind_epoch": "2",
     "rewind": "learning_rate",
     "matching_margin": "0.01",
+    "widths": "8,9",
+    "joint": "universe",
+    "joint_steps": "3",
+    "connected_at_most": "0.3",
+    "loss_at_most": "0.3",
+    "num_networks": "6",
 }
 
 
@@ -128,6 +138,8 @@ def test_flags_that_some_binaries_lack():
             "sgd_instability",
             "sparse_connectivity",
             "mask_transport",
+            "strong_connectivity",
+            "transitivity",
             "learning_rates",
         ],
         "methods": [
@@ -136,6 +148,8 @@ def test_flags_that_some_binaries_lack():
             "sgd_instability",
             "sparse_connectivity",
             "mask_transport",
+            "strong_connectivity",
+            "transitivity",
             "compare_methods",
         ],
         "time_limit": ["training_trajectories", "paper_pair"],
@@ -151,6 +165,12 @@ def test_flags_that_some_binaries_lack():
         "rewind_epoch": ["sparse_connectivity", "mask_transport"],
         "rewind": ["sparse_connectivity", "mask_transport"],
         "matching_margin": ["mask_transport"],
+        "widths": ["strong_connectivity", "transitivity"],
+        "joint": ["strong_connectivity", "transitivity"],
+        "joint_steps": ["strong_connectivity", "transitivity"],
+        "connected_at_most": ["strong_connectivity", "transitivity"],
+        "loss_at_most": ["strong_connectivity", "transitivity"],
+        "num_networks": ["transitivity"],
     }
 
 
