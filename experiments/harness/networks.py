@@ -425,8 +425,8 @@ class Networks:
             self.reporter.say(f"networks: all found in {self.runs_dir}")
             return
         recipe = max((pair.recipe for pair in pairs), key=lambda recipe: recipe.width)
-        what = f"a network ({recipe.model}) of width {recipe.width}"
-        check_memory(self._network_bytes(recipe), what)
+        size = self._network_bytes(recipe)
+        check_memory(size, f"a network ({recipe.model}) of width {recipe.width}")
         where = self.runs_dir if self.keep in _SHARED else self.scratch
         needed = 0
         for width in {pair.recipe.width: None for pair in pairs}:
@@ -436,7 +436,6 @@ class Networks:
             count += further * (1 if self.keep == "none" else len(own)) + (1 if further else 0)
             needed += count * self._network_bytes(pairs[own[0]].recipe)
         bases = {run_directory(where, pair.recipe, pair.seeds[0]).parent for pair in pairs}
-        size = self._network_bytes(recipe)
         check_disk(size, -(-needed // size), where, "the networks", stored=sum(map(_disk_use, bases)))
         # A stored epoch has its momentum beside it.
         self.reporter.say(
