@@ -31,7 +31,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from absl import app, flags
+from absl import app
 
 from experiments import mask_transport_widths_figures as figures
 from experiments.harness import options
@@ -42,7 +42,6 @@ from experiments.harness.paths import PathMeter, endpoints
 from experiments.harness.pruning import PruningConfig, WidthLevel, WidthRecord, WidthsSummary
 from experiments.harness.record import Metrics, added, summarise
 from experiments.harness.results import Claim, Schema, claim
-from rebasin.errors import ConfigError
 from rebasin.masks import sparsity_report
 from rebasin.permutation import Permutation, compiled_permute
 from rebasin.pruning import prunable_leaves
@@ -54,11 +53,9 @@ __all__ = ["EXPERIMENT", "WidthsConfig", "judge", "main"]
 
 options.define_flags(__name__, methods=True, strict=True, merge=True)
 options.define_pruning_flags(__name__, rewind=False)
-_WIDTHS = flags.DEFINE_list(
-    "widths", None, "Widths of the networks, ascending; by default from an eighth of --width to twice of it."
-)
+options.define_widths_flag(__name__)
 
-# The widths of a run, as fractions of that of the recipe.
+# The widths of a run by default, as fractions of that of the recipe.
 _DEFAULT_WIDTHS = (1 / 8, 1 / 4, 1 / 2, 1, 2)
 
 # The matching method of the paper's figure 2.
@@ -107,15 +104,14 @@ class WidthsConfig(PruningConfig):
 
 
 def _build_measure(setup: Setup[WidthsConfig]) -> Measure[WidthRecord[float]]:
-    config = setup.config
-    tools = {recipe.width: _Tools(setup.for_recipe(recipe)) for recipe in (p.recipe for p in config.pairs)}
+    config, tools = setup.config, _Tools(setup)
 
     def measure(
         pair: Pair, trained: list[Trajectory], begun: WidthRecord[float] | None
     ) -> Iterator[WidthRecord[float]]:
         width = pair.recipe.width
         record = begun or WidthRecord(pair.seeds, width)
-        permutations = tools[width].match(trained, pair)
+        permutations = tools.match(trained, pair)
         title = f"networks of width {width}, {pair}"
         with setup.reporter.stage(title, config.further_networks) as advance:
             both = (
@@ -133,7 +129,7 @@ def _build_measure(setup: Setup[WidthsConfig]) -> Measure[WidthRecord[float]]:
                     for _ in range(2 + len(config.methods) if a.level else 0):
                         advance()
                     continue
-                level = tools[width].measure_level(trained[1], a, b, permutations, advance)
+                level = tools.measure_level(trained[1], a, b, permutations, advance)
                 record = added(record, level)
                 yield record
 
@@ -292,17 +288,12 @@ def build_config() -> WidthsConfig:
     choice = options.choose()
     width = choice.fields["recipe"].width
     widths = tuple(sorted({max(1, round(width * fraction)) for fraction in _DEFAULT_WIDTHS}))
-    if (given := _WIDTHS.value) is not None:
-        try:
-            widths = tuple(int(text) for text in given)
-        except ValueError:
-            raise ConfigError(f"wanted widths, such as 16,32, got {','.join(given)!r}") from None
     return WidthsConfig(
         **choice.fields,
         methods=options.chosen_methods(_METHODS),
         **options.chosen_pruning(rewind=False),
         num_eval=choice.num_eval,
-        widths=widths,
+        widths=options.chosen_widths(widths),
     )
 
 

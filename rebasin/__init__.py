@@ -16,6 +16,7 @@ from rebasin.inference.rule import register_rule
 from rebasin.inference.verification import verify_spec
 from rebasin.landscape import build_simplex_sweep
 from rebasin.matching.activations import ActivationMatching, activation_matching
+from rebasin.matching.all_pairs import all_pairs_matching
 from rebasin.matching.covariance import CovarianceMatching, covariance_matching
 from rebasin.matching.frank_wolfe import FrankWolfeMatching, frank_wolfe_matching
 from rebasin.matching.many import merge_many, universe_matching
@@ -37,6 +38,7 @@ from rebasin.permutation import (
 )
 from rebasin.repair import build_repair
 from rebasin.spec import PermutationSpec
+from rebasin.temperature import build_temperature
 
 __version__ = "0.1.0"
 
@@ -56,11 +58,13 @@ __all__ = [
     "WeightMatching",
     "activation_matching",
     "align",
+    "all_pairs_matching",
     "average",
     "build_norm_reset",
     "build_repair",
     "build_simplex_sweep",
     "build_sweep",
+    "build_temperature",
     "classification_metrics",
     "compose",
     "covariance_matching",

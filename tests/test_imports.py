@@ -20,6 +20,7 @@ ROOMS = [
     ["rebasin"],  # the public names of all that follows
     ["rebasin.align"],
     ["rebasin.landscape"],
+    ["rebasin.landscape", "rebasin.connectivity"],
     [
         "rebasin.matching",
         "rebasin.barrier",
@@ -27,6 +28,8 @@ ROOMS = [
         "rebasin.batchnorm",
         "rebasin.pruning",
         "rebasin.transport",
+        "rebasin.temperature",
+        "rebasin.pruning",
     ],
     ["rebasin.masks"],
     ["rebasin.tracing"],

@@ -91,7 +91,7 @@ class Reporter:
     def conclude(self, results: Results[Any, Any, Any], paths: Iterable[pathlib.Path]) -> None:
         """Print the claims, what is missing, the computing time and the files of a run."""
         if results.claims:
-            alone = " (one pair has no 95 % interval: its value decides)"
+            alone = f" (one {results.config.unit} has no 95 % interval: its value decides)"
             self.say("\nclaims of the paper" + alone * (results.config.replicates == 1))
         for claim in results.claims:
             low, high = _number(claim.low), _number(claim.high)

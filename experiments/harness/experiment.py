@@ -50,7 +50,8 @@ class Config:
 
     Attributes:
       recipe: how networks are trained.
-      replicates: number of independent pairs; pair r has the seeds ``seed + 2r`` and ``seed + 2r + 1``.
+      replicates: number of independent pairs; pair r has the seeds ``seed + 2r`` and ``seed + 2r + 1``, and
+        so on for experiments whose pairs have more networks.
       seed: the first of the networks' seeds.
       num_alphas: number of points on each path, both ends included.
       num_match: number of training examples, without augmentation, for matching methods that need data;
@@ -63,6 +64,9 @@ class Config:
 
     # Whether ½ must be among the alphas.
     needs_midpoint: ClassVar[bool] = False
+
+    # What a replicate is called: some experiments measure more than two networks together.
+    unit: ClassVar[str] = "pair"
 
     recipe: Recipe
     replicates: int
@@ -92,8 +96,19 @@ class Config:
     @property
     def pairs(self) -> list[Pair]:
         """The pairs of networks, in the order of the records."""
-        seeds = range(self.seed, self.seed + 2 * self.replicates, 2)
-        return [Pair(self.recipe, (seed, seed + 1)) for seed in seeds]
+        each = self.networks_each
+        firsts = range(self.seed, self.seed + each * self.replicates, each)
+        return [Pair(self.recipe, tuple(range(first, first + each))) for first in firsts]
+
+    @property
+    def networks_each(self) -> int:
+        """Number of networks that are measured together in one replicate."""
+        return 2
+
+    @property
+    def described(self) -> str:
+        """Model, width and data of the networks, for titles."""
+        return f"{self.recipe.model} ({self.width}) on {self.recipe.dataset}"
 
     @property
     def width(self) -> str:
@@ -158,10 +173,12 @@ Measure: TypeAlias = Callable[[Pair, list[Trajectory], R | None], Iterator[R]]
 class Setup(Generic[C]):
     """What an experiment measures with.
 
+    A run over several widths has one setup, and one measure, for each width.
+
     Attributes:
       config: the config of the run.
       dataset: the data.
-      model: the Flax module of all networks.
+      model: the Flax module of all networks of one width.
       spec: symmetries of the model.
       networks: finds and trains networks.
       seconds: counts computing time.
@@ -395,11 +412,15 @@ class Experiment(Generic[C, R, S]):
         model = _build_model(config.recipe, dataset)
         spec = infer_model_spec(model, dataset)
         setup = Setup(config, dataset, model, spec, networks, results.seconds, reporter, deadline)
-        measure = self.build_measure(setup)
+        measures: dict[int, Measure[R]] = {}
         for i, pair in left.items():
+            width = pair.recipe.width
+            if width not in measures:
+                own = setup if pair.recipe == config.recipe else setup.for_recipe(pair.recipe)
+                measures[width] = self.build_measure(own)
             trained = networks.parents(pair, config.wanted_epochs)
             begun = records[i] if i < len(records) else None
-            for record in measure(pair, trained, begun):
+            for record in measures[width](pair, trained, begun):
                 records[i : i + 1] = [_as_stored(self.schema.record, record)]
                 results.save(path)
             networks.release(pair)
@@ -447,8 +468,8 @@ def describe_run(config: Config) -> str:
       >>> describe_run(Config(recipe=recipe, replicates=2, seed=0, num_alphas=5, num_match=None))
       'mlp (width 64) on mnist, 2 pairs of networks, algorithm best'
     """
-    recipe, pairs = config.recipe, count_pairs(config.replicates)
-    return f"{recipe.model} ({config.width}) on {recipe.dataset}, {pairs}, algorithm {config.algorithm}"
+    pairs = count_pairs(config.replicates, unit=config.unit)
+    return f"{config.described}, {pairs}, algorithm {config.algorithm}"
 
 
 def _check_records(path: pathlib.Path, results: Results[Any, Any, Any]) -> None:

@@ -18,6 +18,7 @@ __all__ = [
     "Target",
     "draw_band",
     "dress_epochs",
+    "dress_widths",
     "entitle",
     "share_legend",
 ]
@@ -118,13 +119,22 @@ def dress_epochs(axes: Axes, epochs: Sequence[int], *, bottom: float | None = 0)
     axes.grid(alpha=0.25, linewidth=0.5)
 
 
+def dress_widths(axes: Axes, widths: Sequence[int]) -> None:
+    """Give axes a logarithmic scale of widths, each of them a tick."""
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(list(widths), labels=[str(width) for width in widths])
+    axes.minorticks_off()
+    axes.set_xlabel("width")
+    axes.grid(alpha=0.25, linewidth=0.5)
+
+
 def entitle(figure: Figure, results: Results[Any, Any, Any], what: str, note: str) -> None:
     """Head a figure with the model, the dataset, the number of pairs of `what`, the algorithm, and a note."""
-    recipe, pairs = results.config.recipe, count_pairs(results.config.replicates, what)
-    title = f"{recipe.model} ({results.config.width}) on {recipe.dataset}, {pairs}"
+    config = results.config
+    title = f"{config.described}, {count_pairs(config.replicates, what, unit=config.unit)}"
     # A note of its own line, since one line would be wider than the figure.
     unfinished = ", unfinished" if isinstance(results, PartialResults) else ""
-    figure.suptitle(f"{title}, algorithm {results.config.algorithm}{unfinished}\n{note}", fontsize=9)
+    figure.suptitle(f"{title}, algorithm {config.algorithm}{unfinished}\n{note}", fontsize=9)
 
 
 def share_legend(figure: Figure, panels: Sequence[Axes], *, columns: int = 4) -> None:

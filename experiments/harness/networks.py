@@ -67,15 +67,15 @@ _GUESSING = 0.99
 
 
 class Pair(NamedTuple):
-    """Two networks that differ in their seeds.
+    """Networks that differ in their seeds and are measured together: two, or more in some experiments.
 
     Attributes:
-      recipe: how both networks are trained.
+      recipe: how all of them are trained.
       seeds: seed of each network.
     """
 
     recipe: Recipe
-    seeds: tuple[int, int]
+    seeds: tuple[int, ...]
 
     @property
     def key(self) -> jax.Array:
@@ -83,7 +83,8 @@ class Pair(NamedTuple):
         return jax.random.key(self.seeds[0])
 
     def __str__(self) -> str:
-        return f"seeds {self.seeds[0]} and {self.seeds[1]}"
+        *first, last = self.seeds
+        return f"seeds {', '.join(map(str, first))} and {last}"
 
 
 def shared_runs(given: str | None) -> pathlib.Path:
@@ -237,7 +238,7 @@ class Networks:
         return self.keep in _SHARED
 
     def parents(self, pair: Pair, epochs: Collection[int]) -> list[Trajectory]:
-        """Return both trajectories of a pair, with at least the wanted epochs.
+        """Return the trajectories of a pair, with at least the wanted epochs.
 
         Raises:
           ConfigError: a finished run lacks some of the epochs.

@@ -5,6 +5,7 @@ the help of a binary, and defines those flags that only some binaries have. Flag
 defined in its own file.
 """
 
+import dataclasses
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
@@ -15,8 +16,10 @@ from absl import app, flags, logging
 
 import rebasin
 from experiments.harness.algorithms import ALGORITHMS, PAPER_ALGORITHM
+from experiments.harness.connectivity import JOINT
 from experiments.harness.deadline import Deadline
 from experiments.harness.experiment import C, Experiment
+from experiments.harness.methods import PAPER_METHODS
 from experiments.harness.networks import KEEP, shared_runs
 from experiments.harness.presets import PRESETS, Preset, choose_preset
 from rebasin.errors import ConfigError, RebasinError
@@ -30,8 +33,10 @@ __all__ = [
     "Choice",
     "choose",
     "choose_epochs",
+    "chosen_connectivity",
     "chosen_methods",
     "chosen_pruning",
+    "define_connectivity_flags",
     "define_flags",
     "define_pruning_flags",
     "run_binary",
@@ -213,6 +218,78 @@ def chosen_pruning(*, rewind: bool = True) -> dict[str, Any]:
     """
     values = {name: flags.FLAGS[name].value for name in ("levels", "rewind_epoch")}
     return values | {"rewind": flags.FLAGS["rewind"].value if rewind else "weights"}
+
+
+def define_widths_flag(binary: str) -> None:
+    """Give a binary ``--widths``, see `chosen_widths`.
+
+    Args:
+      binary: ``__name__`` of the binary's module.
+    """
+    if "widths" not in flags.FLAGS:
+        flags.DEFINE_list(
+            "widths", None, "Widths of the networks, ascending; by default those of the preset and --width."
+        )
+    module = sys.argv[0] if binary == "__main__" else binary
+    flags.FLAGS.register_key_flag_for_module(module, flags.FLAGS["widths"])
+
+
+def chosen_widths(default: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the widths that were given, or else `default`.
+
+    Raises:
+      ConfigError: they are not numbers.
+    """
+    given = flags.FLAGS["widths"].value
+    try:
+        return default if given is None else tuple(map(int, given))
+    except ValueError:
+        raise ConfigError(f"wanted widths, such as 16,32,64, got {','.join(given or ())!r}") from None
+
+
+def define_connectivity_flags(binary: str) -> None:
+    """Give a binary the flags of networks that are aligned together over widths, see `chosen_connectivity`.
+
+    Args:
+      binary: ``__name__`` of the binary's module.
+    """
+    define_widths_flag(binary)
+    if "joint" not in flags.FLAGS:
+        names = ", ".join(JOINT)
+        text = f"Algorithms that align all networks of a replicate together, among {names}; empty for none."
+        flags.DEFINE_list("joint", list(JOINT), text)
+        text = "Gradient steps of all_pairs."
+        flags.DEFINE_integer("joint_steps", 50, text, lower_bound=1)
+        text = "Test error barrier, a fraction, up to which two networks are connected."
+        flags.DEFINE_float("connected_at_most", 0.02, text, lower_bound=0)
+        text = "Test loss barrier, in nats, up to which two networks are connected."
+        flags.DEFINE_float("loss_at_most", 0.1, text, lower_bound=0)
+    module = sys.argv[0] if binary == "__main__" else binary
+    for name in ("joint", "joint_steps", "connected_at_most", "loss_at_most"):
+        flags.FLAGS.register_key_flag_for_module(module, flags.FLAGS[name])
+
+
+def chosen_connectivity(choice: "Choice") -> dict[str, Any]:
+    """Return the fields of `experiments.harness.connectivity.WidthsConfig`, by name.
+
+    Raises:
+      ConfigError: the widths are not numbers.
+    """
+    preset = (_WIDTH.value,) if _WIDTH.value else choice.preset.widths or (choice.fields["recipe"].width,)
+    widths = chosen_widths(preset)
+    # The recipe has the first width, so that one list of widths is one config.
+    recipe = (
+        dataclasses.replace(choice.fields["recipe"], width=widths[0]) if widths else choice.fields["recipe"]
+    )
+    return {
+        **choice.fields,
+        "recipe": recipe,
+        "methods": chosen_methods(PAPER_METHODS),
+        "widths": widths,
+        "num_eval": choice.num_eval,
+        **{name: flags.FLAGS[name].value for name in ("joint_steps", "connected_at_most", "loss_at_most")},
+        "joint": tuple(flags.FLAGS["joint"].value or ()),
+    }
 
 
 def chosen_methods(default: Sequence[str]) -> tuple[str, ...]:

@@ -1,5 +1,6 @@
 """Loss and error on paths between networks, on training and test data at once."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -45,15 +46,43 @@ class PathMeter:
       dataset: the data to measure on.
       num_alphas: number of points on each path.
       num_eval: number of examples of each split, `None` for all.
+      apply_fn: ``(params, images) -> logits``, where `tempered` is called.
     """
 
-    def __init__(self, metrics_fn: Any, dataset: Dataset, *, num_alphas: int, num_eval: int | None) -> None:
+    def __init__(
+        self,
+        metrics_fn: Any,
+        dataset: Dataset,
+        *,
+        num_alphas: int,
+        num_eval: int | None,
+        apply_fn: Callable[..., jax.Array] | None = None,
+    ) -> None:
         train, test = (min(num_eval or len(s.labels), len(s.labels)) for s in (dataset.train, dataset.test))
         chosen = dataset.take(num_train=train, num_test=test)
         both = jax.tree.map(lambda *parts: np.concatenate(parts), chosen.train, chosen.test)
         self._data = jax.device_put(both)
         self._num_train = train
         self._sweep = rebasin.build_sweep(metrics_fn, num_alphas=num_alphas)
+        if apply_fn is not None:
+            # On the training examples on which paths are measured too.
+            temperature = rebasin.build_temperature(apply_fn, chosen.train)
+            self._tempered_sweep = rebasin.build_sweep(
+                temperature.metrics_fn, num_alphas=num_alphas, prepare=temperature.prepare
+            )
+
+    def tempered(self, params_a: Any, params_b: Any) -> tuple[BarrierCurve, BarrierCurve]:
+        """Measure the path between two networks, as it is and with a temperature fitted at every alpha.
+
+        Returns:
+          Two curves in all `METRICS`, of which the errors are the same.
+        """
+        curve = self._tempered_sweep(params_a, params_b, self._data)
+        plain, tempered = (
+            BarrierCurve(curve.alphas, {"loss": curve.examples[loss], "error": curve.examples["error"]})
+            for loss in ("loss", "tempered_loss")
+        )
+        return self._split(plain), self._split(tempered)
 
     def __call__(self, params_a: Any, params_b: Any, ends: BarrierCurve | None = None) -> BarrierCurve:
         """Measure the path between two networks in all `METRICS`.
@@ -67,7 +96,6 @@ class PathMeter:
         Returns:
           A curve of per-example values; those of training and test data differ in number.
         """
-        n = self._num_train
         if ends is not None:
             joined = {
                 name: np.concatenate(
@@ -76,7 +104,11 @@ class PathMeter:
                 for name in ("loss", "error")
             }
             ends = BarrierCurve(ends.alphas, joined)
-        curve = self._sweep(params_a, params_b, self._data, ends)
+        return self._split(self._sweep(params_a, params_b, self._data, ends))
+
+    def _split(self, curve: BarrierCurve) -> BarrierCurve:
+        """Tell training from test examples."""
+        n = self._num_train
         parts = {"train": np.s_[:, :n], "test": np.s_[:, n:]}
         return BarrierCurve(
             curve.alphas,

@@ -40,6 +40,7 @@ class Preset(NamedTuple):
       by_regime: fields of `Recipe` that differ in a regime, by the regime's name.
       num_alphas: number of points on each path, both ends included.
       algorithm: how weights and activations are matched, a name in `ALGORITHMS`.
+      widths: widths at which networks are compared, ascending; `None` for that of the recipe alone.
     """
 
     recipe: Mapping[str, Any]
@@ -53,6 +54,7 @@ class Preset(NamedTuple):
     by_regime: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
     num_alphas: int = 25
     algorithm: str = "best"
+    widths: tuple[int, ...] | None = None
 
     def build_recipe(self, regime: str, **changes: Any) -> Recipe:
         """Return the recipe of a regime, with those `changes` that are not `None`."""
@@ -76,6 +78,7 @@ PRESETS: dict[str, dict[str, Preset]] = {
             match_epochs=(0, 1, 2, 3, 5, 10, 30),
             spawn_epochs=(0, 1, 2, 3, 4, 5, 6, 8, 10, 14, 20),
             num_match=None,
+            widths=(16, 32, 64, 128, 256, 512, 1024),
         ),
         # Not in the paper: a transformer, whose heads and dimensions within heads are aligned too.
         "vit": Preset(
@@ -87,6 +90,7 @@ PRESETS: dict[str, dict[str, Preset]] = {
             match_epochs=(1, 3, 10, 30),
             spawn_epochs=(0, 1, 2, 3, 5, 10),
             num_match=None,
+            widths=(16, 32, 64, 128),
         ),
     },
     "cpu": {
@@ -99,6 +103,7 @@ PRESETS: dict[str, dict[str, Preset]] = {
             match_epochs=(1, 2, 3, 5, 20),
             spawn_epochs=(0, 1, 2, 3, 5, 8, 13),
             num_match=5_000,
+            widths=(32, 64, 128, 256, 512),
         ),
         # On all images and at this width VGG-16 shows the shape of the paper's curves; at half the width and
         # on 20,000 images weight matching leaves most of the barrier. Children are many: 128 epochs of
@@ -140,6 +145,7 @@ PRESETS: dict[str, dict[str, Preset]] = {
                     "trajectory": {"warmup_epochs": 2},
                     "instability": {"epochs": 10, "warmup_epochs": 3},
                 },
+                widths=(4, 8, 16),
             )
             # Networks with BatchNorm, on which REPAIR is measured, learn in fewer epochs.
             for model, epochs in (("resnet20", 16), ("vgg16_batchnorm", 10), ("resnet20_batchnorm", 10))
@@ -157,6 +163,9 @@ PRESETS: dict[str, dict[str, Preset]] = {
             # As the paper, on all training data.
             num_match=None,
             algorithm=PAPER_ALGORITHM,
+            # Up to the width of the paper's other experiments: figure 3 has no numbers at its axis that can
+            # be read.
+            widths=tuple(width // 2**i for i in reversed(range(4))),
         )
         for model, dataset, width in (
             ("vgg16", "cifar10", 64),
@@ -175,6 +184,7 @@ PRESETS = {
             match_epochs=(1, 3, 10, 30),
             spawn_epochs=(0, 1, 2, 5, 10),
             num_alphas=13,
+            widths=(32, 128),
         )
     },
     **PRESETS,

@@ -210,14 +210,14 @@ class PartialResults(Results[C, R, S]):
     missing: tuple[str, ...] = ()
 
 
-def count_pairs(replicates: int, what: str = "networks") -> str:
+def count_pairs(replicates: int, what: str = "networks", *, unit: str = "pair") -> str:
     """Say how many pairs there are, for example ``"3 pairs of networks"``."""
-    return f"{replicates} pair{'s' * (replicates > 1)} of {what}"
+    return f"{replicates} {unit}{'s' * (replicates > 1)} of {what}"
 
 
-def describe_mean(replicates: int, what: str = "networks") -> str:
+def describe_mean(replicates: int, what: str = "networks", *, unit: str = "pair") -> str:
     """Say what a table shows, for example ``"mean±sd of 3 pairs of networks"``; one pair has no spread."""
-    return "mean±sd of " * (replicates > 1) + count_pairs(replicates, what)
+    return "mean±sd of " * (replicates > 1) + count_pairs(replicates, what, unit=unit)
 
 
 def open_results(

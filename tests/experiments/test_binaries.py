@@ -17,7 +17,9 @@ from experiments import (
     paper_pair,
     sgd_instability,
     sparse_connectivity,
+    strong_connectivity,
     training_trajectories,
+    transitivity,
 )
 from experiments.harness.experiment import Experiment
 from experiments.harness.networks import KEEP
@@ -30,6 +32,8 @@ BINARIES = (
     sparse_connectivity,
     mask_transport,
     mask_transport_widths,
+    strong_connectivity,
+    transitivity,
     compare_methods,
     learning_rates,
     optimal_transport,
@@ -71,6 +75,11 @@ SAMPLES = {
     "rewind": "learning_rate",
     "matching_margin": "0.01",
     "widths": "8,16",
+    "joint": "universe",
+    "joint_steps": "3",
+    "connected_at_most": "0.3",
+    "loss_at_most": "0.3",
+    "num_networks": "6",
 }
 
 
@@ -138,6 +147,8 @@ def test_flags_that_some_binaries_lack():
             "sparse_connectivity",
             "mask_transport",
             "mask_transport_widths",
+            "strong_connectivity",
+            "transitivity",
             "learning_rates",
             "optimal_transport",
         ],
@@ -148,6 +159,8 @@ def test_flags_that_some_binaries_lack():
             "sparse_connectivity",
             "mask_transport",
             "mask_transport_widths",
+            "strong_connectivity",
+            "transitivity",
             "compare_methods",
         ],
         "time_limit": ["training_trajectories", "paper_pair"],
@@ -163,7 +176,12 @@ def test_flags_that_some_binaries_lack():
         "rewind_epoch": ["sparse_connectivity", "mask_transport", "mask_transport_widths"],
         "rewind": ["sparse_connectivity", "mask_transport"],
         "matching_margin": ["mask_transport"],
-        "widths": ["mask_transport_widths"],
+        "widths": ["mask_transport_widths", "strong_connectivity", "transitivity"],
+        "joint": ["strong_connectivity", "transitivity"],
+        "joint_steps": ["strong_connectivity", "transitivity"],
+        "connected_at_most": ["strong_connectivity", "transitivity"],
+        "loss_at_most": ["strong_connectivity", "transitivity"],
+        "num_networks": ["transitivity"],
     }
 
 

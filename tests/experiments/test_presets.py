@@ -16,6 +16,7 @@ def test_presets_make_recipes_and_end_at_their_last_epoch(name):
         assert preset.build_recipe("trajectory", epochs=7, width=9).epochs == 7
         assert set(preset.match_epochs) <= set(preset.epochs or range(recipe.epochs + 1))
         assert preset.match_epochs[-1] == recipe.epochs
+        assert preset.widths == tuple(sorted(set(preset.widths)))
         assert max(preset.spawn_epochs) < preset.build_recipe("instability").epochs
 
 
