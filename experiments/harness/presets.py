@@ -121,6 +121,7 @@ PRESETS: dict[str, dict[str, Preset]] = {
                 "trajectory": {"warmup_epochs": 2},
                 "instability": {"width": 8, "num_train": 20_000, "epochs": 10, "warmup_epochs": 3},
             },
+            widths=(4, 8, 16),
         ),
         **{
             model: Preset(

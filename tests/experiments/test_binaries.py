@@ -270,7 +270,7 @@ def test_what_the_user_gets_wrong_is_one_message(tmp_path, monkeypatch):
             "error: this experiment cannot work:\n  num_alphas: wanted an odd",
         ),
         (learning_rates, ["--rates=fast"], "error: wanted rates, such as 0.01,0.1, got 'fast'"),
-        (mask_transport_widths, ["--widths=8,wide"], "error: wanted widths, such as 16,32, got '8,wide'"),
+        (mask_transport_widths, ["--widths=8,wide"], "error: wanted widths, such as 16,32,64, got '8,wide'"),
         (sgd_instability, ["--spawn_epochs=one"], "error: wanted epochs, such as 0,1,5, got 'one'"),
         (
             sgd_instability,
