@@ -11,6 +11,7 @@ from absl.testing import flagsaver
 from experiments import (
     compare_methods,
     learning_rates,
+    loss_landscape,
     mask_transport,
     paper_pair,
     sgd_instability,
@@ -29,6 +30,7 @@ BINARIES = (
     mask_transport,
     compare_methods,
     learning_rates,
+    loss_landscape,
 )
 
 # A value of each flag that is nobody's default. A flag that is missing here fails the test.
@@ -66,6 +68,9 @@ SAMPLES = {
     "rewind_epoch": "2",
     "rewind": "learning_rate",
     "matching_margin": "0.01",
+    "plane_epochs": "2",
+    "grid_size": "7",
+    "num_grid": "99",
 }
 
 
@@ -129,6 +134,7 @@ def test_flags_that_some_binaries_lack():
             "sparse_connectivity",
             "mask_transport",
             "learning_rates",
+            "loss_landscape",
         ],
         "methods": [
             "training_trajectories",
@@ -137,6 +143,7 @@ def test_flags_that_some_binaries_lack():
             "sparse_connectivity",
             "mask_transport",
             "compare_methods",
+            "loss_landscape",
         ],
         "time_limit": ["training_trajectories", "paper_pair"],
         "merge": ["training_trajectories"],
@@ -151,6 +158,9 @@ def test_flags_that_some_binaries_lack():
         "rewind_epoch": ["sparse_connectivity", "mask_transport"],
         "rewind": ["sparse_connectivity", "mask_transport"],
         "matching_margin": ["mask_transport"],
+        "plane_epochs": ["loss_landscape"],
+        "grid_size": ["loss_landscape"],
+        "num_grid": ["loss_landscape"],
     }
 
 

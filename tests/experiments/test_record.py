@@ -10,6 +10,7 @@ import pytest
 from experiments import (
     compare_methods,
     learning_rates,
+    loss_landscape,
     mask_transport,
     sgd_instability,
     sparse_connectivity,
@@ -43,6 +44,7 @@ EXPERIMENTS = {
         mask_transport,
         compare_methods,
         learning_rates,
+        loss_landscape,
     )
 }
 
