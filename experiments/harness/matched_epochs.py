@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Generic
 from experiments.harness.experiment import Config, Setup
 from experiments.harness.methods import Matcher, build_matchers, check_methods
 from experiments.harness.networks import Pair
-from experiments.harness.record import Endpoints, Metrics, N, PairRecord
+from experiments.harness.record import Endpoints, FixedPoints, Metrics, N, PairRecord
 from rebasin.permutation import Permutation, compiled_permute
 from rebasin.training.trajectory import Trajectory
 
@@ -16,11 +16,15 @@ __all__ = [
     "EpochsConfig",
     "Landscape",
     "LandscapeRecord",
+    "LayerwiseEnd",
+    "LayerwiseRecord",
     "MagnitudeRecord",
     "MatchedEpochs",
     "PlaneRecord",
     "PrunedEpoch",
     "PrunedMatch",
+    "RewoundEpoch",
+    "RewoundMatch",
     "Surface",
     "Waypoint",
 ]
@@ -239,3 +243,67 @@ class MagnitudeRecord(PairRecord[N]):
     endpoints: Endpoints[N]
     unaligned: Metrics[N]
     epochs: tuple[PrunedEpoch[N], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class RewoundMatch(Generic[N]):
+    """One matching method on networks that are partly rewound to one epoch t.
+
+    Attributes:
+      alone: barriers of the path between A and P_t[B] at the end of training.
+      fixed_points: agreement of P_t with P_end.
+      variants: barriers of the path between A and P[B] at the end of training, where P is found while some
+        layers are those of epoch t; by variant, one for each split k from 0 to the number of layers.
+    """
+
+    alone: Metrics[N]
+    fixed_points: FixedPoints[N]
+    variants: Mapping[str, tuple[Metrics[N], ...]]
+
+
+@dataclasses.dataclass(frozen=True)
+class RewoundEpoch(Generic[N]):
+    """The permutations that are found on networks partly rewound to one epoch.
+
+    Attributes:
+      epoch: the epoch.
+      methods: what each matching method finds.
+    """
+
+    epoch: int
+    methods: Mapping[str, RewoundMatch[N]]
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerwiseEnd(Generic[N]):
+    """One matching method at the end of training.
+
+    Attributes:
+      aligned: barriers of the path between A and P_end[B].
+      identity: agreement of P_end with the identity.
+    """
+
+    aligned: Metrics[N]
+    identity: FixedPoints[N]
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerwiseRecord(PairRecord[N]):
+    """Two networks matched while some layers are rewound (``layerwise_alignment``).
+
+    Attributes:
+      seeds: see `PairRecord`.
+      layers: the group of each layer, in order of depth.
+      endpoints: metrics of A and B at the end of training.
+      unaligned: barriers of the path between A and B at the end of training.
+      end: what each matching method makes of the last epoch.
+      epochs: the rewind epochs that are measured already, in ascending order.
+    """
+
+    parts: ClassVar = ("epochs", "epoch")
+
+    layers: tuple[str, ...]
+    endpoints: Endpoints[N]
+    unaligned: Metrics[N]
+    end: Mapping[str, LayerwiseEnd[N]]
+    epochs: tuple[RewoundEpoch[N], ...] = ()

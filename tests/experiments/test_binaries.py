@@ -17,6 +17,7 @@ from experiments import (
     sgd_instability,
     sparse_connectivity,
     training_trajectories,
+    weight_magnitude,
 )
 from experiments.harness.experiment import Experiment
 from experiments.harness.networks import KEEP
@@ -31,6 +32,7 @@ BINARIES = (
     compare_methods,
     learning_rates,
     loss_landscape,
+    weight_magnitude,
 )
 
 # A value of each flag that is nobody's default. A flag that is missing here fails the test.
@@ -71,6 +73,8 @@ SAMPLES = {
     "plane_epochs": "2",
     "grid_size": "7",
     "num_grid": "99",
+    "prune_epochs": "2",
+    "fractions": "0,0.3",
 }
 
 
@@ -135,6 +139,7 @@ def test_flags_that_some_binaries_lack():
             "mask_transport",
             "learning_rates",
             "loss_landscape",
+            "weight_magnitude",
         ],
         "methods": [
             "training_trajectories",
@@ -144,6 +149,7 @@ def test_flags_that_some_binaries_lack():
             "mask_transport",
             "compare_methods",
             "loss_landscape",
+            "weight_magnitude",
         ],
         "time_limit": ["training_trajectories", "paper_pair"],
         "merge": ["training_trajectories"],
@@ -161,6 +167,8 @@ def test_flags_that_some_binaries_lack():
         "plane_epochs": ["loss_landscape"],
         "grid_size": ["loss_landscape"],
         "num_grid": ["loss_landscape"],
+        "prune_epochs": ["weight_magnitude"],
+        "fractions": ["weight_magnitude"],
     }
 
 

@@ -15,6 +15,7 @@ from experiments import (
     sgd_instability,
     sparse_connectivity,
     training_trajectories,
+    weight_magnitude,
 )
 from experiments.harness.record import (
     AlignedEpoch,
@@ -45,6 +46,7 @@ EXPERIMENTS = {
         compare_methods,
         learning_rates,
         loss_landscape,
+        weight_magnitude,
     )
 }
 
