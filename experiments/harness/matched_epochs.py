@@ -9,6 +9,7 @@ from experiments.harness.experiment import Config, Setup
 from experiments.harness.methods import Matcher, build_matchers, check_methods
 from experiments.harness.networks import Pair
 from experiments.harness.record import Endpoints, FixedPoints, Metrics, N, PairRecord
+from experiments.harness.statistics import Interval
 from rebasin.permutation import Permutation, compiled_permute
 from rebasin.training.trajectory import Trajectory
 
@@ -25,6 +26,9 @@ __all__ = [
     "PrunedMatch",
     "RewoundEpoch",
     "RewoundMatch",
+    "StabilityEpoch",
+    "StabilityRecord",
+    "StabilitySummary",
     "Surface",
     "Waypoint",
 ]
@@ -307,3 +311,46 @@ class LayerwiseRecord(PairRecord[N]):
     unaligned: Metrics[N]
     end: Mapping[str, LayerwiseEnd[N]]
     epochs: tuple[RewoundEpoch[N], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class StabilityEpoch(Generic[N]):
+    """One epoch t of a pair of trajectories.
+
+    Attributes:
+      epoch: the epoch t.
+      endpoints: metrics of A_t and B_t.
+      unaligned: barriers of the path between A_t and B_t.
+      aligned: barriers of the path between A_t and P_end[B_t], by matching method.
+    """
+
+    epoch: int
+    endpoints: Endpoints[N]
+    unaligned: Metrics[N]
+    aligned: Mapping[str, Metrics[N]]
+
+
+@dataclasses.dataclass(frozen=True)
+class StabilityRecord(PairRecord[N]):
+    """Two networks of one regime of training, and two siblings (``stability_interventions``).
+
+    Attributes:
+      seeds: see `PairRecord`.
+      regime: name of the regime.
+      siblings: barriers at the end of training of the path between two networks that have the initialisation
+        of A and data orders of their own: the instability at initialisation.
+      epochs: the epochs that are measured already, in ascending order.
+    """
+
+    parts: ClassVar = ("epochs", "epoch")
+
+    regime: str
+    siblings: Metrics[N]
+    epochs: tuple[StabilityEpoch[N], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class StabilitySummary:
+    """Mean and spread of every number in each regime."""
+
+    regimes: tuple[StabilityRecord[Interval], ...]

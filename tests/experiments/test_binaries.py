@@ -10,6 +10,7 @@ from absl.testing import flagsaver
 
 from experiments import (
     compare_methods,
+    layerwise_alignment,
     learning_rates,
     loss_landscape,
     mask_transport,
@@ -33,6 +34,7 @@ BINARIES = (
     learning_rates,
     loss_landscape,
     weight_magnitude,
+    layerwise_alignment,
 )
 
 # A value of each flag that is nobody's default. A flag that is missing here fails the test.
@@ -75,6 +77,8 @@ SAMPLES = {
     "num_grid": "99",
     "prune_epochs": "2",
     "fractions": "0,0.3",
+    "rewind_epochs": "4",
+    "partial": "permutations",
 }
 
 
@@ -140,6 +144,7 @@ def test_flags_that_some_binaries_lack():
             "learning_rates",
             "loss_landscape",
             "weight_magnitude",
+            "layerwise_alignment",
         ],
         "methods": [
             "training_trajectories",
@@ -150,6 +155,7 @@ def test_flags_that_some_binaries_lack():
             "compare_methods",
             "loss_landscape",
             "weight_magnitude",
+            "layerwise_alignment",
         ],
         "time_limit": ["training_trajectories", "paper_pair"],
         "merge": ["training_trajectories"],
@@ -169,6 +175,8 @@ def test_flags_that_some_binaries_lack():
         "num_grid": ["loss_landscape"],
         "prune_epochs": ["weight_magnitude"],
         "fractions": ["weight_magnitude"],
+        "rewind_epochs": ["layerwise_alignment"],
+        "partial": ["layerwise_alignment"],
     }
 
 

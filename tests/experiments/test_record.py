@@ -9,6 +9,7 @@ import pytest
 
 from experiments import (
     compare_methods,
+    layerwise_alignment,
     learning_rates,
     loss_landscape,
     mask_transport,
@@ -47,6 +48,7 @@ EXPERIMENTS = {
         learning_rates,
         loss_landscape,
         weight_magnitude,
+        layerwise_alignment,
     )
 }
 
