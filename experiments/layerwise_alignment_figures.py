@@ -68,6 +68,9 @@ def _draw(results: _Finished, target: Target, metrics: Sequence[str]) -> None:
                 axes.set_title(title, loc="left", fontsize=8)
             name = f"{method}: " if len(config.methods) > 1 else ""
             row[0].set_ylabel(name + METRIC_LABELS[metric][1])
+        # Only now: a limit that is set stops the axis from growing with the panels that share it.
+        for axes in panels.flat:
+            dress_epochs(axes, config.epochs)
         kind = "partly rewound networks" if config.partial == "networks" else "$P_t$ and $P_{\\mathrm{end}}$"
         entitle(figure, results, "networks", f"$A$ and $P[B]$ at the end, $P$ from {kind}; means over pairs")
         share_legend(figure, [panels[0][0]], columns=9)
@@ -97,7 +100,6 @@ def _draw_panel(axes: Axes, results: _Finished, method: str, metric: str, varian
             marker=".",
             markersize=4,
         )
-    dress_epochs(axes, config.epochs)
     axes.set_xlabel("rewind epoch $t$")
 
 

@@ -47,6 +47,9 @@ def draw_fractions(results: _Finished, target: Target) -> None:
             for axes, metric in zip(row, _COLUMNS, strict=True):
                 _draw_panel(axes, results, method, metric)
             row[0].set_title(f"matching of {method}", loc="left")
+        # Only now: a limit that is set stops the axis from growing with the rows that share it.
+        for axes in panels.flat:
+            axes.set_ylim(bottom=0)
         note = "$A$ and $P[B]$ at the end; $P$ from pruned networks of epoch $t$; bands: ± standard deviation"
         entitle(figure, results, "networks", note)
         share_legend(figure, [panels[0][0]], columns=len(config.epochs) + 1)
@@ -71,7 +74,6 @@ def _draw_panel(axes: Axes, results: _Finished, method: str, metric: str) -> Non
     # Even steps: most of what happens does so at the highest fractions.
     axes.set_xticks(x, labels=[f"{100 * fraction:g}" for fraction in config.fractions])
     axes.set(xlabel="pruned before matching (%)", ylabel=label)
-    axes.set_ylim(bottom=0)
     axes.grid(alpha=0.25, linewidth=0.5)
 
 

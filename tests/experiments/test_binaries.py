@@ -17,6 +17,7 @@ from experiments import (
     paper_pair,
     sgd_instability,
     sparse_connectivity,
+    stability_interventions,
     training_trajectories,
     weight_magnitude,
 )
@@ -35,6 +36,7 @@ BINARIES = (
     loss_landscape,
     weight_magnitude,
     layerwise_alignment,
+    stability_interventions,
 )
 
 # A value of each flag that is nobody's default. A flag that is missing here fails the test.
@@ -79,6 +81,7 @@ SAMPLES = {
     "fractions": "0,0.3",
     "rewind_epochs": "4",
     "partial": "permutations",
+    "stable_at_most": "0.1",
 }
 
 
@@ -145,6 +148,7 @@ def test_flags_that_some_binaries_lack():
             "loss_landscape",
             "weight_magnitude",
             "layerwise_alignment",
+            "stability_interventions",
         ],
         "methods": [
             "training_trajectories",
@@ -156,6 +160,7 @@ def test_flags_that_some_binaries_lack():
             "loss_landscape",
             "weight_magnitude",
             "layerwise_alignment",
+            "stability_interventions",
         ],
         "time_limit": ["training_trajectories", "paper_pair"],
         "merge": ["training_trajectories"],
@@ -177,6 +182,7 @@ def test_flags_that_some_binaries_lack():
         "fractions": ["weight_magnitude"],
         "rewind_epochs": ["layerwise_alignment"],
         "partial": ["layerwise_alignment"],
+        "stable_at_most": ["stability_interventions"],
     }
 
 

@@ -15,6 +15,7 @@ from experiments import (
     mask_transport,
     sgd_instability,
     sparse_connectivity,
+    stability_interventions,
     training_trajectories,
     weight_magnitude,
 )
@@ -49,6 +50,7 @@ EXPERIMENTS = {
         loss_landscape,
         weight_magnitude,
         layerwise_alignment,
+        stability_interventions,
     )
 }
 
