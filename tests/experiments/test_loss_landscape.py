@@ -55,6 +55,7 @@ def finished(tmp_path_factory):
     return results, folder, text.getvalue()
 
 
+@pytest.mark.slow
 def test_planes_and_ridges_are_those_of_the_networks_on_disk(finished):
     results, folder, _ = finished
     a, b = (Trajectory(run_directory(folder / "runs", TINY, seed)) for seed in (0, 1))
@@ -109,6 +110,7 @@ def test_planes_and_ridges_are_those_of_the_networks_on_disk(finished):
     assert inside
 
 
+@pytest.mark.slow
 def test_results_csv_and_figures(finished):
     results, folder, text = finished
     # Only what is drawn has a surface, and a summary is of numbers.

@@ -51,6 +51,7 @@ def finished(tmp_path_factory):
     return results, folder, text.getvalue()
 
 
+@pytest.mark.slow
 def test_permutations_are_those_of_the_pruned_networks_on_disk(finished):
     """Of epoch 1 at the end, whole and with nine of ten weights pruned."""
     results, folder, _ = finished
@@ -84,6 +85,7 @@ def test_permutations_are_those_of_the_pruned_networks_on_disk(finished):
     assert len({m.test_loss for m in (own.magnitude[0], own.magnitude[2], own.random[2])}) == 3
 
 
+@pytest.mark.slow
 def test_results_csv_and_table(finished):
     results, folder, text = finished
     with (folder / "out/barriers.csv").open() as file:
