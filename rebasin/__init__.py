@@ -14,7 +14,7 @@ from rebasin.errors import RebasinError
 from rebasin.inference.infer import infer_spec
 from rebasin.inference.rule import register_rule
 from rebasin.inference.verification import verify_spec
-from rebasin.landscape import build_simplex_sweep
+from rebasin.landscape import build_plane, build_plane_sweep, build_simplex_sweep
 from rebasin.matching.activations import ActivationMatching, activation_matching
 from rebasin.matching.all_pairs import all_pairs_matching
 from rebasin.matching.covariance import CovarianceMatching, covariance_matching
@@ -61,6 +61,8 @@ __all__ = [
     "all_pairs_matching",
     "average",
     "build_norm_reset",
+    "build_plane",
+    "build_plane_sweep",
     "build_repair",
     "build_simplex_sweep",
     "build_sweep",

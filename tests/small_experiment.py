@@ -9,6 +9,18 @@ from experiments.harness.presets import Thresholds
 from experiments.training_trajectories import TrajectoryConfig
 from rebasin.training.recipes import build_recipe
 
+# A recipe that takes a second.
+TINY = build_recipe(
+    "trajectory",
+    dataset="digits",
+    model="mlp",
+    width=16,
+    epochs=3,
+    batch_size=32,
+    num_train=600,
+    warmup_epochs=1,
+)
+
 
 def small_config(**changes):
     recipe = build_recipe(

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import rebasin
+from rebasin.arithmetic import distance
 from rebasin.errors import ConfigError, DataError, NonFiniteError, TreeMismatchError
 from rebasin.landscape import SimplexSurface, simplex_grid
 
@@ -119,3 +120,113 @@ def test_what_cannot_work_is_refused():
         ConfigError, match=r"no metric 'accuracy' on this surface; it has \['error', 'loss'\]"
     ):
         measure(trees, data).barrier("accuracy")
+
+
+def draw_plane(n=7):
+    """Three networks with a counter each, the plane through them, and data."""
+    rng = np.random.default_rng(1)
+    trees = {
+        name: {"w": jnp.asarray(rng.normal(size=3), jnp.float32), "step": jnp.array(i)}
+        for i, name in enumerate("abc")
+    }
+    return rebasin.build_plane(trees), jnp.asarray(rng.normal(size=(n, 3)), jnp.float32)
+
+
+def test_the_basis_is_orthonormal_and_distances_are_true():
+    plane, _ = draw_plane()
+    first, second = (np.concatenate([leaf.ravel() for leaf in axis.values()]) for axis in plane.basis)
+    np.testing.assert_allclose([first @ first, second @ second, first @ second], [1, 1, 0], atol=1e-12)
+    assert plane.coordinates[0].tolist() == [0, 0]
+    assert plane.coordinates[1, 1] == 0
+    assert (plane.coordinates[[1, 2], [0, 1]] > 0).all()
+    trees = list(plane.anchors.values())
+    for i, j in itertools.combinations(range(3), 2):
+        apart = np.linalg.norm(plane.coordinates[i] - plane.coordinates[j])
+        assert apart == pytest.approx(distance(trees[i], trees[j]), rel=1e-6)
+    # The axes are those of the coordinates: the origin plus coordinates times basis is the anchor.
+    for tree, (x, y) in zip(trees, plane.coordinates, strict=True):
+        np.testing.assert_allclose(trees[0]["w"] + x * first + y * second, tree["w"], atol=1e-6)
+
+
+def test_the_grid_is_plain_evaluation():
+    plane, data = draw_plane()
+    x, y = plane.grid(4)
+    grid = np.stack(np.meshgrid(x, y), axis=-1)
+    surface = rebasin.build_plane_sweep(metrics_fn, batch_size=3)(plane, grid, data)
+    assert surface.means["loss"].shape == (4, 4)
+    first, second = (axis["w"] for axis in plane.basis)
+    for i, j in itertools.product(range(4), repeat=2):
+        params = {"w": plane.anchors["a"]["w"] + x[j] * first + y[i] * second}
+        expected = metrics_fn({"w": jnp.asarray(params["w"], jnp.float32)}, data)
+        np.testing.assert_allclose(surface.examples["loss"][i, j], expected["loss"], rtol=1e-4, atol=1e-4)
+        np.testing.assert_array_equal(surface.examples["error"][i, j], expected["error"])
+
+
+def test_the_anchors_are_exactly_the_networks():
+    plane, data = draw_plane()
+    np.testing.assert_array_equal(plane.shares(plane.coordinates), np.eye(3))
+
+    def seen(params, batch):  # a counter is no weight, and is that of the nearest network
+        return metrics_fn(params, batch) | {"step": jnp.full(len(batch), params["step"])}
+
+    surface = rebasin.build_plane_sweep(seen)(plane, plane.coordinates, data)
+    for i, tree in enumerate(plane.anchors.values()):
+        for name, values in seen(tree, data).items():
+            np.testing.assert_allclose(surface.examples[name][i], values, rtol=1e-6)
+
+
+def test_projection_is_the_nearest_point():
+    plane, _ = draw_plane()
+    for i, tree in enumerate(plane.anchors.values()):
+        coordinates, off = plane.project(tree)
+        np.testing.assert_allclose(coordinates, plane.coordinates[i], atol=1e-6)
+        assert off == pytest.approx(0, abs=1e-6)
+    first, second = (axis["w"] for axis in plane.basis)
+    normal = np.cross(first, second)
+    away = {"w": jnp.asarray(plane.anchors["a"]["w"] + 2 * first - 3 * second + 5 * normal, jnp.float32)}
+    coordinates, off = plane.project(away | {"step": jnp.array(9)})
+    np.testing.assert_allclose(coordinates, [2, -3], atol=1e-5)
+    assert off == pytest.approx(5, rel=1e-5)
+
+
+def test_the_grid_holds_anchors_and_further_points():
+    plane, _ = draw_plane()
+    x, y = plane.grid(5, margin=0.25, around=[[-40.0, 1.0], [2.0, 9.0]])
+    width = max(plane.coordinates[:, 0].max(), 2.0) + 40
+    assert x[0] == pytest.approx(-40 - 0.25 * width)
+    assert y[-1] == pytest.approx(9 + 0.25 * width)
+    assert len(x) == len(y) == 5
+
+
+def test_one_program_for_all_planes_of_a_shape():
+    plane, data = draw_plane()
+    measure = rebasin.build_plane_sweep(chex.assert_max_traces(n=1)(metrics_fn))
+    measure(plane, plane.coordinates, data)
+    trees = list(plane.anchors.items())
+    measure(rebasin.build_plane(dict(trees[::-1])), plane.coordinates + 1, data)
+
+
+def test_planes_that_do_not_exist_are_refused():
+    plane, data = draw_plane()
+    a, b, c = plane.anchors.values()
+    middle = {"w": 0.25 * a["w"] + 0.75 * b["w"], "step": a["step"]}
+    for trees, message in (
+        ({"a": a, "b": b}, r"a plane goes through three networks, got 2: \['a', 'b'\]"),
+        ({"a": a, "b": a, "c": c}, "no one plane goes through a, b, c: a and b are equal"),
+        ({"a": a, "b": b, "c": a}, "no one plane goes through a, b, c: a and c are equal"),
+        ({"a": a, "b": b, "c": b}, "no one plane goes through a, b, c: b and c are equal"),
+        ({"a": a, "b": b, "m": middle}, r"a, b, m: they lie on one line \(m is .* away from the line"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            rebasin.build_plane(trees)
+    with pytest.raises(TreeMismatchError, match=r"w: shape \(3,\) in a, \(2,\) in c"):
+        rebasin.build_plane({"a": a, "b": b, "c": {"w": jnp.ones(2), "step": a["step"]}})
+    with pytest.raises(NonFiniteError, match="b is not finite"):
+        rebasin.build_plane({"a": a, "b": b | {"w": jnp.full(3, jnp.inf)}, "c": c})
+    measure = rebasin.build_plane_sweep(metrics_fn)
+    with pytest.raises(ConfigError, match=r"points must be finite coordinates of shape \[..., 2\], got an"):
+        measure(plane, [[1.0, 2.0, 3.0]], data)
+    with pytest.raises(ConfigError, match="size must be at least 2, got 1"):
+        plane.grid(1)
+    with pytest.raises(ConfigError, match="margin must be at least 0, got -1"):
+        plane.grid(3, margin=-1)

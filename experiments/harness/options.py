@@ -34,6 +34,7 @@ __all__ = [
     "choose",
     "choose_epochs",
     "chosen_connectivity",
+    "choose_epochs_with_last",
     "chosen_methods",
     "chosen_pruning",
     "define_connectivity_flags",
@@ -339,6 +340,16 @@ def choose_epochs(given: Sequence[str] | None, preset: Sequence[int] | None, las
         return tuple(int(epoch) for epoch in given)
     except ValueError:
         raise ConfigError(f"wanted epochs, such as 0,1,5, got {','.join(given)!r}") from None
+
+
+def choose_epochs_with_last(given: Sequence[str] | None, preset: Sequence[int], last: int) -> tuple[int, ...]:
+    """Return the epochs of a flag, or those of a preset, up to the last one, which is always among them.
+
+    Raises:
+      ConfigError: the flag's value is not a list of numbers.
+    """
+    chosen = {last, *choose_epochs(given, preset, last)}
+    return tuple(sorted(chosen))
 
 
 def run_binary(

@@ -10,16 +10,20 @@ from absl.testing import flagsaver
 
 from experiments import (
     compare_methods,
+    layerwise_alignment,
     learning_rates,
+    loss_landscape,
     mask_transport,
     mask_transport_widths,
     optimal_transport,
     paper_pair,
     sgd_instability,
     sparse_connectivity,
+    stability_interventions,
     strong_connectivity,
     training_trajectories,
     transitivity,
+    weight_magnitude,
 )
 from experiments.harness.experiment import Experiment
 from experiments.harness.networks import KEEP
@@ -37,6 +41,10 @@ BINARIES = (
     compare_methods,
     learning_rates,
     optimal_transport,
+    loss_landscape,
+    weight_magnitude,
+    layerwise_alignment,
+    stability_interventions,
 )
 
 # A value of each flag that is nobody's default. A flag that is missing here fails the test.
@@ -80,6 +88,14 @@ SAMPLES = {
     "connected_at_most": "0.3",
     "loss_at_most": "0.3",
     "num_networks": "6",
+    "plane_epochs": "2",
+    "grid_size": "7",
+    "num_grid": "99",
+    "prune_epochs": "2",
+    "fractions": "0,0.3",
+    "rewind_epochs": "4",
+    "partial": "permutations",
+    "stable_at_most": "0.1",
 }
 
 
@@ -151,6 +167,10 @@ def test_flags_that_some_binaries_lack():
             "transitivity",
             "learning_rates",
             "optimal_transport",
+            "loss_landscape",
+            "weight_magnitude",
+            "layerwise_alignment",
+            "stability_interventions",
         ],
         "methods": [
             "training_trajectories",
@@ -162,6 +182,10 @@ def test_flags_that_some_binaries_lack():
             "strong_connectivity",
             "transitivity",
             "compare_methods",
+            "loss_landscape",
+            "weight_magnitude",
+            "layerwise_alignment",
+            "stability_interventions",
         ],
         "time_limit": ["training_trajectories", "paper_pair"],
         "merge": ["training_trajectories", "mask_transport", "mask_transport_widths"],
@@ -182,6 +206,14 @@ def test_flags_that_some_binaries_lack():
         "connected_at_most": ["strong_connectivity", "transitivity"],
         "loss_at_most": ["strong_connectivity", "transitivity"],
         "num_networks": ["transitivity"],
+        "plane_epochs": ["loss_landscape"],
+        "grid_size": ["loss_landscape"],
+        "num_grid": ["loss_landscape"],
+        "prune_epochs": ["weight_magnitude"],
+        "fractions": ["weight_magnitude"],
+        "rewind_epochs": ["layerwise_alignment"],
+        "partial": ["layerwise_alignment"],
+        "stable_at_most": ["stability_interventions"],
     }
 
 

@@ -9,13 +9,17 @@ import pytest
 
 from experiments import (
     compare_methods,
+    layerwise_alignment,
     learning_rates,
+    loss_landscape,
     mask_transport,
     mask_transport_widths,
     optimal_transport,
     sgd_instability,
     sparse_connectivity,
+    stability_interventions,
     training_trajectories,
+    weight_magnitude,
 )
 from experiments.harness.record import (
     AlignedEpoch,
@@ -47,6 +51,10 @@ EXPERIMENTS = {
         compare_methods,
         learning_rates,
         optimal_transport,
+        loss_landscape,
+        weight_magnitude,
+        layerwise_alignment,
+        stability_interventions,
     )
 }
 
