@@ -201,7 +201,10 @@ def build_simplex_sweep(
 
 
 def _build_mixture_evaluation(
-    metrics_fn: MetricsFn, batch_size: int, prepare: Callable[[Any, jax.Array], Any] | None, roles: RoleNames
+    metrics_fn: MetricsFn,
+    batch_size: int | None,
+    prepare: Callable[[Any, jax.Array], Any] | None,
+    roles: RoleNames,
 ) -> Callable[[Mapping[str, Any], np.ndarray, Any], dict[str, np.ndarray]]:
     """Return `rebasin.barrier.build_evaluation` at points that are weights of the networks, of sum 1."""
 
@@ -431,7 +434,7 @@ def _without(direction: Mapping[str, np.ndarray], axis: Mapping[str, np.ndarray]
 def build_plane_sweep(
     metrics_fn: MetricsFn,
     *,
-    batch_size: int = 500,
+    batch_size: int | None = None,
     prepare: Callable[[Any, jax.Array], Any] | None = None,
     roles: RoleNames = None,
 ) -> Callable[[Plane, ArrayLike, Any], PlaneSurface]:
@@ -442,7 +445,7 @@ def build_plane_sweep(
 
     Args:
       metrics_fn: ``(params, batch) -> {name: [n]}``, one value for each example.
-      batch_size: number of examples evaluated at once.
+      batch_size: number of examples evaluated at once, by default `default_batch_size`.
       prepare: ``(params, shares) -> extra``, called once at each point, where `shares` are the weights of the
         anchors. `metrics_fn` gets its result as third argument. REPAIR and the statistics of BatchNorm need
         it.
