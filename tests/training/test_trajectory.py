@@ -86,7 +86,7 @@ def test_run_json_says_all_that_fixes_the_run(finished):
     content = json.loads((finished.directory / "run.json").read_text())
     # Fields that were added after the first runs are left out at their defaults, so that those are found.
     recipe = dataclasses.asdict(RECIPE)
-    assert (recipe.pop("optimizer"), recipe.pop("warmup_steps")) == ("sgd", None)
+    assert (recipe.pop("optimizer"), recipe.pop("warmup_steps")) == ("sgd", 0)
     assert set(content.pop("versions")) == {"jax", "flax", "optax", "orbax-checkpoint"}
     assert content == {
         "schema_version": 1,
