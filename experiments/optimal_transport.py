@@ -255,7 +255,7 @@ def _report(results: _Finished, reporter: Reporter) -> None:
     reporter.say(f"\n{describe_mean(results.config.replicates)} in each setting")
     columns = [f"{what}\n{short[name]}" for what in ("dim.", "loss ½") for name in METHODS]
     reporter.table(["\nrate", *columns], rows)
-    reporter.say("dim.: effective dimension, mean of hidden layers; loss ½: test loss at the midpoint\n")
+    reporter.say("dim.: effective dimension, mean of hidden layers; loss ½: at the midpoint, test\n")
     rows = [
         [
             record.setting,
