@@ -127,11 +127,13 @@ def test_a_template_gives_the_containers(tmp_path):
 
 
 def test_names_are_mapped_transposed_and_left_out_and_written_back(tmp_path):
-    arrays = {**dotted(TREE), "attn.mask": np.tri(3, dtype=np.float32)}
+    kernel = RNG.normal(size=(4, 3, 2)).astype(np.float32)  # an order of three axes is not its own inverse
+    arrays = {**dotted(TREE), "conv": kernel, "attn.mask": np.tri(3, dtype=np.float32)}
     save_file(arrays, tmp_path / "a")
     names = {
         "fc*.weight": {"path": "params/Dense_*/kernel", "axes": [1, 0]},
         "fc*.bias": "params/Dense_*/bias",
+        "conv": {"path": "params/Conv/kernel", "axes": [2, 0, 1]},
         "attn.mask": None,
     }
     (tmp_path / "names.json").write_text(json.dumps(names))
@@ -142,6 +144,7 @@ def test_names_are_mapped_transposed_and_left_out_and_written_back(tmp_path):
             for i in (0, 10)
         }
     }
+    expected["params"]["Conv"] = {"kernel": np.moveaxis(kernel, 2, 0)}
     chex.assert_trees_all_equal(checkpoint.tree, expected)
     assert list(checkpoint.rest) == ["attn.mask"]
     write_checkpoint(tmp_path / "b", checkpoint.tree, checkpoint)
@@ -237,6 +240,7 @@ def test_a_checkpoint_is_written_whole_or_not_at_all(form, tmp_path, monkeypatch
 
     def full(arrays, path, metadata):
         pathlib.Path(path).write_bytes(b"begun")
+        assert not (tmp_path / "b").exists()  # a run that is killed now leaves nothing of that name
         raise OSError(28, "No space left on device", str(path))
 
     monkeypatch.setattr("safetensors.numpy.save_file", full)

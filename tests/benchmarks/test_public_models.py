@@ -93,6 +93,7 @@ def test_a_spec_that_is_wrong_at_another_length_is_told():
     assert row.problem.startswith("at another length, the spec changes the function:")
 
 
+@pytest.mark.slow
 def test_models_that_fail_or_take_too_long_do_not_stop_the_others():
     rows = measure_all([("a", "b")], 60.0, "operator:concat")
     assert rows == {("a", "b"): "ab"}

@@ -142,6 +142,7 @@ def normed():
     return dataset, model, trees, results
 
 
+@pytest.mark.slow
 def test_new_norm_statistics_are_those_of_the_network_in_the_middle(normed):
     dataset, model, (a, b), results = normed
     chosen = dataset.take(num_train=300, num_test=200)

@@ -48,6 +48,7 @@ def test_plan_and_implicit_gradient_against_differences_in_float64(scale):
     assert slope == pytest.approx((ahead - behind) / (2 * step), rel=2e-2, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_gradients_stay_finite_near_a_permutation():
     """There the linear system is singular, and OTT's own implicit gradients are NaN."""
     x = 30.0 * jnp.eye(6)[jnp.array([2, 0, 1, 5, 3, 4])][None]

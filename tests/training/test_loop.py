@@ -230,6 +230,7 @@ def test_progress_and_metrics_tell_the_same(tmp_path):
     assert trajectory.metrics(3)["loss"] < trajectory.metrics(1)["loss"]
 
 
+@pytest.mark.slow
 def test_digits_are_learned_in_a_few_epochs(tmp_path):
     recipe = Recipe("digits", "mlp", width=64, epochs=8, warmup_epochs=1)
     trajectory = train(recipe, DIGITS, seed=0, directory=tmp_path)
