@@ -1,6 +1,5 @@
 """``rebasin align``: permute the units of one checkpoint so that they match those of another."""
 
-import json
 import pathlib
 import sys
 import time
@@ -11,26 +10,24 @@ import jax
 import numpy as np
 from absl import flags
 
-import rebasin
 from rebasin.align import Aligned, align
 from rebasin.barrier import build_sweep, classification_metrics
 from rebasin.batches import Batch
 from rebasin.checkpoints import (
     Checkpoint,
     check_absent,
-    checkpoint_digest,
     read_checkpoint,
     read_names,
     write_checkpoint,
 )
 from rebasin.command.arguments import load_data, load_function, load_object, make_inputs
+from rebasin.command.card import card_path, origin, write_card
 from rebasin.command.command import Command
-from rebasin.files import write_whole
 from rebasin.matching.progress import MatchProgress
 from rebasin.matching.registry import METHODS
 from rebasin.permutation import fixed_points, save_permutation
 
-__all__ = ["ALIGN", "card_path", "define_model_flags", "describe", "read_model_flags"]
+__all__ = ["ALIGN", "define_model_flags", "describe", "read_model_flags"]
 
 _ABOUT = """
 Permutes the units of network B so that they match those of network A. The
@@ -131,11 +128,6 @@ def _count(number: int) -> str:
     return str(number)
 
 
-def card_path(output: pathlib.Path) -> pathlib.Path:
-    """Return where the card of a checkpoint lies: beside it, with ``.json`` at the end of its name."""
-    return output.with_name(f"{output.name}.json")
-
-
 def _run(values: flags.FlagValues) -> None:
     output = pathlib.Path(values.output)
     for path in (output, card_path(output), *([values.permutation] if values.permutation else [])):
@@ -173,9 +165,7 @@ def _run(values: flags.FlagValues) -> None:
     write_checkpoint(output, aligned.params, b)
     if values.permutation:
         save_permutation(values.permutation, spec, match.permutation)
-    # The card is written last: where it is, everything else is too.
-    write_whole(card_path(output), f"{json.dumps(card, indent=2)}\n".encode())
-    print(f"written: {output}, with its card {card_path(output)}")
+    write_card(output, card)
 
 
 def _measure(
@@ -196,25 +186,18 @@ def _card(values: flags.FlagValues, a: Checkpoint, b: Checkpoint, aligned: Align
     """Return how an aligned checkpoint was made."""
     spec, match = aligned.spec, aligned.match
     return {
-        "made_by": f"rebasin {rebasin.__version__}, jax {jax.__version__}",
         "method": values.method,
         "seed": values.seed,
         "model": values.model,
         "inputs": values.inputs,
-        "a": _origin(a),
-        "b": _origin(b),
+        "a": origin(a),
+        "b": origin(b),
         "spec_digest": spec.digest,
         "groups": {group: list(np.shape(row)) for group, row in match.permutation.items()},
         "units_moved": round(1 - fixed_points(match.permutation).total, 6),
         "objective": [round(float(value), 6) for value in match.objective],
         "converged": bool(match.converged),
     }
-
-
-def _origin(checkpoint: Checkpoint) -> dict[str, str]:
-    """Return what a card says of a checkpoint that was read."""
-    digest = checkpoint_digest(checkpoint.path)
-    return {"path": str(checkpoint.path), "form": checkpoint.form, "sha256": digest}
 
 
 def _show(progress: MatchProgress) -> None:

@@ -11,19 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-import rebasin
 from rebasin.arithmetic import average
 from rebasin.checkpoints import (
     check_absent,
-    checkpoint_digest,
     read_checkpoint,
     read_names,
     write_checkpoint,
 )
-from rebasin.command.align import card_path, describe
+from rebasin.command.align import describe
+from rebasin.command.card import card_path, origin, write_card
 from rebasin.command.command import Command
 from rebasin.errors import ConfigError
-from rebasin.files import write_whole
 from rebasin.trees import conform
 
 __all__ = ["MERGE"]
@@ -108,15 +106,7 @@ def _run(values: flags.FlagValues) -> None:
     merged = average(_in_common_dtypes([checkpoint.tree for checkpoint in checkpoints]), weights)
     rounded = jax.tree.map(lambda value, leaf: np.asarray(value).astype(leaf.dtype), merged, first)
     write_checkpoint(output, rounded, checkpoints[0])
-    card = {
-        "made_by": f"rebasin {rebasin.__version__}",
-        "networks": [
-            {"path": str(c.path), "form": c.form, "sha256": checkpoint_digest(c.path)} for c in checkpoints
-        ],
-        "weights": weights,
-    }
-    write_whole(card_path(output), f"{json.dumps(card, indent=2)}\n".encode())
-    print(f"written: {output}, with its card {card_path(output)}")
+    write_card(output, {"networks": [origin(c) for c in checkpoints], "weights": weights})
 
 
 MERGE = Command("merge", _ABOUT, _FLAGS, ("networks", "output"), _run)
