@@ -11,7 +11,7 @@ PUBLIC_VENV := .venv-public-models
 # Options of the attack, see `python -m benchmarks.attack --help`.
 ARGS ?=
 
-.PHONY: help demo bench attack test test-slow zoo-table primitive-table public-models mutate check format clean
+.PHONY: help demo bench attack test test-slow zoo-table primitive-table public-models mutate docs check format clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -43,6 +43,9 @@ public-models: $(PUBLIC_VENV)/installed  ## verify the specs of public models an
 
 mutate: $(STAMP)  ## make errors in a copy of the library, see whether tests notice, and write docs/mutations.md
 	$(BIN)/python -m benchmarks.mutate
+
+docs: $(STAMP)  ## build the book in build/site; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 check: $(STAMP)  ## lint, format and types
 	$(BIN)/ruff check
