@@ -1,4 +1,4 @@
-"""Federated averaging: three clients, each with digits that the others never see, from initialisations of their own.
+"""Federated averaging: three clients with initialisations of their own and digits that the others never see.
 
 Matching helps in the first round. From then on clients begin at one network, and it makes no difference.
 """
