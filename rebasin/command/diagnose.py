@@ -16,8 +16,8 @@ from rebasin.permutation import identity_permutation, load_permutation
 __all__ = ["DIAGNOSE"]
 
 _ABOUT = """
-Says why the path between networks A and B has a barrier, and what to try: causes
-are removed one at a time, and the network halfway is measured again.
+Says why the path between networks A and B has a barrier, and what to try:
+causes are removed one at a time, and the network halfway is measured again.
 
   rebasin diagnose --model my_package.models:apply --a a.safetensors
     --b b.safetensors --data data.npz

@@ -16,7 +16,7 @@ rebasin aligns neural networks modulo permutation.
 
   rebasin align     permute the units of network B so that they match those of A
   rebasin diagnose  say why there is a barrier between A and B, and what to try
-  rebasin inspect   print the symmetries of a network, and why the rest stays put
+  rebasin inspect   print the symmetries of a network, and why the rest stays
   rebasin merge     average networks that are aligned
 
 `rebasin align --help` lists the flags of a command, with an example."""

@@ -11,10 +11,11 @@ import numpy as np
 from rebasin.arithmetic import interpolate
 from rebasin.barrier import build_evaluation, classification_metrics, standard_error
 from rebasin.batches import Batch, batch_shapes, num_examples
+from rebasin.diagnosis.groups import families, is_nested, match_by_weights
 from rebasin.diagnosis.layers import WeightOfLayer, singular_overlaps, weights_of_layers
 from rebasin.diagnosis.record import GroupNumbers, LayerNumbers, MidpointNumbers, Performance, StreamNumbers
 from rebasin.diagnosis.scales import norm_ratios, rescale
-from rebasin.diagnosis.streams import match_blocks, stream_groups, untie
+from rebasin.diagnosis.streams import match_blocks, stream_groups
 from rebasin.matching.activations import ActivationMatching
 from rebasin.matching.result import MatchResult
 from rebasin.permutation import Permutation, compiled_permute, fixed_points, identity_permutation
@@ -97,7 +98,10 @@ def measure(
     evaluate = None if pair.batch is None else pair.evaluation(classification_metrics(pair.apply_fn))
     layers = _measure_layers(pair, weights, repair)
     groups, matched = _measure_groups(pair, evaluate)
-    streams = _measure_streams(pair, weights, evaluate)
+    streams = tuple(
+        StreamNumbers(group, match_blocks(pair.spec, weights, group, pair.params_a, pair.moved, pair.roles))
+        for group in stream_groups(pair.spec, weights)
+    )
     if evaluate is None:
         return layers, groups, streams, None
     midpoint = _measure_midpoint(
@@ -131,31 +135,30 @@ def _measure_groups(
         for similarity in ("inner", "correlation")
     )
     stay = identity_permutation(pair.spec, pair.moved)
+
+    def with_rows(rows: dict[str, np.ndarray]) -> Performance | None:
+        if evaluate is None:
+            return None
+        return _performance(evaluate(compiled_permute(pair.spec, stay | rows, pair.moved)))
+
     found = []
-    for family in _families(pair.spec):
+    for family in families(pair.spec):
         rows = {group: match.permutation[group] for group in family}
-        innermost = family[-1]
-        moved = 1 - fixed_points({innermost: rows[innermost]}).total
-        replaced = None
-        if evaluate is not None:
-            replaced = _performance(evaluate(compiled_permute(pair.spec, stay | rows, pair.moved)))
-        now, best = _correlations(correlated, innermost)
-        units = int(np.size(stay[innermost]))
-        found.append(GroupNumbers(family, units, now, best, moved, replaced))
+        innermost, rematched = family[-1], None
+        if evaluate is not None and not is_nested(pair.spec, innermost):
+            by_weights = match_by_weights(pair.spec, innermost, pair.params_a, pair.moved, pair.roles)
+            rematched = with_rows({innermost: by_weights})
+        found.append(
+            GroupNumbers(
+                family,
+                int(np.size(stay[innermost])),
+                *_correlations(correlated, innermost),
+                1 - fixed_points({innermost: rows[innermost]}).total,
+                with_rows(rows),
+                rematched,
+            )
+        )
     return tuple(found), match.permutation
-
-
-def _families(spec: PermutationSpec) -> list[tuple[str, ...]]:
-    """Return the groups, each with the outer and inner groups whose permutations depend on its own."""
-    families: list[tuple[str, ...]] = []
-    outer = spec.outer_groups
-    for group in spec.outward:
-        near = {o for o in outer.get(group, ()) if o not in spec.fixed}
-        joined = [family for family in families if near.intersection(family)]
-        families = [family for family in families if family not in joined]
-        families.append((*(name for family in joined for name in family), group))
-    order = {group: i for i, group in enumerate(spec.groups)}
-    return sorted(families, key=lambda family: order[family[0]])
 
 
 def _correlations(match: MatchResult, group: str) -> tuple[float, float]:
@@ -165,19 +168,6 @@ def _correlations(match: MatchResult, group: str) -> tuple[float, float]:
     alive = np.size(match.permutation[group]) - max(match.stats["constant_units"][group])
     start, end = match.stats["similarity"][group]
     return start / max(alive, 1), end / max(alive, 1)
-
-
-def _measure_streams(
-    pair: Pair, weights: Sequence[WeightOfLayer], evaluate: Callable[..., Any] | None
-) -> tuple[StreamNumbers, ...]:
-    found = []
-    for group in stream_groups(pair.spec, weights):
-        blocks = match_blocks(pair.spec, weights, group, pair.params_a, pair.moved)
-        untied = None
-        if evaluate is not None:
-            untied = _performance(evaluate(untie(pair.spec, group, blocks, pair.moved)))
-        found.append(StreamNumbers(group, blocks, untied))
-    return tuple(found)
 
 
 def _measure_midpoint(

@@ -46,6 +46,8 @@ class GroupNumbers(NamedTuple):
       moved: share of the units that activation matching pairs otherwise.
       replaced: the midpoint where this group alone has the permutation of activation matching, by inner
         products (appendix A of arXiv 2404.06498).
+      rematched: the midpoint where this group alone has the permutation that is best by weights while all
+        others stay (one assignment of algorithm 1 of arXiv 2209.04836); `None` for nested groups too.
     """
 
     groups: tuple[str, ...]
@@ -54,6 +56,7 @@ class GroupNumbers(NamedTuple):
     best_correlation: float
     moved: float
     replaced: Performance | None
+    rematched: Performance | None
 
 
 class StreamNumbers(NamedTuple):
@@ -62,18 +65,15 @@ class StreamNumbers(NamedTuple):
     Attributes:
       group: the group.
       blocks: the match of each block alone, beside the shared one.
-      untied: the midpoint between A and a B whose blocks each have their own permutation. That B computes
-        another function; the number only says whether blocks that agree with A alone disagree together.
     """
 
     group: str
     blocks: tuple[BlockMatch, ...]
-    untied: Performance | None
 
     @property
     def conflict(self) -> float:
-        """The largest cosine that a block gains over the shared permutation and over chance, at least 0."""
-        return max((b.own - max(b.shared, b.chance) for b in self.blocks), default=0.0)
+        """The largest cosine that a block gains over the shared permutation and over chance."""
+        return max((block.gain for block in self.blocks), default=0.0)
 
 
 class MidpointNumbers(NamedTuple):

@@ -126,7 +126,7 @@ def _group_table(groups: Sequence[GroupNumbers]) -> list[str]:
     title = (
         "Groups: mean correlation of paired units now and at best (arXiv 1511.07543); units that activation "
         "matching pairs otherwise; the midpoint with its permutation of this group alone (arXiv 2404.06498, "
-        "appendix A)"
+        "appendix A), and with that of weight matching"
     )
     cells = [
         (
@@ -136,20 +136,18 @@ def _group_table(groups: Sequence[GroupNumbers]) -> list[str]:
             f"{group.best_correlation:.2f}",
             _percent(group.moved),
             *_cells(group.replaced),
+            *_cells(group.rematched),
         )
         for group in groups
     ]
-    return _table(title, ("", "units", "now", "best", "other", "loss", "error"), cells)
+    return _table(title, ("", "units", "now", "best", "other", "loss", "error", "loss", "error"), cells)
 
 
 def _stream_table(stream: StreamNumbers) -> list[str]:
-    ending = ""
-    if stream.untied is not None:
-        loss, error = _cells(stream.untied)
-        ending = f"; with each block's own, the midpoint has {loss} nats and {error}"
     title = (
-        f"Blocks that share {stream.group}: cosine of their weights under the shared permutation, under "
-        f"the best for each block alone, and under the best where there is nothing to find{ending}"
+        f"Blocks that share {stream.group}: cosine of their weights under the permutation that is best for "
+        "all blocks, under the best for each block alone, and under the best where there is nothing to find; "
+        "units that both place alike"
     )
     cells = [
         (" .. ".join(dict.fromkeys((block.paths[0], block.paths[-1]))),)

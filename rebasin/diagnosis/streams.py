@@ -1,34 +1,36 @@
 """Groups that several layers write into: what it costs them that one permutation must serve all of them."""
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
-from rebasin.axis import Axis
+from rebasin.diagnosis.groups import is_nested, match_by_weights, restrict_leaves
 from rebasin.diagnosis.layers import WeightOfLayer
 from rebasin.matching.weights import WeightMatching
 from rebasin.permutation import compiled_permute
+from rebasin.roles import RoleNames
 from rebasin.spec import PermutationSpec
-from rebasin.trees import leaf_table, map_leaves
+from rebasin.trees import leaf_table
 
-__all__ = ["BlockMatch", "match_blocks", "stream_groups", "untie"]
+__all__ = ["BlockMatch", "match_blocks", "stream_groups"]
 
 
 class BlockMatch(NamedTuple):
     """The weights with which one block reads and writes a group, and how they match those of another network.
 
-    Cosines are ⟨A, P[B]⟩ / ‖A‖‖B‖ over these weights, with all other groups as they were given.
+    Cosines are ⟨A, P[B]⟩ / ‖A‖‖B‖ over these weights, where the inner units of the block, those of groups
+    that no other block carries, are matched too.
 
     Attributes:
       paths: path names of the weights.
-      shared: the cosine under the one permutation that all blocks share.
-      own: the cosine under the permutation that is best for this block alone.
-      chance: the cosine of the best permutation where there is nothing to find: after every other axis of B's
-        weights was put into random order.
-      same: share of the units that both permutations place alike.
-      rows: the block's own permutation, on top of the shared one.
+      shared: the cosine under the one permutation of the group that is best for all blocks together.
+      own: the cosine under the permutation of the group that is best for this block alone.
+      chance: the same where there is nothing to find, after the entries of B's weights were shuffled.
+      same: share of the units of the group that both permutations place alike.
     """
 
     paths: tuple[str, ...]
@@ -36,7 +38,11 @@ class BlockMatch(NamedTuple):
     own: float
     chance: float
     same: float
-    rows: np.ndarray
+
+    @property
+    def gain(self) -> float:
+        """The cosine that the block gains by its own permutation, over the shared one and over chance."""
+        return self.own - max(self.shared, self.chance)
 
 
 def stream_groups(spec: PermutationSpec, weights: Sequence[WeightOfLayer]) -> tuple[str, ...]:
@@ -44,9 +50,8 @@ def stream_groups(spec: PermutationSpec, weights: Sequence[WeightOfLayer]) -> tu
 
     Outer and inner groups are left out: the permutation of one depends on that of the other.
     """
-    nested = {group for inner, outer in spec.indexed for group in (inner, *outer)}
     written = [group for weight in weights for group in weight.writes]
-    return tuple(g for g in spec.groups if written.count(g) > 1 and g not in nested)
+    return tuple(g for g in spec.groups if written.count(g) > 1 and not is_nested(spec, g))
 
 
 def _blocks(spec: PermutationSpec, weights: Sequence[WeightOfLayer], group: str) -> list[tuple[str, ...]]:
@@ -61,79 +66,65 @@ def _blocks(spec: PermutationSpec, weights: Sequence[WeightOfLayer], group: str)
 
 
 def match_blocks(
-    spec: PermutationSpec, weights: Sequence[WeightOfLayer], group: str, params_a: Any, moved: Any
+    spec: PermutationSpec,
+    weights: Sequence[WeightOfLayer],
+    group: str,
+    params_a: Any,
+    moved: Any,
+    roles: RoleNames = None,
 ) -> tuple[BlockMatch, ...]:
-    """Find the permutation of a group that is best for each block alone, by weight matching.
+    """Compare the one permutation of a group that serves all blocks with the best for each of them.
+
+    All of them are found by weight matching.
 
     Args:
       spec: the symmetries of the networks.
       weights: the weights of the layers, in the order of the program.
       group: a group of `stream_groups`.
       params_a: tree of A.
-      moved: tree of B under the permutation that all blocks share.
+      moved: tree of B as it is permuted so far; the group is matched again first, with all others as they
+        are.
+      roles: roles of leaves that would not be found.
 
     Returns:
       The match of each block, in the order of the program.
     """
+    everywhere = restrict_leaves(spec, spec.table, {group})
+    moved = compiled_permute(
+        everywhere, {group: match_by_weights(spec, group, params_a, moved, roles)}, moved
+    )
     a, b = ({path: np.asarray(x) for path, x in leaf_table(tree).items()} for tree in (params_a, moved))
+    random = np.random.default_rng(0)
     found = []
     for paths in _blocks(spec, weights, group):
-        alone = PermutationSpec(tuple((p, _only(spec.table[p], group)) for p in paths))
         part_a, part_b = ({path: leaves[path] for path in paths} for leaves in (a, b))
-        scale = np.sqrt(np.prod([sum(np.vdot(x, x).real for x in p.values()) for p in (part_a, part_b)]))
-        rows, shared, own = _match(alone, part_a, part_b, group)
-        _, _, chance = _match(alone, part_a, _scramble(alone, part_b, group), group)
-        cosines = np.array([shared, own, chance]) / max(float(scale), 1e-30)
-        same = float(np.mean(rows == np.arange(len(rows))))
-        found.append(BlockMatch(paths, *map(float, cosines), same, rows))
+        shuffled = {path: random.permutation(x.ravel()).reshape(x.shape) for path, x in part_b.items()}
+        inner = _inner_groups(spec, weights, paths)
+        kept, free = (restrict_leaves(spec, paths, groups) for groups in (inner, {group, *inner}))
+        _, shared = _match(kept, part_a, part_b)
+        rows, own = _match(free, part_a, part_b)
+        _, chance = _match(free, part_a, shuffled)
+        same = float(np.mean(rows[group] == np.arange(len(rows[group]))))
+        found.append(BlockMatch(paths, shared, own, chance, same))
     return tuple(found)
 
 
-def untie(spec: PermutationSpec, group: str, blocks: Sequence[BlockMatch], moved: Any) -> Any:
-    """Give each block its own permutation of a group. The tree that results computes another function.
-
-    Leaves that are no weights of layers, such as biases and scales, go with the block before them.
-    """
-    owner, at = {}, 0
-    starts = {path: i for i, block in enumerate(blocks) for path in block.paths}
-    for path, axes in spec.leaves:
-        at = starts.get(path, at)
-        if any(group in axis.groups for axis in axes):
-            owner[path] = at
-    alone = {path: PermutationSpec(((path, _only(spec.table[path], group)),)) for path in owner}
-
-    def reorder(path: str, leaf: Any) -> Any:
-        if path not in owner:
-            return leaf
-        rows = {group: blocks[owner[path]].rows}
-        return compiled_permute(alone[path], rows, {path: leaf})[path]
-
-    return map_leaves(reorder, moved)
+def _inner_groups(
+    spec: PermutationSpec, weights: Sequence[WeightOfLayer], paths: Sequence[str]
+) -> frozenset[str]:
+    """Return the groups that the weights of a block carry and those of no other layer."""
+    inside, outside = set[str](), {group for inner, outer in spec.indexed for group in (inner, *outer)}
+    for weight in weights:
+        groups = itertools.chain.from_iterable(axis.groups for axis in spec.table[weight.path])
+        (inside if weight.path in paths else outside).update(groups)
+    return frozenset(inside - outside - set(spec.fixed))
 
 
-def _only(axes: Sequence[Axis], group: str) -> tuple[Axis, ...]:
-    """Return axes on which only one group moves."""
-    names = {g: g if g == group else None for g in itertools.chain.from_iterable(x.groups for x in axes)}
-    return tuple(axis.rename(names) for axis in axes)
-
-
-def _match(spec: PermutationSpec, part_a: Any, part_b: Any, group: str) -> tuple[np.ndarray, float, float]:
-    """Return the best permutation of the group, and ⟨A, P[B]⟩ under the identity and under it."""
-    import jax
-
-    method = WeightMatching(start="identity", restarts=0, roles={"": "weight"})
-    match = method.match(spec, part_a, part_b, key=jax.random.key(0))
-    return match.permutation[group], float(match.objective[0]), float(match.objective[-1])
-
-
-def _scramble(spec: PermutationSpec, part: Any, group: str) -> dict[str, np.ndarray]:
-    """Put the positions along every axis without the group into random order."""
-    random = np.random.default_rng(0)
-    scrambled = {}
-    for path, axes in spec.leaves:
-        leaf = part[path]
-        for i, axis in enumerate(axes):
-            if group not in axis.groups:
-                leaf = np.take(leaf, random.permutation(leaf.shape[i]), axis=i)
-        scrambled[path] = leaf
-    return scrambled
+def _match(spec: PermutationSpec, part_a: Any, part_b: Any) -> tuple[dict[str, np.ndarray], float]:
+    """Return the best permutation of a block, and the cosine under it."""
+    inner, permutation = sum(np.vdot(part_a[path], part_b[path]).real for path in part_a), {}
+    if spec.groups:
+        match = WeightMatching(roles={"": "weight"}).match(spec, part_a, part_b, key=jax.random.key(0))
+        inner, permutation = match.objective[-1], match.permutation
+    norms = (math.sqrt(sum(np.vdot(x, x).real for x in part.values())) for part in (part_a, part_b))
+    return permutation, float(inner) / max(math.prod(norms), 1e-30)

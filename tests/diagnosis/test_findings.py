@@ -2,7 +2,6 @@
 
 import math
 
-import numpy as np
 import pytest
 
 from rebasin.diagnosis.findings import find_causes
@@ -12,8 +11,8 @@ from rebasin.diagnosis.streams import BlockMatch
 BAD = Performance(2.0, 0.42)
 GOOD = Performance(0.2, 0.04)
 LAYERS = (LayerNumbers("w", 0.0, 0.2, 0.3, 1.1), LayerNumbers("v", 0.0, 0.2, None, 1.0))
-GROUPS = (GroupNumbers(("g",), 8, 0.3, 0.6, 0.9, BAD), GroupNumbers(("h",), 8, 0.3, 0.6, 0.9, BAD))
-BLOCK = BlockMatch(("w",), 0.1, 0.5, 0.2, 0.0, np.arange(8))
+GROUPS = (GroupNumbers(("g",), 8, 0.3, 0.6, 0.9, BAD, BAD), GroupNumbers(("h",), 8, 0.3, 0.6, 0.9, BAD, None))
+BLOCK = BlockMatch(("w",), 0.1, 0.5, 0.2, 0.0)
 MIDPOINT = MidpointNumbers(
     a=Performance(0.1, 0.02),
     b=Performance(0.1, 0.02),
@@ -46,12 +45,14 @@ def with_scale(ratio):
         ({"error_error": 0.2, "loss_error": 1.0}, []),  # within three standard errors
         ({"error_error": math.nan}, ["unlike"]),  # a single example has no standard error
         ({"groups": (GROUPS[0], GROUPS[1]._replace(replaced=GOOD))}, ["group"]),
+        ({"groups": (GROUPS[0]._replace(rematched=GOOD), GROUPS[1])}, ["group"]),
         ({"by_activations": GOOD}, ["method"]),
         ({"groups": (GROUPS[0], GROUPS[1]._replace(replaced=GOOD)), "by_activations": GOOD}, ["group"]),
         ({"repaired": GOOD}, ["variance"]),
-        ({"streams": (StreamNumbers("g", (BLOCK,), GOOD),)}, ["stream"]),
-        ({"streams": (StreamNumbers("g", (BLOCK,), BAD),)}, ["unlike"]),
-        ({"streams": (StreamNumbers("g", (BLOCK._replace(chance=0.45),), GOOD),)}, ["unlike"]),
+        ({"streams": (StreamNumbers("g", (BLOCK,)),)}, ["stream"]),
+        ({"streams": (StreamNumbers("g", (BLOCK,)),), "repaired": GOOD}, ["stream", "variance"]),
+        ({"streams": (StreamNumbers("g", (BLOCK._replace(chance=0.45),)),)}, ["unlike"]),
+        ({"streams": (StreamNumbers("g", (BLOCK._replace(shared=0.45),)),)}, ["unlike"]),
         ({"layers": with_scale(4.0), "rescaled": GOOD}, ["scale"]),
         ({"layers": with_scale(1 / 4), "rescaled": BAD}, ["unlike"]),
         ({"layers": with_scale(4.0)}, ["scale", "unlike"]),  # no symmetry could bring it back
