@@ -102,10 +102,12 @@ class Model(NamedTuple):
 def load_digits() -> tuple[Batch, Batch]:
     """Return training and test images of the digits, as vectors of 64 numbers from 0 to 1."""
     data = load_dataset("digits")
-    return tuple(
-        Batch(jnp.asarray(np.reshape(s.inputs, (-1, 64)) / 16, jnp.float32), jnp.asarray(s.labels))
-        for s in (data.train, data.test)
-    )
+
+    def scaled(batch: Batch) -> Batch:
+        inputs = np.reshape(batch.inputs, (-1, 64)) / 16
+        return Batch(jnp.asarray(inputs, jnp.float32), jnp.asarray(batch.labels))
+
+    return scaled(data.train), scaled(data.test)
 
 
 def _dense(key: jax.Array, inputs: int, outputs: int) -> dict[str, jax.Array]:
@@ -157,7 +159,7 @@ def _apply_batchnorm(tree: Any, x: jax.Array) -> jax.Array:
 
 def _draw_residual(key: jax.Array, width: int, blocks: int = 3) -> Any:
     keys = jax.random.split(key, 2 * blocks + 2)
-    params = {"stem": _dense(keys[0], 64, width), "top": _dense(keys[1], width, 10)}
+    params: dict[str, Any] = {"stem": _dense(keys[0], 64, width), "top": _dense(keys[1], width, 10)}
     for i in range(blocks):
         into, out = (_dense(k, width, width) for k in keys[2 * i + 2 : 2 * i + 4])
         params[f"block_{i}"] = {"in": into, "out": out}

@@ -60,7 +60,7 @@ class Finding(NamedTuple):
 class _Excess(NamedTuple):
     """The metric in which the midpoint stands out, and how far it lies above the mean of the ends."""
 
-    metric: Literal["loss", "error"]
+    metric: str
     ends: float
     value: float
 
@@ -103,14 +103,24 @@ def find_causes(
         *_variance(layers, midpoint, excess),
         *_temperature(midpoint, excess),
     ]
-    # What could not be measured comes last; Python's sort keeps the order of equal shares.
-    found.sort(key=lambda finding: -1 if math.isnan(finding.removes) else finding.removes, reverse=True)
+    found.sort(key=_rank)
     # A conflict cannot be removed, and is no matter of degree: what else helps makes the best of it.
     conflicts = list(_streams(streams))
     found = conflicts + found
     if not conflicts and not any(finding.removes >= _REMOVES for finding in found):
         found.append(_unlike(layers, midpoint, excess))
     return (*found, *_undertrained(midpoint, num_classes))
+
+
+def _rank(finding: Finding) -> tuple[int, float]:
+    """Return the place of a finding among others.
+
+    Layers of different scale come first where they matter: networks that were trained alike have none, and
+    they blur what is measured of all other causes. What could not be measured comes last.
+    """
+    if math.isnan(finding.removes):
+        return 2, 0.0
+    return int(finding.cause != "scale"), -finding.removes
 
 
 def _excess(midpoint: MidpointNumbers) -> _Excess | None:

@@ -46,8 +46,9 @@ def weights_of_layers(spec: PermutationSpec, layers: Sequence[Layer]) -> tuple[W
     """
     table, found = spec.table, {}
     for layer in layers:
-        axes = table.get(layer.leaf or "", ())
-        if len(axes) < 2 or layer.leaf in found:
+        path = layer.leaf or ""
+        axes = table.get(path, ())
+        if len(axes) < 2 or path in found:
             continue
         writes = frozenset(g for i in layer.channels for g in layer.axes[i].groups) - set(spec.fixed)
         outputs = [i for i, axis in enumerate(axes) if writes.intersection(axis.groups)]
@@ -55,7 +56,7 @@ def weights_of_layers(spec: PermutationSpec, layers: Sequence[Layer]) -> tuple[W
         # A matrix has the same singular vectors either way, so it does not matter for the last layer, whose
         # outputs carry no group.
         axis = outputs[-1] if outputs else inputs[0] if inputs else len(axes) - 1
-        found[layer.leaf] = WeightOfLayer(layer.leaf, axis, writes, layer.contracted)
+        found[path] = WeightOfLayer(path, axis, writes, layer.contracted)
     return tuple(found.values())
 
 

@@ -63,7 +63,7 @@ class Pair:
         """Make ``evaluate(params_b, alpha=0.5) -> {metric: [n]}`` for points of the path from A."""
         evaluate = build_evaluation(
             metrics_fn,
-            lambda trees, alpha: interpolate(*trees, alpha, roles=self.roles),
+            lambda trees, alpha: interpolate(trees[0], trees[1], alpha, roles=self.roles),
             batch_size=self.batch_size,
             prepare=prepare,
             roles=self.roles,

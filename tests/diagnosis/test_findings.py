@@ -63,7 +63,7 @@ def with_scale(ratio):
         ),
         (
             {"layers": with_scale(4.0), "repaired": GOOD, "rescaled": Performance(0.3, 0.2)},
-            ["variance", "scale"],
+            ["scale", "variance"],
         ),
         ({"tempered_loss": 0.2}, ["unlike"]),  # a temperature does not change the error
         (
