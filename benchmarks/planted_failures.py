@@ -48,7 +48,7 @@ __all__ = [
 
 HEADER = ("planted", "instances", "right", "among all named", "named first")
 
-SEEDS = range(5)
+SEEDS = range(10)
 
 # Steps of SGD with momentum; the errors on test data are 1 to 3 % then.
 STEPS, BATCH, RATE = 600, 64, 0.1
@@ -401,7 +401,7 @@ def confusion(verdicts: Sequence[Verdict]) -> list[tuple[str, ...]]:
 
 
 def main() -> None:
-    """Diagnose all instances of five seeds, and print the confusion matrix and the misses."""
+    """Diagnose all instances of ten seeds, and print the confusion matrix and the misses."""
     reporter = build_reporter()
     verdicts = []
     with reporter.stage("seeds", len(SEEDS)) as advance:

@@ -49,6 +49,7 @@ def with_scale(ratio):
         ({"by_activations": GOOD}, ["method"]),
         ({"groups": (GROUPS[0], GROUPS[1]._replace(replaced=GOOD)), "by_activations": GOOD}, ["group"]),
         ({"repaired": GOOD}, ["variance"]),
+        ({"repaired": Performance(0.3, 0.12)}, ["variance", "unlike"]),  # 10 points are left
         ({"streams": (StreamNumbers("g", (BLOCK,)),)}, ["stream"]),
         ({"streams": (StreamNumbers("g", (BLOCK,)),), "repaired": GOOD}, ["stream", "variance"]),
         ({"streams": (StreamNumbers("g", (BLOCK._replace(chance=0.45),)),)}, ["unlike"]),
@@ -81,11 +82,11 @@ def test_a_cause_is_named_where_its_removal_helps(numbers, expected):
 
 
 def test_a_finding_says_how_much_is_gone_and_what_to_try():
-    (finding,) = find_causes(LAYERS, GROUPS, (), MIDPOINT._replace(repaired=Performance(0.3, 0.12)), 10)
-    assert finding.removes == pytest.approx(0.75)
+    (finding,) = find_causes(LAYERS, GROUPS, (), MIDPOINT._replace(repaired=Performance(0.3, 0.06)), 10)
+    assert finding.removes == pytest.approx(0.9)
     assert finding.where == ("w",)
     assert finding.text.endswith(
-        "30 % of their variance at the midpoint; with REPAIR it has an error of 12.0 %"
+        "30 % of their variance at the midpoint; with REPAIR it has an error of 6.0 %"
     )
     assert "build_repair" in finding.advice
 

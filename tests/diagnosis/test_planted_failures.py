@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.planted_failures import confusion, judge, plant_all
 
-SEEDS = range(4)
+SEEDS = range(6)
 
 
 @pytest.fixture(scope="module")
