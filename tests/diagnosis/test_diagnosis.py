@@ -146,6 +146,7 @@ def test_layers_stay_where_no_scale_is_a_symmetry():
     chex.assert_trees_all_equal(kept.params, scaled)
 
 
+@pytest.mark.slow
 def test_a_layer_in_front_of_a_norm_is_scaled_alone():
     def normed(tree, x):
         h = jnp.dot(x, tree["a"]["w"]) + tree["a"]["b"][None]
