@@ -10,6 +10,8 @@ from rebasin.axis import Axis
 from rebasin.barrier import build_sweep, classification_metrics, sweep
 from rebasin.batches import Batch
 from rebasin.batchnorm import build_norm_reset
+from rebasin.diagnosis.diagnosis import diagnose
+from rebasin.diagnosis.report import Diagnosis
 from rebasin.errors import RebasinError
 from rebasin.inference.infer import infer_spec
 from rebasin.inference.rule import register_rule
@@ -49,6 +51,7 @@ __all__ = [
     "Axis",
     "Batch",
     "CovarianceMatching",
+    "Diagnosis",
     "FrankWolfeMatching",
     "MatchResult",
     "PermutationSpec",
@@ -70,6 +73,7 @@ __all__ = [
     "classification_metrics",
     "compose",
     "covariance_matching",
+    "diagnose",
     "fixed_points",
     "frank_wolfe_matching",
     "identity_permutation",

@@ -22,7 +22,7 @@ from rebasin.roles import Role, RoleNames, check_roles
 from rebasin.spec import PermutationSpec
 from rebasin.trees import conform, is_below, join_static, leaf_table, path_name, split_static
 
-__all__ = ["Aligned", "align", "as_function"]
+__all__ = ["Aligned", "align", "as_function", "check_same_static"]
 
 
 class Aligned(NamedTuple):
@@ -119,7 +119,7 @@ def align(
     apply_fn = as_function(apply_fn)
     (params_a, static), (params_b, static_b) = split_static(params_a), split_static(params_b)
     if jax.tree.leaves(static) or jax.tree.leaves(static_b):
-        _check_same_static(static, static_b)
+        check_same_static(static, static_b)
         arrays_only = align(
             lambda params, *rest: apply_fn(join_static(params, static), *rest),
             params_a,
@@ -183,8 +183,13 @@ def as_function(model: Any) -> Callable[..., Any]:
     return getattr(model, "apply", model)
 
 
-def _check_same_static(static_a: Any, static_b: Any) -> None:
-    """Raise unless the leaves of two modules that are no arrays are the same."""
+def check_same_static(static_a: Any, static_b: Any) -> None:
+    """Raise TreeMismatchError unless the leaves of two modules that are no arrays are the same.
+
+    Args:
+      static_a: what `rebasin.trees.split_static` returned for A, beside its arrays.
+      static_b: the same for B.
+    """
     a, b = (dict(jax.tree_util.tree_leaves_with_path(static)) for static in (static_a, static_b))
     problems = [
         f"{path_name(path)}: {a.get(path, 'an array')} in params_a, {b.get(path, 'an array')} in params_b"

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import Partial
 
 from rebasin.batches import Batches, batch_shapes, check_data, inputs_of, map_batches
@@ -94,6 +95,28 @@ class Repair:
             [_pool(moments, self.batches) for moments in of_network] for of_network in (measured, *ends)
         )
         return tuple(_correction(own, _between(a, b, alpha)) for own, a, b in zip(*pooled, strict=True))
+
+    def variance_ratios(self, params: Any, alpha: Any) -> tuple[float, ...]:
+        """Measure how much of the variance of each layer is left at a point of the path, without REPAIR.
+
+        Args:
+          params: the network at `alpha` between the endpoints.
+          alpha: the weight of A.
+
+        Returns:
+          For each of `layers` the variance over the data, summed over its channels, divided by the same sum
+          for the deviations that REPAIR would give them. It is 1 where nothing has collapsed (arXiv
+          2211.08403, section 3), and NaN for a layer whose channels are all constant at both endpoints.
+        """
+        measure = jax.jit(_measure, static_argnums=(0, 1, 2))
+        measured = measure(self.spec, self.apply_fn, self.batches, params, None, self.inputs)
+        ratios = []
+        for own, a, b in zip(measured, *self.ends, strict=True):
+            wanted = _between(_pool(a, self.batches), _pool(b, self.batches), alpha)
+            left = np.sum(np.asarray(_pool(own, self.batches).variance, np.float64))
+            total = np.sum(np.asarray(wanted.variance, np.float64))
+            ratios.append(float(left / total) if total > 0 else float("nan"))
+        return tuple(ratios)
 
     def apply(self, params: Any, *inputs_and_correction: Any) -> Any:
         """Evaluate the network with every layer corrected: ``apply(params, *inputs, correction)``.

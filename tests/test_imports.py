@@ -18,6 +18,7 @@ ROOMS = [
     ["rebasin.training"],
     ["rebasin.models"],
     ["rebasin"],  # the public names of all that follows
+    ["rebasin.diagnosis"],
     ["rebasin.align"],
     ["rebasin.landscape"],
     ["rebasin.landscape", "rebasin.connectivity"],

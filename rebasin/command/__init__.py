@@ -1,1 +1,1 @@
-"""The command ``rebasin``: align, inspect and merge checkpoints from a shell."""
+"""The command ``rebasin``: align, diagnose, inspect and merge checkpoints from a shell."""

@@ -45,8 +45,13 @@ how it was made. With --data, barriers before and after are measured.
 _FLAGS = flags.FlagValues()
 
 
-def define_model_flags(values: flags.FlagValues) -> None:
-    """Define the flags that say what the model is and how its checkpoints are read."""
+def define_model_flags(values: flags.FlagValues, *, inputs: bool = True) -> None:
+    """Define the flags that say what the model is and how its checkpoints are read.
+
+    Args:
+      values: where to define them.
+      inputs: whether the command needs example inputs, which it does unless it has data.
+    """
     flags.DEFINE_string(
         "model",
         None,
@@ -54,13 +59,14 @@ def define_model_flags(values: flags.FlagValues) -> None:
         "Flax module. Modules are looked for in the current folder too.",
         flag_values=values,
     )
-    flags.DEFINE_multi_string(
-        "inputs",
-        [],
-        "An example input: a dtype with a shape, such as 'float32[8,784]' or 'int32[2,16]<50257' (random "
-        "integers below the limit), or a .npy file. Given once for each input of the model.",
-        flag_values=values,
-    )
+    if inputs:
+        flags.DEFINE_multi_string(
+            "inputs",
+            [],
+            "An example input: a dtype with a shape, such as 'float32[8,784]' or 'int32[2,16]<50257' (random "
+            "integers below the limit), or a .npy file. Given once for each input of the model.",
+            flag_values=values,
+        )
     flags.DEFINE_string(
         "names",
         None,
@@ -107,7 +113,8 @@ def read_model_flags(values: flags.FlagValues) -> tuple[Any, tuple[Any, ...], An
         # Modules of Equinox can be called too, but they are trees: functions have no leaves.
         template = template() if jax.tree.leaves(template) == [template] and callable(template) else template
     names = read_names(values.names) if values.names else None
-    return load_function(values.model, flag="model"), make_inputs(values.inputs), names, template
+    inputs = make_inputs(values.inputs) if "inputs" in values else ()
+    return load_function(values.model, flag="model"), inputs, names, template
 
 
 def describe(label: str, checkpoint: Checkpoint) -> str:

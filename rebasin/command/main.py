@@ -14,9 +14,10 @@ __all__ = ["main", "run"]
 _USAGE = """\
 rebasin aligns neural networks modulo permutation.
 
-  rebasin align    permute the units of network B so that they match those of A
-  rebasin inspect  print the symmetries of a network, and why the rest stays put
-  rebasin merge    average networks that are aligned
+  rebasin align     permute the units of network B so that they match those of A
+  rebasin diagnose  say why there is a barrier between A and B, and what to try
+  rebasin inspect   print the symmetries of a network, and why the rest stays
+  rebasin merge     average networks that are aligned
 
 `rebasin align --help` lists the flags of a command, with an example."""
 
@@ -33,10 +34,11 @@ def main(arguments: Sequence[str]) -> int:
         print("error: the command needs absl-py: pip install 'rebasin-jax[checkpoints]'", file=sys.stderr)
         return 1
     from rebasin.command.align import ALIGN
+    from rebasin.command.diagnose import DIAGNOSE
     from rebasin.command.inspect import INSPECT
     from rebasin.command.merge import MERGE
 
-    commands = {command.name: command for command in (ALIGN, INSPECT, MERGE)}
+    commands = {command.name: command for command in (ALIGN, DIAGNOSE, INSPECT, MERGE)}
     if not arguments or arguments[0] in ("help", "--help", "-h"):
         print(_USAGE)
         return 0 if arguments else 2

@@ -1,4 +1,4 @@
-"""The command aligns, inspects and merges checkpoints, and says what is wrong in one sentence."""
+"""The command aligns, diagnoses, inspects and merges checkpoints, and says what is wrong in a sentence."""
 
 import json
 import sys
@@ -134,6 +134,51 @@ def test_a_flax_model_reads_the_checkpoint_of_another_library(home, networks):
     chex.assert_trees_all_equal(load_file("out.safetensors"), a)
 
 
+@pytest.mark.slow
+def test_diagnose_names_the_group_whose_permutation_is_wrong(home, networks, capsys):
+    a, b = networks
+    rng = np.random.default_rng(4)
+    np.savez("data.npz", inputs=rng.normal(size=(80, 5)).astype(np.float32))
+    moved = {"fc0/weight": 0, "fc1/weight": 0}
+    for name, first, second in (("fc0/weight", "fc0.weight", 1), ("fc1/weight", "fc1.bias", 0)):
+        columns = [np.moveaxis(x[first], second, 0) for x in (a, b)]
+        if name == "fc0/weight":
+            moved[name] = [int(np.argmin(np.abs(columns[1] - row).sum(axis=1))) for row in columns[0]]
+        else:
+            moved[name] = [int(np.argmin(np.abs(columns[1] - value))) for value in columns[0]]
+    tree = {layer: {} for layer in ("fc0", "fc1", "fc2")}
+    for name, array in a.items():
+        layer, kind = name.split(".")
+        tree[layer][kind] = array
+    sys.path.insert(0, str(home))
+    import some_model  # pyright: ignore
+
+    spec = rebasin.infer_spec(some_model.apply, tree, jnp.ones((4, 5)))
+    wrong = {name: np.array(rows) for name, rows in moved.items()}
+    wrong["fc0/weight"] = np.roll(wrong["fc0/weight"], 1)
+    rebasin.save_permutation("wrong.json", spec, wrong)
+    command = ["diagnose", "--model=some_model:apply", "--a=a.safetensors", "--b=b.safetensors"]
+    before = sorted(home.iterdir())
+    assert main([*command, "--data=data.npz", "--permutation=wrong.json", "--num_examples=60"]) == 0
+    text = capsys.readouterr().out
+    assert "on 60 examples. There are no labels" in text
+    assert "1. The permutation of fc0/weight" in text
+    assert max(map(len, text[text.index("Path between") :].splitlines())) <= 80
+    assert [path for path in sorted(home.iterdir()) if path.name != "__pycache__"] == [
+        path for path in before if path.name != "__pycache__"
+    ]
+
+
+def test_diagnose_says_what_it_lacks(home, capsys):
+    command = ["diagnose", "--model=some_model:apply", "--a=a.safetensors", "--b=b.safetensors"]
+    assert main(command) == 1
+    assert "rebasin diagnose needs --data" in capsys.readouterr().err
+    assert main([*command, "--data=none.npz", "--num_examples=0"]) == 1
+    assert "--num_examples: wanted at least 1, got 0" in capsys.readouterr().err
+    assert main([*command, "--data=none.npz"]) == 1
+    assert "none.npz cannot be read" in capsys.readouterr().err
+
+
 def test_inspect_prints_the_symmetries(home, capsys):
     command = ["inspect", "--model=some_model:apply", INPUTS, "--checkpoint=a.safetensors"]
     assert main(command) == 0
@@ -227,7 +272,8 @@ def test_a_command_without_what_it_needs_says_what(capsys):
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["--help"], ["align", "--help"], ["inspect", "-h"], ["merge", "--help"]]
+    "command",
+    [[], ["--help"], ["align", "--help"], ["diagnose", "--help"], ["inspect", "-h"], ["merge", "--help"]],
 )
 def test_help_fits_a_terminal(command, capsys):
     assert main(command) == (0 if command else 2)
