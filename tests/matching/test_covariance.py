@@ -12,7 +12,8 @@ import rebasin
 from rebasin import PermutationSpec, covariance_matching
 from rebasin.batches import Batch
 from rebasin.errors import ConfigError, DataError, InferenceError, NonFiniteError, TreeMismatchError
-from rebasin.matching.covariance import CovarianceMatching, apply_metric, find_metric, sum_weighted
+from rebasin.matching.covariance import CovarianceMatching
+from rebasin.matching.metric import apply_metric, find_metric, sum_weighted
 from rebasin.models import ResNet20, ViT
 from rebasin.models.convolution import conv_general_dilated
 from rebasin.permutation import check_permutation
@@ -317,7 +318,7 @@ def test_memory_does_not_depend_on_the_size_of_the_split():
     def temporary(n):
         inputs = (jnp.zeros((n, 8)),)
         metric = find_metric(spec, a, chain, inputs, 20, ["in", "out"])
-        return sum_weighted.lower(metric, a, inputs).compile().memory_analysis().temp_size_in_bytes
+        return sum_weighted.lower(metric, a, inputs, {}).compile().memory_analysis().temp_size_in_bytes
 
     assert temporary(200) == temporary(20_000)
 
