@@ -127,7 +127,13 @@ class TransportConfig(RatesConfig):
         changes = {
             "rates": {f"{rate:g}": {"peak_learning_rate": rate} for rate in self.rates},
             "widths": {f"width {width}": {"width": width} for width in self.widths},
-            "lengths": {f"{epochs} epoch{'s' * (epochs > 1)}": {"epochs": epochs} for epochs in self.lengths},
+            "lengths": {
+                f"{epochs} epoch{'s' * (epochs > 1)}": {
+                    "epochs": epochs,
+                    "warmup_epochs": min(self.recipe.warmup_epochs, epochs),
+                }
+                for epochs in self.lengths
+            },
             "optimizers": {name: VARIANTS[name] for name in self.variants},
         }
         names: dict[Recipe, str] = {}
@@ -357,10 +363,10 @@ def judge(config: TransportConfig, records: Sequence[SettingRecord[float]]) -> l
         interval = student_interval(scores)
         # One pair has no interval; a score within ±1.96 is then taken for chance.
         low, high = interval[1:3] if len(scores) > 1 else (interval.mean - 1.96, interval.mean + 1.96)
-        way = "SGD with momentum" if name not in VARIANTS else name
+        short, way = (name, name) if name in VARIANTS else ("momentum", "SGD with momentum")
         claims.append(
             claim(
-                f"independent_neurons_{name.replace(' ', '_')}",
+                f"independent_neurons_{short.replace(' ', '_')}",
                 f"{way}: the first layers' neurons cannot be told from independent ones: the 95 % interval "
                 "of the test's z-score has 0 in it",
                 "assumed (section 4); what optimisers do to it is an open question",

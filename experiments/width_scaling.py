@@ -20,6 +20,7 @@ Writes results.json, barriers.csv, width_scaling.png and width_bounds.png. Two n
 replicate, size of images, depth and width. A finished run of the same options is only drawn anew.
 """
 
+import collections
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
@@ -231,13 +232,15 @@ def _relative_distance(neurons_a: np.ndarray, neurons_b: np.ndarray, moment: np.
     return transport_neurons(neurons_a, neurons_b, second_moment=moment).distance / norm
 
 
-def _grouped(config: ScalingConfig, records: Sequence[ScalingRecord[float]]) -> dict[_Kind, list[Any]]:
+def _grouped(
+    config: ScalingConfig, records: Sequence[ScalingRecord[float]]
+) -> dict[_Kind, list[list[ScalingRecord[float]]]]:
     """Return the records of each kind, a list for each width."""
+    found = collections.defaultdict(list)
+    for record in records:
+        found[record.inputs, record.depth, record.width].append(record)
     return {
-        kind: [
-            [r for r in records if (r.inputs, r.depth, r.width) == (config.inputs(kind.side), kind.depth, w)]
-            for w in config.widths
-        ]
+        kind: [found[config.inputs(kind.side), kind.depth, width] for width in config.widths]
         for kind in config.kinds
     }
 

@@ -80,7 +80,7 @@ SAMPLES = {
     "num_repair": "77",
     "num_steps": "8",
     "rates": "0.01,0.02",
-    "lengths": "1,2",
+    "lengths": "1,4",
     "variants": "adam",
     "sides": "2,8",
     "depths": "1,2",

@@ -58,6 +58,10 @@ def made_up(config, barrier):
     return [record(pair) for pair in config.pairs]
 
 
+# So close together that onsets are exact to a few percent.
+WIDTHS = tuple(sorted({round(w) for w in np.geomspace(2, 6000, 80)}))
+
+
 def law(inputs, depth, width, replicate):
     """A barrier of ε at a width of 3 (1 + r/10) d^0.4 2^(depth − 1) ε^-0.8."""
     return (3 * (1 + replicate / 10) * inputs**0.4 * 2 ** (depth - 1) / width) ** (1 / 0.8)
@@ -78,21 +82,21 @@ def test_pairs_are_of_all_images_depths_and_widths():
 
 
 def test_exponents_and_growth_are_those_of_a_law():
-    config = small_config(widths=tuple(range(8, 1200, 2)))
+    config = small_config(widths=WIDTHS)
     records = made_up(config, law)
     summary = EXPERIMENT.summarise(config, records)
     assert summary.exponents.dimension.mean == pytest.approx(0.4, abs=0.02)
     assert summary.exponents.tolerance.mean == pytest.approx(0.8, abs=0.02)
     needed = {(n.inputs, n.depth, n.tolerance): n for n in summary.needed}
     width = 3 * 16**0.4 * 0.1**-0.8
-    assert needed[16, 1, 0.1].onset.replicates == pytest.approx([width, 1.1 * width], rel=0.01)
+    assert needed[16, 1, 0.1].onset.replicates == pytest.approx([width, 1.1 * width], rel=0.03)
     claims = {claim.id: claim for claim in judge(config, records)}
     assert claims["depth_multiplies_the_width"].measured == pytest.approx(2, rel=0.02)
     assert all(claim.holds for claim in claims.values())
 
 
 def test_claims_fail_where_more_width_is_needed_than_stated():
-    config = small_config(widths=tuple(range(2, 4000, 2)), tolerances=(0.4, 0.2))
+    config = small_config(widths=WIDTHS, tolerances=(0.4, 0.2))
 
     def steep(inputs, depth, width, replicate):
         """A barrier of ε at a width of d ε^-1.5, or 10 times as wide at a depth of 2."""
