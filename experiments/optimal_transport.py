@@ -16,8 +16,8 @@ The run prints tables, the rank correlation of effective dimension and loss over
 over layers, and the paper's claims with a verdict each.
 
   python -m experiments.optimal_transport --preset=digits --output_dir=results/transport_digits
-  python -m experiments.optimal_transport --preset=cpu --model=mlp --epochs=10 --num_alphas=13
-    --num_eval=2000 --output_dir=results/transport_mnist
+  python -m experiments.optimal_transport --preset=cpu --model=mlp --epochs=6 --num_alphas=13
+    --num_eval=2000 --num_match=2000 --output_dir=results/transport_mnist
   python -m experiments.optimal_transport --preset=cpu --model=resnet20 --epochs=8 --rates=0.01,0.03,0.1
     --widths= --lengths= --variants= --replicates=2 --num_alphas=5 --output_dir=results/transport_cifar10
 

@@ -13,8 +13,8 @@ the bounds is the Wasserstein-2 distance of the first layers where networks begi
 metric of the data and relative to the norm of neurons in it.
 
   python -m experiments.width_scaling --preset=digits --output_dir=results/digits_mlp_width_scaling
-  python -m experiments.width_scaling --preset=cpu --model=mlp --num_train=20000 --num_eval=2000
-    --num_alphas=13 --output_dir=results/mnist_mlp_width_scaling
+  python -m experiments.width_scaling --preset=cpu --model=mlp --num_train=20000 --epochs=10
+    --replicates=4 --num_eval=2000 --num_alphas=13 --output_dir=results/mnist_mlp_width_scaling
 
 Writes results.json, barriers.csv, width_scaling.png and width_bounds.png. Two networks are trained for each
 replicate, size of images, depth and width. A finished run of the same options is only drawn anew.

@@ -54,8 +54,6 @@ class CovarianceMatching(Method):
       batch_size: number of examples that are evaluated at once. Memory does not depend on the number of all
         examples.
       max_iterations: limit on the iterations of the ascent.
-      centred: whether Σ is the covariance about the mean of what enters a layer, not the second moment of
-        arXiv 2310.19103.
       roles: as in `Method`; only weights count.
     """
 
@@ -65,7 +63,6 @@ class CovarianceMatching(Method):
     order: Order = "ascent"
     batch_size: int = 500
     max_iterations: int = 100
-    centred: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -88,9 +85,7 @@ class CovarianceMatching(Method):
         )
         params_a, params_b = (widen_weights(tree, weights) for tree in (params_a, params_b))
         inputs = checked_inputs(needed["data"], self.batch_size)
-        metric = find_metric(
-            spec, params_a, needed["apply_fn"], inputs, self.batch_size, weights, centred=self.centred
-        )
+        metric = find_metric(spec, params_a, needed["apply_fn"], inputs, self.batch_size, weights)
         weighted_a = weigh(metric, params_a, inputs)
         counted = {path: leaf for path, leaf in leaf_table(weighted_a).items() if path in weights}
         check_finite(counted, "A in the metric of Σ")

@@ -1,8 +1,7 @@
 """The metric of the activations that enter each layer: weights in the metric of Σ, and distances in it.
 
-Σ is the uncentred second moment of what enters a layer or, if centred, the covariance about its mean. It is
-never formed: W Σ is the gradient with respect to W of ½ E‖W x‖², or of ½ E‖W x − E[W x]‖² if centred. So a
-convolution gets the exact metric of its patches.
+Σ is the uncentred second moment of what enters a layer. It is never formed: W Σ is the gradient of ½ E‖W x‖²
+with respect to W, with x fixed. So a convolution gets the exact metric of its patches.
 """
 
 import functools
@@ -26,9 +25,6 @@ from rebasin.trees import check_finite, leaf_table, map_leaves, real_parts
 
 __all__ = ["Metric", "apply_metric", "checked_inputs", "distances", "find_metric", "sum_weighted", "weigh"]
 
-# The mean of W x for each layer, by the address of the layer; none where Σ is not centred.
-_Means = Mapping[Any, jax.Array]
-
 
 def apply_metric(
     spec: PermutationSpec,
@@ -37,7 +33,6 @@ def apply_metric(
     data: Any,
     *,
     batch_size: int = 500,
-    centred: bool = False,
     roles: RoleNames = None,
 ) -> Any:
     """Replace every layer's weight W by W Σ, with Σ from the network's own activations.
@@ -50,7 +45,6 @@ def apply_metric(
       apply_fn: ``(params, *inputs) -> outputs``, the function that `spec` was made for.
       data: a `rebasin.Batch`, whose labels are ignored, or its inputs alone, arrays ``[n, …]``.
       batch_size: number of examples that are evaluated at once.
-      centred: whether Σ is the covariance about the mean rather than the second moment.
       roles: roles of leaves that `rebasin.roles.leaf_roles` would not find; only weights are replaced.
 
     Returns:
@@ -65,8 +59,7 @@ def apply_metric(
     """
     inputs = checked_inputs(data, batch_size)
     weights = weight_leaves(params, roles)
-    metric = find_metric(spec, params, apply_fn, inputs, batch_size, weights, centred=centred)
-    return weigh(metric, params, inputs)
+    return weigh(find_metric(spec, params, apply_fn, inputs, batch_size, weights), params, inputs)
 
 
 class Metric(NamedTuple):
@@ -78,14 +71,12 @@ class Metric(NamedTuple):
       batches: how the data fall into batches.
       contracted: the path name of the weight of each layer, with the groups over which the layer sums: the
         weight leads away from these groups, and into the other groups that it carries.
-      centred: whether Σ is the covariance about the mean rather than the second moment.
     """
 
     spec: PermutationSpec
     apply_fn: Static
     batches: Batches
     contracted: tuple[tuple[str, frozenset[str]], ...]
-    centred: bool = False
 
     @property
     def leaves(self) -> tuple[str, ...]:
@@ -108,8 +99,6 @@ def find_metric(
     inputs: tuple[Any, ...],
     batch_size: int,
     weights: Collection[str],
-    *,
-    centred: bool = False,
 ) -> Metric:
     """Find the layers of a network whose weight is a leaf that counts.
 
@@ -122,13 +111,12 @@ def find_metric(
         leaf = layer.leaf
         if leaf is not None and not layer.in_while and leaf in weights:
             contracted[leaf] = contracted.get(leaf, frozenset()) | layer.contracted
-    return Metric(spec, Static(apply_fn), batches, tuple(contracted.items()), centred)
+    return Metric(spec, Static(apply_fn), batches, tuple(contracted.items()))
 
 
 def weigh(metric: Metric, params: Any, inputs: tuple[Any, ...]) -> Any:
     """Replace every weight W of a layer by W Σ, in the dtype of the leaf."""
-    (means,) = _means(metric, params, (params,), inputs)
-    total = jax.device_get(sum_weighted(metric, params, inputs, means)).value()
+    total = jax.device_get(sum_weighted(metric, params, inputs)).value()
     products = {path: x / metric.batches.sizes.sum() for path, x in total.items()}
 
     def weighted(path: str, leaf: Any) -> Any:
@@ -141,12 +129,11 @@ def weigh(metric: Metric, params: Any, inputs: tuple[Any, ...]) -> Any:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def sum_weighted(metric: Metric, params: Any, inputs: tuple[Any, ...], means: _Means) -> Sum:
+def sum_weighted(metric: Metric, params: Any, inputs: tuple[Any, ...]) -> Sum:
     """Sum W Σ over all examples, for the weight W of every layer.
 
     W Σ is the gradient of ½ ‖W x‖², summed over examples, with respect to W, with the activations x given.
     For complex weights JAX returns its conjugate. Their sum has real and imaginary parts along a last axis.
-    With the means of W x it is W times the covariance.
     """
 
     def of_batch(batch: tuple[Any, ...]) -> Any:
@@ -154,7 +141,7 @@ def sum_weighted(metric: Metric, params: Any, inputs: tuple[Any, ...], means: _M
 
         def energy(weights: Mapping[str, jax.Array]) -> jax.Array:
             replaced = map_leaves(lambda path, x: weights.get(path, x), params)
-            return _energy(metric, replaced, batch, entering, means)
+            return _energy(metric, replaced, batch, entering)
 
         table = leaf_table(params)
         gradient = jax.grad(energy)({path: jnp.asarray(table[path]) for path in metric.leaves})
@@ -164,16 +151,12 @@ def sum_weighted(metric: Metric, params: Any, inputs: tuple[Any, ...], means: _M
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _sum_squares(
-    metric: Metric, params: Any, others: tuple[Any, ...], inputs: tuple[Any, ...], means: tuple[_Means, ...]
-) -> Sum:
+def _sum_squares(metric: Metric, params: Any, others: tuple[Any, ...], inputs: tuple[Any, ...]) -> Sum:
     """Sum ‖W x‖² over examples and layers for each network of `others`, on the activations x of `params`."""
 
     def of_batch(batch: tuple[Any, ...]) -> Any:
         entering = _activations(metric, params, batch)
-        return tuple(
-            2 * _energy(metric, other, batch, entering, own) for other, own in zip(others, means, strict=True)
-        )
+        return tuple(2 * _energy(metric, other, batch, entering) for other in others)
 
     return sum_batches(of_batch, inputs, metric.batches)
 
@@ -197,19 +180,16 @@ def _activations(metric: Metric, params: Any, inputs: tuple[Any, ...]) -> dict[A
 
 
 def _energy(
-    metric: Metric, params: Any, inputs: tuple[Any, ...], entering: Mapping[Any, jax.Array], means: _Means
+    metric: Metric, params: Any, inputs: tuple[Any, ...], entering: Mapping[Any, jax.Array]
 ) -> jax.Array:
-    """Sum ½ ‖W x − mean‖² over layers, examples and outputs, as a mean over positions.
-
-    `entering` holds every x, and `means` what is subtracted, if anything.
-    """
+    """Sum ½ ‖W x‖² over layers, examples and outputs, as a mean over positions; `entering` holds every x."""
     closed, layers = _traced(metric, params, inputs)
 
-    def energy(address: Any, eqn: Any, operands: Sequence[Any], extra: Any) -> tuple[Any, Any]:
-        layer, (x, mean) = layers[address], extra
+    def energy(address: Any, eqn: Any, operands: Sequence[Any], x: jax.Array) -> tuple[Any, Any]:
+        layer = layers[address]
         operands = [*operands[: layer.data], x, *operands[layer.data + 1 :]]
         (y,) = bind(eqn, operands)
-        parts = real_parts(y if mean is None else y - mean)
+        parts = real_parts(y)
         dtype = jnp.promote_types(parts.dtype, jnp.float32)
         outputs = _outputs(eqn, jnp.shape(operands[layer.weight]))
         scale = jax.tree.leaves(inputs)[0].shape[0] * outputs / (y.size * layer.repeats)
@@ -217,62 +197,8 @@ def _energy(
         return [lax.stop_gradient(y)], 0.5 * scale * jnp.sum(jnp.square(parts.astype(dtype)))
 
     arguments = [jnp.asarray(x) for x in jax.tree.leaves((params, inputs))]
-    extras = {address: (x, means.get(address)) for address, x in entering.items()}
-    _, energies = evaluate(closed, arguments, energy, extras)
+    _, energies = evaluate(closed, arguments, energy, entering)
     return sum((jnp.sum(x) for x in energies.values()), jnp.zeros(()))
-
-
-def _means(
-    metric: Metric, params: Any, others: tuple[Any, ...], inputs: tuple[Any, ...]
-) -> tuple[_Means, ...]:
-    """Return the mean of W x in each layer of each network of `others`, on the activations x of `params`."""
-    if not metric.centred:
-        return tuple({} for _ in others)
-    total = jax.device_get(_sum_outputs(metric, params, others, inputs)).value()
-    return jax.tree.map(lambda x: x / metric.batches.sizes.sum(), total)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _sum_outputs(metric: Metric, params: Any, others: tuple[Any, ...], inputs: tuple[Any, ...]) -> Sum:
-    """Sum W x over examples, as a mean over positions, in each layer of each network of `others`."""
-
-    def of_batch(batch: tuple[Any, ...]) -> Any:
-        entering = _activations(metric, params, batch)
-        return tuple(_outputs_of_batch(metric, other, batch, entering) for other in others)
-
-    return sum_batches(of_batch, inputs, metric.batches)
-
-
-def _outputs_of_batch(
-    metric: Metric, params: Any, inputs: tuple[Any, ...], entering: Mapping[Any, jax.Array]
-) -> dict[Any, jax.Array]:
-    """Return the sum over examples of W x as a mean over positions, which keep axes of length 1."""
-    closed, layers = _traced(metric, params, inputs)
-    examples = jax.tree.leaves(inputs)[0].shape[0]
-
-    def mean(address: Any, eqn: Any, operands: Sequence[Any], x: jax.Array) -> tuple[Any, Any]:
-        layer = layers[address]
-        (y,) = bind(eqn, [*operands[: layer.data], x, *operands[layer.data + 1 :]])
-        own = _output_axes(eqn, layer, y.ndim)
-        positions = tuple(axis for axis in range(y.ndim) if axis not in own)
-        return [y], examples * jnp.mean(y, axis=positions, keepdims=True)
-
-    arguments = [jnp.asarray(x) for x in jax.tree.leaves((params, inputs))]
-    return evaluate(closed, arguments, mean, entering)[1]
-
-
-def _output_axes(eqn: Any, layer: Layer, ndim: int) -> set[int]:
-    """Return the axes of a layer's result that come from its weight, rather than from its data."""
-    name = eqn.primitive.name
-    if name == "conv_general_dilated":
-        return {eqn.params["dimension_numbers"].out_spec[1]}
-    if name != "dot_general":
-        return {ndim - 1}  # channels last, as in a convolution with a derivative of its own
-    contracted, batch = eqn.params["dimension_numbers"]
-    shared = len(batch[0])
-    free = len(eqn.invars[layer.weight].aval.shape) - shared - len(contracted[layer.weight])
-    first = shared if layer.weight == 0 else ndim - free
-    return {*range(shared), *range(first, first + free)}
 
 
 def _outputs(eqn: Any, weight: tuple[int, ...]) -> int:
@@ -292,9 +218,7 @@ def distances(
 ) -> tuple[float, ...]:
     """Return ‖A − B‖_Σ for each B of `others`; leaves without a Σ count with their Euclidean distance."""
     # Of the differences themselves: a difference of squares would lose the small distances that decide.
-    differences = _differences(metric, params_a, others)
-    means = _means(metric, params_a, differences, inputs)
-    squares = jax.device_get(_sum_squares(metric, params_a, differences, inputs, means))
+    squares = jax.device_get(_sum_squares(metric, params_a, _differences(metric, params_a, others), inputs))
 
     unweighted = frozenset(weights) - set(metric.leaves)
     plain = [distance(params_a, other, leaves=unweighted) for other in others]

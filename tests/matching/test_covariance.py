@@ -60,22 +60,6 @@ def test_metric_of_a_linear_chain_by_hand():
         np.testing.assert_array_equal(new_b, b)
 
 
-def test_centred_metric_of_a_linear_chain_by_hand():
-    """Σ less the mean: E[W x xᵀ] − E[W x] E[x]ᵀ, over batches of different sizes, and distances in it."""
-    a, b, x = chain_tree(0), chain_tree(10), 2 + normal(37, 4, seed=3)
-    spec = rebasin.infer_spec(chain, a, x)
-    weighted = apply_metric(spec, a, chain, x, batch_size=10, centred=True)
-    match = covariance_matching(spec, a, b, chain, x, key=KEY_, batch_size=10, centred=True, order="depth")
-    entering, square = np.asarray(x, np.float64), 0.0
-    for (w, c), (v, d), (new, _) in zip(a, b, weighted, strict=True):
-        w, v, c, d = (np.asarray(leaf, np.float64) for leaf in (w, v, c, d))
-        covariance = np.cov(entering.T, bias=True)
-        np.testing.assert_allclose(new, covariance @ w, rtol=1e-3, atol=1e-4)
-        square += np.trace((w - v).T @ covariance @ (w - v)) + ((c - d) ** 2).sum()
-        entering = entering @ w + c
-    assert match.stats["distances"]["identity"] == pytest.approx(np.sqrt(square), rel=1e-4)
-
-
 @pytest.mark.parametrize("order", ["depth", "ascent"])
 def test_linear_chain_by_hand(order):
     """Layer by layer: each group is SciPy's optimum of W_A Σ W_Bᵀ and the biases, given the earlier one."""
@@ -166,10 +150,6 @@ def test_metric_of_a_convolution_is_that_of_its_patches(convolution, size):
     moment = patches.T @ patches / len(patches)
     expected = moment @ np.asarray(tree["k"], np.float64).reshape(18, 5)
     np.testing.assert_allclose(weighted["k"].reshape(18, 5), expected, rtol=1e-4, atol=1e-5)
-    centred = apply_metric(spec, tree, apply, x, batch_size=3, centred=True)
-    mean = patches.mean(axis=0)
-    expected = (moment - np.outer(mean, mean)) @ np.asarray(tree["k"], np.float64).reshape(18, 5)
-    np.testing.assert_allclose(centred["k"].reshape(18, 5), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_scan_shares_or_stacks_the_metric():
@@ -192,13 +172,6 @@ def test_scan_shares_or_stacks_the_metric():
     np.testing.assert_allclose(
         by_layer[0], h.T @ h / 9 @ np.asarray(shared, np.float64), rtol=1e-4, atol=1e-5
     )
-    # Centred, every step of the recurrent layer has a mean of its own.
-    mean = apply_metric(rebasin.infer_spec(recurrent, tree, x), tree, recurrent, x, centred=True)["w"]
-    stack = tree | {"w": jnp.stack([shared] * 3)}
-    by_layer = apply_metric(rebasin.infer_spec(stacked, stack, x), stack, stacked, x, centred=True)["w"]
-    np.testing.assert_allclose(by_layer.mean(0), mean, rtol=1e-4, atol=1e-6)
-    expected = np.cov(h.T, bias=True) @ np.asarray(shared, np.float64)
-    np.testing.assert_allclose(by_layer[0], expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("order", ["depth", "ascent"])
@@ -345,7 +318,7 @@ def test_memory_does_not_depend_on_the_size_of_the_split():
     def temporary(n):
         inputs = (jnp.zeros((n, 8)),)
         metric = find_metric(spec, a, chain, inputs, 20, ["in", "out"])
-        return sum_weighted.lower(metric, a, inputs, {}).compile().memory_analysis().temp_size_in_bytes
+        return sum_weighted.lower(metric, a, inputs).compile().memory_analysis().temp_size_in_bytes
 
     assert temporary(200) == temporary(20_000)
 
