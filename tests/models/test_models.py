@@ -299,6 +299,8 @@ def test_models_load_nothing_that_trains():
     ("name", "expected"),
     [
         ("mlp", MLP((6, 6, 6), num_classes=4)),
+        ("mlp_1", MLP((6,), num_classes=4)),
+        ("mlp_2", MLP((6, 6), num_classes=4)),
         ("vgg16", VGG16(width=6, num_classes=4)),
         ("resnet20", ResNet20(width=6, num_classes=4)),
         ("vgg16_batchnorm", VGG16(width=6, num_classes=4, norm=BatchNorm)),
