@@ -37,6 +37,7 @@ TEST = [
     "dm-haiku>=0.0.16",  # models in other libraries have the same symmetries
     "equinox>=0.13",
     "hypothesis>=6.100",
+    "pot>=0.9.5",  # an independent solver of optimal transport
     "pyright[nodejs]==1.1.414",
     "pytest>=8.3",
     "pytest-xdist>=3.6",

@@ -235,6 +235,7 @@ EXPERIMENT = Experiment(
     rows=_tidy_rows,
     figures={"learning_rates.png": _draw_rates},
     report=_report,
+    keep="measured",
 )
 
 

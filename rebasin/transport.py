@@ -1,4 +1,4 @@
-"""Alignment as optimal transport between the neurons of two layers, and how wide a layer must be for it.
+"""Alignment as optimal transport between the neurons of two layers.
 
 After arXiv 2310.19103. The neurons of a layer are points: the rows of its weight ``[n, d]``, one for each
 unit. The layer is seen as the measure that gives each of its neurons the mass 1/n. The squared Wasserstein-2
@@ -10,32 +10,27 @@ The distance between neurons is Euclidean, or that of a second moment Σ of what
 ‖w − v‖²_Σ = (w − v)ᵀ Σ (w − v) = E[(w·x − v·x)²], how differently two neurons act on their inputs x.
 """
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy import linalg, optimize, sparse, special, stats
+from scipy import linalg, optimize, sparse, stats
 
-from rebasin.errors import ConfigError, NonFiniteError, RebasinError, problem_list
+from rebasin.dimensions import as_matrix, as_moment, symmetric_root
+from rebasin.errors import ConfigError, RebasinError
 from rebasin.matching.assignment import maximise_assignment
 
 __all__ = [
     "DependenceTest",
-    "EffectiveDimensions",
     "PowerLaw",
     "TransportPlan",
-    "WidthBound",
     "dependence_test",
-    "effective_dimension",
-    "effective_dimensions",
     "fit_decay",
     "gaussian_wasserstein",
     "transport_neurons",
     "wasserstein_rate",
-    "width_bound",
 ]
 
 
@@ -105,11 +100,11 @@ def transport_neurons(
       >>> transport_neurons([[0.0], [2.0]], [[1.0]]).producing.tolist()
       [[1.0], [1.0]]
     """
-    a, b = _matrix(neurons_a, "neurons_a"), _matrix(neurons_b, "neurons_b")
+    a, b = as_matrix(neurons_a, "neurons_a"), as_matrix(neurons_b, "neurons_b")
     if a.shape[1] != b.shape[1]:
         raise RebasinError(f"neurons_b: wanted neurons of dimension {a.shape[1]} as in A, got {b.shape[1]}")
     if second_moment is not None:
-        root = _root(_moment(second_moment, "second_moment", a.shape[1]))
+        root = symmetric_root(as_moment(second_moment, "second_moment", a.shape[1]))
         a, b = a @ root, b @ root
     costs = np.maximum((a**2).sum(1)[:, None] + (b**2).sum(1) - 2 * a @ b.T, 0.0)
     n, m = costs.shape
@@ -155,77 +150,13 @@ def gaussian_wasserstein(
       5.0
     """
     difference = np.asarray(mean_a, np.float64) - np.asarray(mean_b, np.float64)
-    a, b = (_moment(x, name, difference.size) for x, name in ((moment_a, "moment_a"), (moment_b, "moment_b")))
-    root = _root(a)
+    a, b = (
+        as_moment(x, name, difference.size) for x, name in ((moment_a, "moment_a"), (moment_b, "moment_b"))
+    )
+    root = symmetric_root(a)
     cross = linalg.eigvalsh(root @ b @ root)
     shapes = np.trace(a) + np.trace(b) - 2 * np.sqrt(np.maximum(cross, 0)).sum()
     return math.sqrt(difference @ difference + max(shapes, 0.0))
-
-
-def effective_dimension(moment: ArrayLike) -> float:
-    """Return the effective dimension (Σλ)² / Σλ² of a matrix with the eigenvalues λ.
-
-    Args:
-      moment: a symmetric positive semidefinite matrix, ``[d, d]``.
-
-    Raises:
-      RebasinError: it is no such matrix, or zero.
-      NonFiniteError: a number is NaN or infinite.
-
-    Examples:
-      >>> effective_dimension([[3.0, 0.0], [0.0, 1.0]])
-      1.6
-    """
-    moment = _moment(moment, "moment")
-    squares = (moment**2).sum()
-    if squares == 0:
-        raise RebasinError("moment: wanted a matrix that is not zero, got zeros alone")
-    return float(np.trace(moment) ** 2 / squares)
-
-
-class EffectiveDimensions(NamedTuple):
-    """Effective dimensions of the matrices whose spectra govern the matching of one layer (section 6).
-
-    Attributes:
-      weights: of WᵀW, for weight matching.
-      covariance: of W Σ Wᵀ, for covariance matching.
-      activations: of the second moment of the layer's own activations, for activation matching.
-    """
-
-    weights: float
-    covariance: float
-    activations: float
-
-
-def effective_dimensions(
-    neurons: ArrayLike, entering: ArrayLike, activations: ArrayLike
-) -> EffectiveDimensions:
-    """Return the effective dimension that governs each matching method at one layer.
-
-    Args:
-      neurons: weight W of the layer, ``[n, d]``, one row for each unit.
-      entering: what enters the layer for each example, ``[examples, d]``.
-      activations: what the units of the layer do for each example, ``[examples, n]``.
-
-    Raises:
-      RebasinError: the arrays do not fit each other, or a matrix is zero.
-      NonFiniteError: a number is NaN or infinite.
-
-    Examples:
-      >>> tuple(effective_dimensions(np.eye(2), [[1.0, 0.0], [1.0, 0.0]], np.eye(2)))
-      (2.0, 1.0, 2.0)
-    """
-    w, x, y = (
-        _matrix(value, name)
-        for value, name in ((neurons, "neurons"), (entering, "entering"), (activations, "activations"))
-    )
-    if x.shape[1] != w.shape[1] or y.shape[1] != w.shape[0]:
-        raise RebasinError(
-            f"wanted entering [examples, {w.shape[1]}] and activations [examples, {w.shape[0]}] for neurons "
-            f"{list(w.shape)}, got {list(x.shape)} and {list(y.shape)}"
-        )
-    done = x @ w.T
-    return EffectiveDimensions(*(effective_dimension(z.T @ z) for z in (w, done, y)))
 
 
 class PowerLaw(NamedTuple):
@@ -280,115 +211,6 @@ def wasserstein_rate(dimension: float) -> float:
     return 1 / max(dimension, 4.0)
 
 
-class WidthBound(NamedTuple):
-    """Bounds on the width of each hidden layer, as decimal logarithms, since they grow beyond any float.
-
-    Attributes:
-      lower: a layer must be at least this wide.
-      upper: a layer of this width is wide enough.
-    """
-
-    lower: tuple[float, ...]
-    upper: tuple[float, ...]
-
-
-def width_bound(
-    dimension: int,
-    *,
-    epsilon: float,
-    depth: int = 1,
-    low: int | None = None,
-    rest: float = 0.0,
-    constant: float = 1.0,
-) -> WidthBound:
-    """Bound the widths at which the layers of two networks with independent neurons can be aligned.
-
-    Aligned means that in each layer the expected squared distance of paired neurons is at most ε² of a
-    neuron's expected squared norm, E W₂² ≤ ε² E‖w‖².
-
-    Assumptions. The neurons of a layer are independent and Gaussian with mean zero, in both networks alike.
-    Layer 1 has `dimension` inputs, each later layer as many as the layer before it is wide, at the bound. By
-    default the covariance is isotropic. With `low`, the neurons of every layer are approximately
-    low-dimensional: `low` directions share 1 − `rest` of the variance equally, all others share `rest`.
-
-    Lower bound. No neuron is paired with a closer one than its nearest. The density of `k` directions of
-    variance λ is at most (2πλ)^(-k/2), so n < ½ Γ(k/2 + 1) (√λ/ε)^k neurons leave more than ε². The bound is
-    the larger one of the `low` directions and of all.
-
-    Upper bound. With E W₂² ≤ `constant` · n^(-2/d) · E‖w‖² in d dimensions, width (`constant`/ε²)^(d/2)
-    is enough. If only the `low` directions are matched, the others contribute 2·`rest`, so that
-    (`constant`·(1 − `rest`)/(ε² − 2·`rest`))^(`low`/2) is enough; this grows without bound as 2·`rest` nears
-    ε², and the smaller one of both is taken. Where that is less than the lower bound, the constant is too
-    small.
-
-    These bounds are derived here from convergence rates, as arXiv 2310.19103 argues in section 5; they are
-    not that paper's theorems. The width of a layer is the dimension of the next, so that without a low
-    dimension the bounds are powers of powers.
-
-    Args:
-      dimension: number of inputs of the first layer.
-      epsilon: tolerance ε, in (0, 1).
-      depth: number of hidden layers.
-      low: number of directions that hold most of the variance; `None` for isotropic neurons.
-      rest: fraction of the variance in all other directions, in [0, 1).
-      constant: constant of the rate; that of the general theorem holds for d > 4 and is not known.
-
-    Raises:
-      ConfigError: an argument cannot work; all such arguments are listed.
-
-    Examples:
-      >>> bound = width_bound(4, epsilon=0.1)  # 1 / (16 ε⁴) and 1 / ε⁴
-      >>> [round(10**x) for x in (*bound.lower, *bound.upper)]
-      [625, 10000]
-    """
-    wanted = {
-        "dimension: wanted at least 1": dimension >= 1,
-        "epsilon: wanted a number between 0 and 1": 0 < epsilon < 1,
-        "depth: wanted at least 1": depth >= 1,
-        f"low: wanted between 1 and dimension ({dimension}), or None": low is None or 1 <= low <= dimension,
-        "rest: wanted at least 0 and less than 1, and 0 without low": 0 <= rest < (1 if low else 1e-300),
-        "constant: wanted a positive number": 0 < constant < math.inf,
-    }
-    if problems := [text for text, fits in wanted.items() if not fits]:
-        raise ConfigError(problem_list("this bound cannot be computed:", problems))
-    lower, upper = [], []
-    for bounds, step in (
-        (lower, functools.partial(_lower, epsilon, low, rest)),
-        (upper, functools.partial(_upper, epsilon, low, rest, constant)),
-    ):
-        inputs = float(dimension)
-        for _ in range(depth):
-            bounds.append(max(step(inputs), 0.0))  # a layer has at least one unit
-            inputs = 10.0 ** bounds[-1] if bounds[-1] < 300 else math.inf
-    return WidthBound(tuple(lower), tuple(upper))
-
-
-def _lower(epsilon: float, low: int | None, rest: float, inputs: float) -> float:
-    """Return the logarithm of the least width of a layer with so many inputs."""
-
-    def bound(blocks: Sequence[tuple[float, float]]) -> float:
-        count = sum(size for size, _ in blocks)
-        if math.isinf(count):
-            return math.inf
-        volume = sum(size * math.log(share / size / epsilon**2) / 2 for size, share in blocks)
-        return (float(special.gammaln(count / 2 + 1)) + volume - math.log(2)) / math.log(10)
-
-    if low is None or low >= inputs:
-        return bound([(inputs, 1.0)])
-    leading = (float(low), 1 - rest)
-    whole = bound([leading, (inputs - low, rest)]) if rest and math.isfinite(inputs) else 0.0
-    return max(bound([leading]), whole)
-
-
-def _upper(epsilon: float, low: int | None, rest: float, constant: float, inputs: float) -> float:
-    """Return the logarithm of a width that is enough for a layer with so many inputs."""
-    whole = inputs / 2 * math.log10(constant / epsilon**2) if constant > epsilon**2 else 0.0
-    left = epsilon**2 - 2 * rest
-    if low is None or left <= 0:
-        return whole
-    return min(whole, low / 2 * math.log10(constant * (1 - rest) / left))
-
-
 class DependenceTest(NamedTuple):
     """A permutation test of whether the neurons of a layer are independent.
 
@@ -440,7 +262,7 @@ def dependence_test(
       >>> dependence_test(alike).statistic
       1.0
     """
-    networks = [_matrix(layer, f"layers.{i}") for i, layer in enumerate(layers)]
+    networks = [as_matrix(layer, f"layers.{i}") for i, layer in enumerate(layers)]
     shapes = [list(layer.shape) for layer in networks]
     if len(networks) < 2 or any(shape != shapes[0] or shape[0] < 2 for shape in shapes):
         raise RebasinError(
@@ -465,33 +287,3 @@ def dependence_test(
     rng = np.random.default_rng(seed)
     null = np.array([statistic(rng.permutation(len(rows))) for _ in range(num_permutations)])
     return DependenceTest(statistic(np.arange(len(rows))), null)
-
-
-def _matrix(value: ArrayLike, name: str) -> np.ndarray:
-    """Return a finite matrix with at least one entry in float64."""
-    array = np.asarray(value, np.float64)
-    if array.ndim != 2 or not array.size:
-        raise RebasinError(f"{name}: wanted a matrix with at least one entry, got shape {list(array.shape)}")
-    if not np.isfinite(array).all():
-        raise NonFiniteError(f"{name}: {(~np.isfinite(array)).sum()} of {array.size} entries are not finite")
-    return array
-
-
-def _moment(value: ArrayLike, name: str, size: int | None = None) -> np.ndarray:
-    """Return a symmetric positive semidefinite matrix in float64."""
-    array = _matrix(value, name)
-    wanted = [size or len(array)] * 2
-    if list(array.shape) != wanted:
-        raise RebasinError(f"{name}: wanted shape {wanted}, got {list(array.shape)}")
-    least = linalg.eigvalsh((array + array.T) / 2, subset_by_index=[0, 0])[0]
-    scale = np.abs(array).max()
-    # Moments are computed in float32, whose rounding leaves eigenvalues somewhat below zero.
-    if np.abs(array - array.T).max() > 1e-4 * scale or least < -1e-4 * scale * len(array):
-        raise RebasinError(f"{name}: wanted a symmetric positive semidefinite matrix")
-    return (array + array.T) / 2
-
-
-def _root(moment: np.ndarray) -> np.ndarray:
-    """Return the symmetric square root of a positive semidefinite matrix."""
-    values, vectors = linalg.eigh(moment)
-    return (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T

@@ -1,4 +1,4 @@
-"""Transport of neurons against independent solvers and closed forms, width bounds by hand, dependence."""
+"""Transport of neurons against independent solvers and closed forms, and the test of dependence."""
 
 import itertools
 import math
@@ -12,13 +12,10 @@ import rebasin
 from rebasin.errors import ConfigError, NonFiniteError, RebasinError
 from rebasin.transport import (
     dependence_test,
-    effective_dimension,
-    effective_dimensions,
     fit_decay,
     gaussian_wasserstein,
     transport_neurons,
     wasserstein_rate,
-    width_bound,
 )
 
 
@@ -44,6 +41,19 @@ def test_equal_counts_are_the_assignment_and_the_linear_program(seed):
         sums = np.array([np.kron(np.eye(7), np.ones(7)), np.kron(np.ones(7), np.eye(7))]).reshape(14, 49)
         program = linprog(costs.ravel(), A_eq=sums, b_eq=np.full(14, 1 / 7), method="highs-ipm")
         assert plan.cost == pytest.approx(program.fun, rel=1e-6)
+
+
+@pytest.mark.parametrize(("n", "m"), [(9, 9), (7, 12), (12, 5), (1, 6)])
+def test_the_distance_is_that_of_python_optimal_transport(n, m):
+    """POT solves the transport by a network simplex of its own."""
+    ot = pytest.importorskip("ot", reason="POT is in the extra 'test'")
+    rng = np.random.default_rng(100 * n + m)
+    a, b, sigma = rng.normal(size=(n, 4)), 0.5 + rng.normal(size=(m, 4)), moment(rng, 4)
+    for metric, given in ((np.eye(4), None), (sigma, sigma)):
+        costs = costs_by_hand(a, b, metric)
+        plan = transport_neurons(a, b, second_moment=given)
+        expected = ot.emd2(np.full(n, 1 / n), np.full(m, 1 / m), costs)
+        assert plan.cost == pytest.approx(float(expected), rel=1e-6)
 
 
 @pytest.mark.parametrize(("n", "m"), [(4, 6), (6, 4), (3, 5), (1, 4), (4, 2)])
@@ -115,63 +125,6 @@ def test_distances_of_samples_fall_with_their_number_at_the_rate_of_the_dimensio
     assert fit_decay([2, 8, 32], [3 / 2**0.5, 3 / 8**0.5, 3 / 32**0.5]).scale == pytest.approx(3)
 
 
-def test_effective_dimensions_follow_the_spectrum_of_each_matrix():
-    rng = np.random.default_rng(4)
-    w, x, y = rng.normal(size=(5, 7)), rng.normal(size=(90, 7)), rng.normal(size=(90, 5))
-
-    def by_spectrum(matrix):
-        values = np.linalg.eigvalsh(matrix)
-        return values.sum() ** 2 / (values**2).sum()
-
-    assert tuple(effective_dimensions(w, x, y)) == pytest.approx(
-        (by_spectrum(w.T @ w), by_spectrum(w @ (x.T @ x / 90) @ w.T), by_spectrum(y.T @ y))
-    )
-    assert effective_dimension(np.eye(6)) == pytest.approx(6)
-    assert effective_dimension(np.outer(w[0], w[0])) == pytest.approx(1)
-
-
-def test_width_bounds_by_hand():
-    # d = 2: ½ Γ(2) (1/√2 / ε)² = 1 / (4 ε²) = 25, and (1/ε²)^1 = 100. The next layer has 25 or 100 inputs:
-    # ½ Γ(13.5) (1/√25 / 0.1)^25, with Γ(13.5) = 1.7106e9 and 2^25 = 3.3554e7, and 100^50.
-    bound = width_bound(2, epsilon=0.1, depth=2)
-    assert bound.lower == pytest.approx((math.log10(25), math.log10(0.5 * 1.710572e9 * 2**25)), rel=1e-6)
-    assert bound.upper == pytest.approx((2, 100))
-    # Two of six directions hold all but 0.002: 1/ε² is replaced by 0.998 / (0.01 - 0.004), to the power 1.
-    low = width_bound(6, epsilon=0.1, low=2, rest=0.002)
-    assert low.upper == pytest.approx((math.log10(0.998 / 0.006),))
-    # ½ Γ(2) (0.998 / 2 / 0.01); the other four directions of 0.0005 shrink the bound of all six, Γ(4) = 6:
-    # ½ · 6 · 49.9 · (0.0005 / 0.01)².
-    assert low.lower == pytest.approx((math.log10(0.5 * 49.9),))
-    # With a variance of 0.004 each they do not: ½ · 6 · (0.984 / 2 / 0.0004) · (0.004 / 0.0004)².
-    wide = width_bound(6, epsilon=0.02, low=2, rest=0.016)
-    assert wide.lower == pytest.approx((math.log10(3 * 1230 * 100),))
-    # There the rest is more than the tolerance, so all six directions must be matched: (1 / 0.0004)³.
-    assert wide.upper == pytest.approx((3 * math.log10(2500),))
-
-
-def test_width_bounds_grow_with_depth_unless_the_dimension_is_low():
-    bound = width_bound(8, epsilon=0.3, depth=4)
-    assert bound.upper[0] < bound.upper[1] < bound.upper[2]
-    assert bound.upper[3] == math.inf
-    low = width_bound(8, epsilon=0.3, depth=4, low=3, rest=0.01)
-    assert len(set(low.upper)) == 1
-    # As the rest nears half of the squared tolerance, the bound grows until that of all directions is less.
-    series = [
-        width_bound(50, epsilon=0.3, low=3, rest=rest).upper[0] for rest in (0, 0.02, 0.04, 0.0449, 0.045)
-    ]
-    assert series == sorted(set(series))
-    assert series[-1] == pytest.approx(25 * math.log10(1 / 0.09))
-
-
-def test_no_sample_beats_the_lower_bound():
-    """Two samples of fewer neurons than the bound are on average further apart than the tolerance."""
-    rng, epsilon = np.random.default_rng(5), 0.25
-    for dimension in (2, 4):
-        n = math.floor(10 ** width_bound(dimension, epsilon=epsilon).lower[0])
-        samples = rng.normal(size=(40, 2, n, dimension)) / math.sqrt(dimension)
-        assert np.mean([transport_neurons(*pair).cost for pair in samples]) > epsilon**2
-
-
 def test_independent_neurons_pass_and_dependent_ones_do_not():
     rng = np.random.default_rng(6)
     spread = np.linspace(0.2, 2, 6)
@@ -232,17 +185,6 @@ def test_the_statistic_is_the_mean_squared_cosine_within_networks():
             "neurons_a: wanted a matrix with at least one entry, got shape [3]",
         ),
         (
-            lambda: effective_dimension(np.zeros((2, 2))),
-            RebasinError,
-            "moment: wanted a matrix that is not zero, got zeros alone",
-        ),
-        (
-            lambda: effective_dimensions(np.ones((2, 3)), np.ones((5, 3)), np.ones((5, 3))),
-            RebasinError,
-            "wanted entering [examples, 3] and activations [examples, 2] for neurons [2, 3], "
-            "got [5, 3] and [5, 3]",
-        ),
-        (
             lambda: fit_decay([2, 2], [1.0, 1.0]),
             RebasinError,
             "wanted a distance for each of at least two counts, got [2. 2.] and [1. 1.]",
@@ -262,15 +204,6 @@ def test_the_statistic_is_the_mean_squared_cosine_within_networks():
             lambda: dependence_test(np.ones((2, 3, 2)), num_permutations=0),
             ConfigError,
             "num_permutations: wanted at least 1, got 0",
-        ),
-        (
-            lambda: width_bound(0, epsilon=1.0, depth=0, low=3, rest=1.0, constant=0.0),
-            ConfigError,
-            "this bound cannot be computed:\n  dimension: wanted at least 1\n"
-            "  epsilon: wanted a number between 0 and 1\n  depth: wanted at least 1\n"
-            "  low: wanted between 1 and dimension (0), or None\n"
-            "  rest: wanted at least 0 and less than 1, and 0 without low\n"
-            "  constant: wanted a positive number",
         ),
     ],
 )

@@ -24,7 +24,7 @@ def check_resources(
 
     Args:
       networks: finds and trains the networks.
-      pairs: pairs that are not measured yet, of one model and number of epochs; widths may differ.
+      pairs: pairs that are not measured yet, of one number of epochs; models and widths may differ.
       epochs: epochs that are wanted of each parent.
       spawned: epochs at which `CHILDREN` leave each pair.
       further: number of other networks of each pair whose last epoch is stored.
@@ -38,15 +38,16 @@ def check_resources(
     if not any(new.values()) and not spawned and not further:
         networks.reporter.say(f"networks: all found in {networks.runs_dir}")
         return
-    widths = sorted({pair.recipe.width for pair in pairs})
+    kinds = sorted({(pair.recipe.width, pair.recipe.model) for pair in pairs})
     size, count, needed = 0, 0, 0
-    for width in widths:
-        recipe = next(pair.recipe for pair in pairs if pair.recipe.width == width)
-        model = build_model(recipe.model, width=width, num_classes=networks.dataset.num_classes)
-        size = tree_bytes(network_shapes(model, networks.dataset)[0])
-        check_memory(size, f"a network ({recipe.model}) of width {width}")
-        missing = [number for pair, number in new.items() if pair.recipe.width == width]
-        stored = _count_stored(networks.keep, recipe.epochs, missing, epochs, spawned)
+    for width, name in kinds:
+        own = [pair for pair in pairs if (pair.recipe.width, pair.recipe.model) == (width, name)]
+        model = build_model(name, width=width, num_classes=networks.dataset.num_classes)
+        # Where images are shrunk for some pairs, those of the run are the largest.
+        size = max(size, tree_bytes(network_shapes(model, networks.dataset)[0]))
+        check_memory(size, f"a network ({name}) of width {width}")
+        missing = [new[pair] for pair in own]
+        stored = _count_stored(networks.keep, own[0].recipe.epochs, missing, epochs, spawned)
         # With keep="none" they go once their pair is measured; one more is stored for resuming.
         stored += further * (1 if networks.keep == "none" else len(missing)) + (1 if further else 0)
         count, needed = count + stored, needed + stored * size
@@ -54,8 +55,8 @@ def check_resources(
     bases = {run_directory(where, pair.recipe, pair.seeds[0]).parent for pair in pairs}
     if count:
         check_disk(needed // count, count, where, "the networks", stored=sum(map(_disk_use, bases)))
-    # A stored epoch has its momentum beside it. The last size is that of the widest network.
-    each = "up to " * (len(widths) > 1) + format_bytes(2 * size)
+    # A stored epoch has its momentum beside it.
+    each = "up to " * (len(kinds) > 1) + format_bytes(2 * size)
     networks.reporter.say(
         f"disk: at most {format_bytes(2 * needed)} for networks in {where}, {each} an epoch "
         f"(keeping {networks.keep})"

@@ -14,7 +14,7 @@ from experiments.harness.console import Reporter
 from experiments.harness.deadline import Deadline, OutOfTime
 from experiments.harness.disk import check_resources
 from experiments.harness.figures import Target
-from experiments.harness.networks import Networks, Pair
+from experiments.harness.networks import Networks, Pair, dataset_of
 from experiments.harness.paths import infer_model_spec, network_shapes
 from experiments.harness.record import PairRecord
 from experiments.harness.results import (
@@ -25,7 +25,7 @@ from experiments.harness.results import (
     Schema,
     Seconds,
     count_pairs,
-    join_environments,
+    merged,
     open_results,
     write_csv,
 )
@@ -41,7 +41,7 @@ from rebasin.training.loop import build_apply
 from rebasin.training.recipes import Recipe
 from rebasin.training.trajectory import Trajectory
 
-__all__ = ["Config", "Experiment", "Measure", "Setup", "describe_run", "merged"]
+__all__ = ["Config", "Experiment", "Measure", "Setup", "describe_run"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,6 +120,10 @@ class Config:
         """Epochs at which networks are measured."""
         return (self.recipe.epochs,)
 
+    def epochs_of(self, pair: Pair) -> tuple[int, ...]:
+        """Return the epochs at which one pair is measured, which may depend on its recipe."""
+        return self.wanted_epochs
+
     @property
     def spawn_epochs(self) -> tuple[int, ...]:
         """Epochs at which children leave each pair."""
@@ -173,12 +177,12 @@ Measure: TypeAlias = Callable[[Pair, list[Trajectory], R | None], Iterator[R]]
 class Setup(Generic[C]):
     """What an experiment measures with.
 
-    A run over several widths has one setup, and one measure, for each width.
+    A run over several architectures has one setup, and one measure, for each.
 
     Attributes:
       config: the config of the run.
       dataset: the data.
-      model: the Flax module of all networks of one width.
+      model: the Flax module of all networks of one architecture.
       spec: symmetries of the model.
       networks: finds and trains networks.
       seconds: counts computing time.
@@ -197,8 +201,9 @@ class Setup(Generic[C]):
 
     def for_recipe(self, recipe: Recipe) -> "Setup[C]":
         """Return the same setup for networks of another recipe, such as one of another width."""
-        model = _build_model(recipe, self.dataset)
-        return dataclasses.replace(self, model=model, spec=infer_model_spec(model, self.dataset))
+        model, dataset = _build_model(recipe, self.dataset), dataset_of(recipe.dataset, self.dataset)
+        spec = infer_model_spec(model, dataset)
+        return dataclasses.replace(self, dataset=dataset, model=model, spec=spec)
 
     @functools.cached_property
     def apply_fn(self) -> Callable[[Any, Any], jax.Array]:
@@ -399,8 +404,9 @@ class Experiment(Generic[C, R, S]):
         pairs = config.pairs
         done = [i for i, record in enumerate(records) if config.is_complete(record)]
         left = {i: pair for i, pair in enumerate(pairs) if i not in done}
-        for recipe in {pair.recipe.width: pair.recipe for pair in left.values()}.values():
-            config.check_network(recipe, network_shapes(_build_model(recipe, dataset), dataset)[0])
+        for recipe in {_architecture(pair.recipe): pair.recipe for pair in left.values()}.values():
+            own_data = dataset_of(recipe.dataset, dataset)
+            config.check_network(recipe, network_shapes(_build_model(recipe, dataset), own_data)[0])
         check_resources(
             networks, list(left.values()), config.wanted_epochs, config.spawn_epochs, config.further_networks
         )
@@ -412,52 +418,20 @@ class Experiment(Generic[C, R, S]):
         model = _build_model(config.recipe, dataset)
         spec = infer_model_spec(model, dataset)
         setup = Setup(config, dataset, model, spec, networks, results.seconds, reporter, deadline)
-        measures: dict[int, Measure[R]] = {}
+        measures: dict[tuple[Any, ...], Measure[R]] = {}
         for i, pair in left.items():
-            width = pair.recipe.width
-            if width not in measures:
-                own = setup if pair.recipe == config.recipe else setup.for_recipe(pair.recipe)
-                measures[width] = self.build_measure(own)
-            trained = networks.parents(pair, config.wanted_epochs)
+            kind = _architecture(pair.recipe)
+            if kind not in measures:
+                own = setup if kind == _architecture(config.recipe) else setup.for_recipe(pair.recipe)
+                measures[kind] = self.build_measure(own)
+            trained = networks.parents(pair, config.epochs_of(pair))
             begun = records[i] if i < len(records) else None
-            for record in measures[width](pair, trained, begun):
+            for record in measures[kind](pair, trained, begun):
                 records[i : i + 1] = [_as_stored(self.schema.record, record)]
                 results.save(path)
             networks.release(pair)
         self.sum_up(results)
         results.save(path)
-
-
-def merged(paths: Sequence[pathlib.Path], parts: Sequence[Results[C, R, S]]) -> Results[C, R, S]:
-    """Return the pairs of several runs as those of one, without summary and claims."""
-    first = to_json(parts[0].config)
-    problems = []
-    for path, part in zip(paths, parts, strict=True):
-        found = to_json(part.config)
-        problems += [
-            f"{path}: {name}: {found[name]!r}, {wanted!r} in the first"
-            for name, wanted in first.items()
-            if found[name] != wanted and name not in ("seed", "replicates")
-        ]
-    if problems:
-        raise ConfigError(problem_list("runs of different configs cannot be merged:", problems))
-    parts = sorted(parts, key=lambda part: part.config.seed)
-    records = [record for part in parts for record in part.records]
-    config = dataclasses.replace(parts[0].config, replicates=1)
-    each = len(config.pairs)  # records of one replicate
-    config = dataclasses.replace(config, replicates=max(1, -(-len(records) // each)))
-    seeds, wanted = [record.seeds for record in records], [pair.seeds for pair in config.pairs]
-    if seeds != wanted:
-        raise ConfigError(
-            "these pairs are not those of one run: wanted the seeds "
-            f"{', '.join(map(str, wanted))}, got {', '.join(map(str, seeds)) or 'none'}"
-        )
-    results = Results(parts[0].experiment, config, join_environments([p.environment for p in parts]))
-    results.records = records
-    for part in parts:
-        for phase, seconds in part.seconds.items():
-            results.seconds.add(phase, seconds)
-    return results
 
 
 def describe_run(config: Config) -> str:
@@ -490,6 +464,11 @@ def _check_records(path: pathlib.Path, results: Results[Any, Any, Any]) -> None:
         problems.append(f"records: wanted {len(pairs)} in a finished run, got {len(records)}")
     if problems:
         raise ConfigError(problem_list(f"{path} is damaged ({WAY_OUT}):", problems))
+
+
+def _architecture(recipe: Recipe) -> tuple[Any, ...]:
+    """Return what networks need to share so that they are measured by one compiled program."""
+    return recipe.model, recipe.dataset, recipe.width
 
 
 def _build_model(recipe: Recipe, dataset: Dataset) -> Any:

@@ -112,6 +112,7 @@ class MethodComparison:
       num_repair: number of training examples, among those for matching, from which REPAIR and norms take
         statistics; `None` measures no path but the plain one.
       options: options of single methods, by name, in place of their defaults.
+      observe: called with the name of a method, A and P[B], for experiments that measure more of them.
     """
 
     def __init__(
@@ -123,8 +124,10 @@ class MethodComparison:
         num_steps: int | None = None,
         num_repair: int | None = None,
         options: Mapping[str, Mapping[str, Any]] | None = None,
+        observe: Callable[[str, Any, Any], None] | None = None,
     ) -> None:
         self._setup, self._methods, self._num_repair = setup, methods, num_repair
+        self._observe = observe
         self._matchers = build_matchers(setup, methods, num_steps=num_steps, options=options)
         size = len(setup.dataset.test.labels)
         test = setup.dataset.take(num_test=min(num_test or size, size)).test
@@ -169,6 +172,8 @@ class MethodComparison:
             moved = params_b
             if match is not None:
                 moved = rebasin.permute(self._setup.spec, match.permutation, params_b)
+                if self._observe is not None:
+                    self._observe(name, params_a, moved)
             repaired = reset = None
             if self._num_repair is not None:
                 repaired = _test_path(self._repaired(params_a, moved))

@@ -33,6 +33,7 @@ __all__ = [
     "Networks",
     "Pair",
     "child_seed",
+    "dataset_of",
     "holds_epochs",
     "run_directory",
     "shared_runs",
@@ -104,6 +105,17 @@ def run_directory(runs_dir: pathlib.Path, recipe: Recipe, seed: int) -> pathlib.
     digest = hashlib.sha256(text.encode()).hexdigest()[:10]
     name = f"{recipe.dataset}-{recipe.model}-w{recipe.width}-e{recipe.epochs}-{digest}"
     return runs_dir / name / f"seed_{seed}"
+
+
+@functools.lru_cache(maxsize=16)
+def dataset_of(name: str, dataset: Dataset) -> Dataset:
+    """Return the data of a recipe, of which an experiment over image sizes has one for each size.
+
+    Args:
+      name: the dataset in the recipe.
+      dataset: the dataset of the run.
+    """
+    return dataset.named(name)
 
 
 def child_seed(parent: int, epoch: int, number: int) -> int:
@@ -251,7 +263,7 @@ class Networks:
             )
             (trajectory,) = train_networks(
                 pair.recipe,
-                self.dataset,
+                dataset_of(pair.recipe.dataset, self.dataset),
                 (seed,),
                 runs_dir=self.runs_dir if shared else self.scratch,
                 reporter=self.reporter,

@@ -78,6 +78,8 @@ PRESETS: dict[str, dict[str, Preset]] = {
             match_epochs=(0, 1, 2, 3, 5, 10, 30),
             spawn_epochs=(0, 1, 2, 3, 4, 5, 6, 8, 10, 14, 20),
             num_match=None,
+            # Two experiments train networks in dozens of ways by this regime.
+            by_regime={"optimal_transport": {"epochs": 8}},
             widths=(16, 32, 64, 128, 256, 512, 1024),
         ),
         # Not in the paper: a transformer, whose heads and dimensions within heads are aligned too.

@@ -27,7 +27,6 @@ __all__ = [
     "METRICS",
     "N",
     "AlignedEpoch",
-    "Dimensions",
     "Endpoints",
     "EpochRecord",
     "FamilyRecord",
@@ -42,8 +41,6 @@ __all__ = [
     "PathCurves",
     "RateRecord",
     "RatesSummary",
-    "SettingRecord",
-    "SettingsSummary",
     "SpawnRecord",
     "TestPath",
     "TrajectoryRecord",
@@ -356,54 +353,6 @@ class RatesSummary:
     """Mean and spread of every number at each peak learning rate, in ascending order."""
 
     rates: tuple[RateRecord[Interval], ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Dimensions(Generic[N]):
-    """Effective dimensions of the matrices that govern each matching method at one layer.
-
-    Attributes:
-      weights: of WᵀW, where W is the weight of the layer.
-      covariance: of W Σ Wᵀ, where Σ is the second moment of what enters the layer.
-      activations: of the second moment of the layer's own activations.
-    """
-
-    weights: N
-    covariance: N
-    activations: N
-
-
-@dataclasses.dataclass(frozen=True)
-class SettingRecord(PairRecord[N]):
-    """One pair of networks of one way of training (``optimal_transport``).
-
-    Attributes:
-      seeds: see `PairRecord`.
-      setting: name of the way of training.
-      layers: effective dimensions of each hidden layer of network A.
-      distance: Wasserstein-2 distance of the first layers, relative to the norm of A's neurons.
-      covariance_distance: the same in the metric of the data's second moment.
-      dependence: z-score of the test of whether the neurons of the first layers are independent.
-      p_value: p-value of that test.
-      methods: as in `MethodsRecord`.
-    """
-
-    parts: ClassVar = ("methods", None)
-
-    setting: str
-    layers: tuple[Dimensions[N], ...]
-    distance: N
-    covariance_distance: N
-    dependence: N
-    p_value: N
-    methods: Mapping[str, MatchRecord[N]]
-
-
-@dataclasses.dataclass(frozen=True)
-class SettingsSummary:
-    """Mean and spread of every number in each setting."""
-
-    settings: tuple[SettingRecord[Interval], ...]
 
 
 def added(record: P, part: Any) -> P:

@@ -36,6 +36,7 @@ __all__ = [
     "describe_environment",
     "describe_mean",
     "join_environments",
+    "merged",
     "open_results",
     "write_csv",
 ]
@@ -304,6 +305,38 @@ def join_environments(environments: Sequence[Mapping[str, Any]]) -> dict[str, An
         different = [value for i, value in enumerate(values) if value not in values[:i]]
         joined[name] = different if len(different) > 1 else different[0]
     return joined
+
+
+def merged(paths: Sequence[pathlib.Path], parts: Sequence[Results[Any, Any, Any]]) -> Results[Any, Any, Any]:
+    """Return the pairs of several runs as those of one, without summary and claims."""
+    first = to_json(parts[0].config)
+    problems = []
+    for path, part in zip(paths, parts, strict=True):
+        found = to_json(part.config)
+        problems += [
+            f"{path}: {name}: {found[name]!r}, {wanted!r} in the first"
+            for name, wanted in first.items()
+            if found[name] != wanted and name not in ("seed", "replicates")
+        ]
+    if problems:
+        raise ConfigError(problem_list("runs of different configs cannot be merged:", problems))
+    parts = sorted(parts, key=lambda part: part.config.seed)
+    records = [record for part in parts for record in part.records]
+    config = dataclasses.replace(parts[0].config, replicates=1)
+    each = len(config.pairs)  # records of one replicate
+    config = dataclasses.replace(config, replicates=max(1, -(-len(records) // each)))
+    seeds, wanted = [record.seeds for record in records], [pair.seeds for pair in config.pairs]
+    if seeds != wanted:
+        raise ConfigError(
+            "these pairs are not those of one run: wanted the seeds "
+            f"{', '.join(map(str, wanted))}, got {', '.join(map(str, seeds)) or 'none'}"
+        )
+    results = Results(parts[0].experiment, config, join_environments([p.environment for p in parts]))
+    results.records = records
+    for part in parts:
+        for phase, seconds in part.seconds.items():
+            results.seconds.add(phase, seconds)
+    return results
 
 
 def _commit() -> str | None:

@@ -26,6 +26,8 @@ __all__ = ["MLP", "MODELS", "BatchNorm", "ResNet20", "VGG16", "ViT", "build_mode
 # The models by name, as functions of width and number of classes.
 MODELS: Mapping[str, Callable[[int, int], nn.Module]] = {
     "mlp": lambda width, num_classes: MLP((width, width, width), num_classes),
+    "mlp_1": lambda width, num_classes: MLP((width,), num_classes),
+    "mlp_2": lambda width, num_classes: MLP((width, width), num_classes),
     "resnet20": ResNet20,
     "resnet20_batchnorm": partial(ResNet20, norm=BatchNorm),
     "vgg16": VGG16,
@@ -39,8 +41,9 @@ def build_model(name: str, *, width: int, num_classes: int) -> nn.Module:
 
     Args:
       name: ``"mlp"``, ``"resnet20"``, ``"vgg16"`` or ``"vit"``; ``"resnet20_batchnorm"`` and
-        ``"vgg16_batchnorm"`` have BatchNorm in place of LayerNorm.
-      width: number of units of each of the three hidden layers of an MLP, number of units of the residual
+        ``"vgg16_batchnorm"`` have BatchNorm in place of LayerNorm; ``"mlp_1"`` and ``"mlp_2"`` have one and
+        two hidden layers in place of three.
+      width: number of units of each hidden layer of an MLP, number of units of the residual
         stream of a transformer, or number of channels of the first layer of a convolutional network.
       num_classes: number of logits.
 

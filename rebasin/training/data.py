@@ -64,6 +64,9 @@ DATASETS = tuple(_FORMS)
 # incomplete.ABC123_3.0.1, which must not match.
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
 
+# The name of a dataset with smaller images.
+_SHRUNK = re.compile(r"(.+)_(\d+)x\2")
+
 # The packages that reading a prepared folder needs. TFDS itself imports the last two only when it reads the
 # first record, so they are checked beforehand.
 _TFDS_PACKAGES = ("tensorflow_datasets", "array_record", "PIL")
@@ -163,6 +166,60 @@ class Dataset:
             **{split: _take(getattr(self, split), num) for split, num in wanted.items() if num is not None},
         )
 
+    def shrink(self, side: int) -> "Dataset":
+        """Return the dataset with smaller, square images, each pixel of which is the mean over an area.
+
+        Images whose pixels are not bytes over their whole range, as those of the digits, are stretched to it
+        first, so that rounding to bytes costs little.
+
+        Args:
+          side: height and width of the new images, in pixels.
+
+        Returns:
+          A new dataset called ``"<name>_<side>x<side>"``, which `load_dataset` knows too.
+
+        Raises:
+          DataError: the images are not larger than that.
+
+        Examples:
+          >>> small = load_dataset("digits").shrink(4)
+          >>> small.name, small.train.inputs.shape
+          ('digits_4x4', (1437, 4, 4, 1))
+        """
+        height, width, _ = self.train.inputs.shape[1:]
+        if not 1 <= side < min(height, width):
+            raise DataError(
+                f"dataset {self.name!r} has images of {height} × {width} pixels, which cannot be shrunk to "
+                f"{side} × {side}"
+            )
+        rows, columns = (_area_means(size, side) for size in (height, width))
+        stretch = 255 / max(int(self.train.inputs.max()), 1)
+
+        def shrunk(split: Batch) -> Batch:
+            means = np.einsum(
+                "ih,nhwc,jw->nijc", rows, split.inputs.astype(np.float32), columns, optimize=True
+            )
+            pixels = np.clip(np.rint(stretch * means), 0, 255).astype(np.uint8)
+            return Batch(pixels, split.labels)
+
+        name = f"{self.name}_{side}x{side}"
+        return dataclasses.replace(self, name=name, train=shrunk(self.train), test=shrunk(self.test))
+
+    def named(self, name: str) -> "Dataset":
+        """Return the dataset of a recipe: this one, or this one with smaller images, by its name.
+
+        Raises:
+          DataError: the name is that of no such dataset.
+
+        Examples:
+          >>> load_dataset("digits").named("digits_4x4").name
+          'digits_4x4'
+        """
+        base, side = _split_name(name)
+        if base != self.name:
+            raise DataError(f"wanted dataset {self.name!r}, or its images shrunk, got {name!r}")
+        return self if side is None else self.shrink(side)
+
 
 def load_dataset(name: str, *, data_dir: str | os.PathLike[str] | None = None) -> Dataset:
     """Load both splits of a dataset into memory.
@@ -173,7 +230,8 @@ def load_dataset(name: str, *, data_dir: str | os.PathLike[str] | None = None) -
     and ``test`` of TFDS.
 
     Args:
-      name: one of `DATASETS`.
+      name: one of `DATASETS`; ``"digits_4x4"`` are the digits as images of 4 × 4 pixels, see
+        `Dataset.shrink`, and so on.
       data_dir: folder of prepared TFDS datasets, of which the newest version is read. The default is the
         environment variable ``TFDS_DATA_DIR`` or else ``~/tensorflow_datasets``. Ignored for the digits.
 
@@ -190,6 +248,9 @@ def load_dataset(name: str, *, data_dir: str | os.PathLike[str] | None = None) -
       >>> dataset.train.inputs.shape, dataset.test.inputs.shape
       ((1437, 8, 8, 1), (360, 8, 8, 1))
     """
+    base, side = _split_name(name)
+    if side is not None and base in _FORMS:
+        return load_dataset(base, data_dir=data_dir).shrink(side)
     if name not in _FORMS:
         raise DataError(f"unknown dataset {name!r}; known are {', '.join(DATASETS)}")
     if name == "digits":
@@ -219,6 +280,20 @@ def normalise(images: ArrayLike, mean: ArrayLike, std: ArrayLike) -> jax.Array:
     per_channel = (1,) * (images.ndim - 1) + (-1,)
     mean, std = (jnp.reshape(jnp.asarray(value, jnp.float32), per_channel) for value in (mean, std))
     return (images - mean) / std
+
+
+def _split_name(name: str) -> tuple[str, int | None]:
+    """Return the name of a dataset without the side of its images, and that side."""
+    found = _SHRUNK.fullmatch(name)
+    return (found[1], int(found[2])) if found else (name, None)
+
+
+def _area_means(size: int, side: int) -> np.ndarray:
+    """Return the matrix ``[side, size]`` that averages pixels over `side` equal intervals."""
+    edges = np.arange(side + 1) * size / side
+    pixels = np.arange(size)
+    overlap = np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels)
+    return (np.maximum(overlap, 0) * side / size).astype(np.float32)
 
 
 def _split_problems(name: str, split: Batch, num_classes: int) -> list[str]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -146,5 +147,6 @@ def build_recipe(
     """
     if regime not in REGIMES:
         raise ConfigError(f"no regime is called {regime!r}; there are {', '.join(REGIMES)}")
-    fields = {"augment": dataset in _AUGMENTED_DATASETS, **REGIMES[regime], **changes}
+    images = re.sub(r"_\d+x\d+$", "", dataset)  # whatever their size
+    fields = {"augment": images in _AUGMENTED_DATASETS, **REGIMES[regime], **changes}
     return Recipe(dataset=dataset, model=model, width=width, epochs=epochs, **fields)

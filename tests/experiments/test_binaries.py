@@ -24,6 +24,7 @@ from experiments import (
     training_trajectories,
     transitivity,
     weight_magnitude,
+    width_scaling,
 )
 from experiments.harness.experiment import Experiment
 from experiments.harness.networks import KEEP
@@ -41,6 +42,7 @@ BINARIES = (
     compare_methods,
     learning_rates,
     optimal_transport,
+    width_scaling,
     loss_landscape,
     weight_magnitude,
     layerwise_alignment,
@@ -78,6 +80,11 @@ SAMPLES = {
     "num_repair": "77",
     "num_steps": "8",
     "rates": "0.01,0.02",
+    "lengths": "1,4",
+    "variants": "adam",
+    "sides": "2,8",
+    "depths": "1,2",
+    "tolerances": "0.4,0.2",
     "levels": "3",
     "rewind_epoch": "2",
     "rewind": "learning_rate",
@@ -141,8 +148,10 @@ def test_every_flag_that_a_binary_lists_acts(binary, seen):
     before = (call(binary, *base), seen.pop())
     for name in sorted(listed(binary)):
         status = call(binary, *base, f"--{name}={SAMPLES[name]}")
-        if (binary, name) == (optimal_transport, "model"):  # which reads the layers of one model alone
-            assert status.endswith("model: wanted mlp, got 'vit'")
+        # These read the layers of some models alone.
+        refused = {optimal_transport: "one of mlp, vgg16, resnet20", width_scaling: "mlp"}
+        if binary in refused and name == "model":
+            assert status.endswith(f"model: wanted {refused[binary]}, got 'vit'")
             continue
         after = (status, seen.pop())
         assert after != before, f"--{name} changes nothing"
@@ -167,6 +176,7 @@ def test_flags_that_some_binaries_lack():
             "transitivity",
             "learning_rates",
             "optimal_transport",
+            "width_scaling",
             "loss_landscape",
             "weight_magnitude",
             "layerwise_alignment",
@@ -196,11 +206,22 @@ def test_flags_that_some_binaries_lack():
         "num_repair": ["compare_methods"],
         "num_steps": ["compare_methods"],
         "rates": ["learning_rates", "optimal_transport"],
+        "lengths": ["optimal_transport"],
+        "variants": ["optimal_transport"],
+        "sides": ["width_scaling"],
+        "depths": ["width_scaling"],
+        "tolerances": ["width_scaling"],
         "levels": ["sparse_connectivity", "mask_transport", "mask_transport_widths"],
         "rewind_epoch": ["sparse_connectivity", "mask_transport", "mask_transport_widths"],
         "rewind": ["sparse_connectivity", "mask_transport"],
         "matching_margin": ["mask_transport"],
-        "widths": ["mask_transport_widths", "strong_connectivity", "transitivity"],
+        "widths": [
+            "mask_transport_widths",
+            "strong_connectivity",
+            "transitivity",
+            "optimal_transport",
+            "width_scaling",
+        ],
         "joint": ["strong_connectivity", "transitivity"],
         "joint_steps": ["strong_connectivity", "transitivity"],
         "connected_at_most": ["strong_connectivity", "transitivity"],

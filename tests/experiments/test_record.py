@@ -20,6 +20,7 @@ from experiments import (
     stability_interventions,
     training_trajectories,
     weight_magnitude,
+    width_scaling,
 )
 from experiments.harness.record import (
     AlignedEpoch,
@@ -51,6 +52,7 @@ EXPERIMENTS = {
         compare_methods,
         learning_rates,
         optimal_transport,
+        width_scaling,
         loss_landscape,
         weight_magnitude,
         layerwise_alignment,

@@ -19,7 +19,8 @@ from rebasin.errors import (
     SpecMismatchError,
     TreeMismatchError,
 )
-from rebasin.matching.activations import ActivationMatching, Measurement, sum_products
+from rebasin.matching.activations import ActivationMatching
+from rebasin.matching.site_products import Measurement, sum_products
 from rebasin.models import MLP, VGG16, ResNet20, ViT
 from rebasin.permutation import check_permutation
 from rebasin.tracing.program import Static

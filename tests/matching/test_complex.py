@@ -12,8 +12,8 @@ import rebasin
 from rebasin import PermutationSpec
 from rebasin.arithmetic import average, distance, inner_product, interpolate
 from rebasin.errors import NonFiniteError
-from rebasin.matching.covariance import apply_metric
 from rebasin.matching.frank_wolfe import joint_objective
+from rebasin.matching.metric import apply_metric
 from rebasin.matching.partial import partial_weight_matching
 from rebasin.matching.soft import soft_permute, soften
 from rebasin.matching.straight_through import midpoint_gradient

@@ -12,7 +12,8 @@ import rebasin
 from rebasin import PermutationSpec, covariance_matching
 from rebasin.batches import Batch
 from rebasin.errors import ConfigError, DataError, InferenceError, NonFiniteError, TreeMismatchError
-from rebasin.matching.covariance import CovarianceMatching, apply_metric, find_metric, sum_weighted
+from rebasin.matching.covariance import CovarianceMatching
+from rebasin.matching.metric import apply_metric, find_metric, sum_weighted
 from rebasin.models import ResNet20, ViT
 from rebasin.models.convolution import conv_general_dilated
 from rebasin.permutation import check_permutation

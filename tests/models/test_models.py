@@ -299,6 +299,8 @@ def test_models_load_nothing_that_trains():
     ("name", "expected"),
     [
         ("mlp", MLP((6, 6, 6), num_classes=4)),
+        ("mlp_1", MLP((6,), num_classes=4)),
+        ("mlp_2", MLP((6, 6), num_classes=4)),
         ("vgg16", VGG16(width=6, num_classes=4)),
         ("resnet20", ResNet20(width=6, num_classes=4)),
         ("vgg16_batchnorm", VGG16(width=6, num_classes=4, norm=BatchNorm)),
@@ -314,7 +316,7 @@ def test_an_unknown_model_is_an_error():
         build_model("vgg11", width=6, num_classes=4)
     assert str(info.value) == (
         "no model is called 'vgg11'; "
-        "the models are mlp, resnet20, resnet20_batchnorm, vgg16, vgg16_batchnorm, vit"
+        "the models are mlp, mlp_1, mlp_2, resnet20, resnet20_batchnorm, vgg16, vgg16_batchnorm, vit"
     )
 
 

@@ -452,3 +452,42 @@ def test_real_cifar10():
     assert np.bincount(cifar10.test.labels).tolist() == [1000] * 10
     np.testing.assert_allclose(cifar10.mean / 255, [0.4914, 0.4822, 0.4465], atol=1e-4)
     np.testing.assert_allclose(cifar10.std / 255, [0.2470, 0.2435, 0.2616], atol=1e-4)
+
+
+def test_shrunk_images_are_means_over_areas():
+    dataset = load_dataset("digits")
+    small = load_dataset("digits_4x4")
+    means = dataset.test.inputs.reshape(360, 4, 2, 4, 2, 1).mean(axis=(2, 4)) * (255 / 16)
+    assert np.abs(small.test.inputs - means).max() <= 0.5 + 1e-3
+    np.testing.assert_array_equal(small.test.labels, dataset.test.labels)
+    # Three pixels of 8/3: the second has a third of pixel 2, pixels 3 and 4, and a third of pixel 5.
+    third = np.zeros((3, 8))
+    third[0, :3], third[1, 2:6], third[2, 5:] = (1, 1, 2 / 3), (1 / 3, 1, 1, 1 / 3), (2 / 3, 1, 1)
+    means = np.einsum("ih,nhwc,jw->nijc", third * 3 / 8, dataset.train.inputs, third * 3 / 8) * (255 / 16)
+    uneven = dataset.named("digits_3x3")
+    assert uneven.name == "digits_3x3"
+    assert np.abs(uneven.train.inputs - means).max() <= 0.5 + 1e-3
+    assert dataset.named("digits") is dataset
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: load_dataset("digits_8x8"),
+            "dataset 'digits' has images of 8 × 8 pixels, which cannot be shrunk to 8 × 8",
+        ),
+        (
+            lambda: load_dataset("digits").named("mnist_4x4"),
+            "wanted dataset 'digits', or its images shrunk, got 'mnist_4x4'",
+        ),
+        (
+            lambda: load_dataset("numbers_4x4"),
+            "unknown dataset 'numbers_4x4'; known are digits, mnist, cifar10, cifar100, svhn_cropped",
+        ),
+    ],
+)
+def test_images_that_cannot_be_shrunk(call, message):
+    with pytest.raises(DataError) as info:
+        call()
+    assert str(info.value) == message

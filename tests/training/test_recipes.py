@@ -105,6 +105,8 @@ def test_augmentation_follows_the_dataset_unless_told():
         False,
         False,
     ]
+    assert augment("cifar10_16x16")
+    assert not augment("mnist_7x7")
     assert not augment("cifar10", augment=False)
 
 
