@@ -254,10 +254,11 @@ def _build_row(part: Part, found: Found) -> Row:
         names = [f"{MODELS[model]} on {DATASETS[data]}" for model, data in part.models]
         note = f"not run on {', '.join(names)}; the same on other networks:"
     held: dict[str, list[bool]] = {}
+    names = {run.described: run.short for run in runs}
     for run in runs:
         verdicts = [claim.holds for claim in _claims_for(run, part.evidence[run.binary])]
         held.setdefault(run.described, []).extend(verdicts)
-    badges = tuple(Badge(network, sum(verdicts), len(verdicts)) for network, verdicts in held.items())
+    badges = tuple(Badge(names[network], sum(verdicts), len(verdicts)) for network, verdicts in held.items())
     headlines, statement = _headlines(part, [run for run in runs if run.described == next(iter(held))])
     return Row(part, headlines, statement, badges, note, tuple(part.evidence))
 

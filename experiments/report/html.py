@@ -1,6 +1,7 @@
 """The report as one page of HTML that loads nothing but its figures, for screens of any width and for print."""
 
 import html
+import re
 from collections.abc import Iterable
 
 from experiments.report.content import Block, Content, Row, Section, Value, describe_origin
@@ -22,7 +23,7 @@ _STYLE = """
 body { margin: 0 auto; max-width: 66rem; padding: 1rem; color: var(--ink); background: var(--paper);
   font: 16px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.7rem; line-height: 1.2; } h2 { margin-top: 3rem; font-size: 1.3rem; }
-h3 { margin-top: 2rem; font-size: 1.05rem; } h1, h2, h3 { text-wrap: balance; }
+h3 { margin-top: 2rem; font-size: 1.05rem; } sub { line-height: 0; } h1, h2, h3 { text-wrap: balance; }
 p, li { max-width: 46rem; } a { color: inherit; } .soft, small, figcaption { color: var(--soft); }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: .875rem; line-height: 1.4; }
@@ -48,7 +49,8 @@ figure { margin: 1rem 0; } img { max-width: 100%; height: auto; background: #fff
   h2, h3 { break-after: avoid; } .wide { overflow: visible; } }
 """
 
-_ESCAPE = html.escape
+# Permutations and networks with an index.
+_INDEX = re.compile(r"\b([ABP])_(end|[a-z]|\d+)\b")
 
 
 def write_html(content: Content, images: Images) -> str:
@@ -60,7 +62,7 @@ def write_html(content: Content, images: Images) -> str:
     """
     body = "\n".join(
         [
-            f"<h1>{_ESCAPE(TITLE)}</h1>",
+            f"<h1>{_escape(TITLE)}</h1>",
             *(f"<p>{_code(text)}</p>" for text in INTRODUCTION),
             _glance(content.rows),
             *(_section(section, images) for section in content.sections),
@@ -71,24 +73,29 @@ def write_html(content: Content, images: Images) -> str:
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f'<title>{_ESCAPE(TITLE)}</title>\n<link rel="icon" href="data:,">\n<style>{_STYLE}</style>\n</head>\n'
+        f'<title>{html.escape(TITLE)}</title>\n<link rel="icon" href="data:,">\n<style>{_STYLE}</style>\n</head>\n'
         f"<body>\n{body}\n</body>\n</html>\n"
     )
 
 
+def _escape(text: str) -> str:
+    """Return a text as HTML, with indices set low."""
+    return _INDEX.sub(r"\1<sub>\2</sub>", html.escape(text))
+
+
 def _code(text: str) -> str:
     """Escape a text, and set what stands between backticks as code."""
-    parts = _ESCAPE(text).split("`")
-    return "".join(f"<code>{part}</code>" if i % 2 else part for i, part in enumerate(parts))
+    parts = text.split("`")
+    return "".join(f"<code>{html.escape(p)}</code>" if i % 2 else _escape(p) for i, p in enumerate(parts))
 
 
 def _badge(verdict: str, text: str) -> str:
     mark = MARKS[verdict]
-    return f'<span class="badge {verdict.replace(" ", "-")}">{mark} {_ESCAPE(text)}</span>'
+    return f'<span class="badge {verdict.replace(" ", "-")}">{mark} {_escape(text)}</span>'
 
 
 def _table(header: Iterable[str], rows: Iterable[str], kind: str = "") -> str:
-    heads = "".join(f'<th scope="col">{_ESCAPE(name)}</th>' for name in header)
+    heads = "".join(f'<th scope="col">{_escape(name)}</th>' for name in header)
     return (
         f'<div class="wide"><table class="{kind}"><thead><tr>{heads}</tr></thead>\n<tbody>\n'
         + "\n".join(rows)
@@ -101,7 +108,7 @@ def _glance(rows: Iterable[Row]) -> str:
     for row in rows:
         groups.setdefault(row.part.paper, []).append(row)
     tables = [
-        f"<h3>{_ESCAPE(_paper(paper))}</h3>"
+        f"<h3>{_escape(_paper(paper))}</h3>"
         + _table(
             ("Part", "What the paper says", "Measured on the first network", "Claims that hold, by network"),
             map(_glance_row, found),
@@ -121,30 +128,30 @@ def _paper(number: str) -> str:
 
 
 def _glance_row(row: Row) -> str:
-    link = f'<a href="#{row.sections[0]}">{_ESCAPE(row.title)}</a>' if row.sections else _ESCAPE(row.title)
+    link = f'<a href="#{row.sections[0]}">{_escape(row.title)}</a>' if row.sections else _escape(row.title)
     numbers = "<br>".join(
-        f'<span class="number">{_ESCAPE(found.text)}</span> <small>{_ESCAPE(found.algorithm)}</small>'
+        f'<span class="number">{_escape(found.text)}</span> <small>{_escape(found.algorithm)}</small>'
         for found in row.headlines
     )
-    what = f"<br><small>{_ESCAPE(row.statement)}</small>" if row.statement else ""
+    what = f"<br><small>{_escape(row.statement)}</small>" if row.statement else ""
     badges = "".join(
         _badge(badge.verdict, f"{badge.network}: {badge.held} of {badge.total}") for badge in row.badges
     )
     note = f"<small>{_code(row.note)}</small> " if row.note else ""
     return (
-        f'<tr><th scope="row">{link}</th><td>{_ESCAPE(row.part.says)}</td><td>{numbers}{what}</td>'
+        f'<tr><th scope="row">{link}</th><td>{_escape(row.part.says)}</td><td>{numbers}{what}</td>'
         f"<td>{note}{badges}</td></tr>"
     )
 
 
 def _section(section: Section, images: Images) -> str:
     says = "".join(
-        f"<li>{_ESCAPE(text)} <small>({_ESCAPE(where)})</small></li>" for where, text in section.says
+        f"<li>{_escape(text)} <small>({_escape(where)})</small></li>" for where, text in section.says
     )
     blocks = "\n".join(_block(section, block, images) for block in section.blocks)
     return (
-        f'<section id="{section.name}"><h2>{_ESCAPE(section.binary.title)}</h2>\n'
-        f'<p class="soft">{_ESCAPE(section.binary.where)}; <code>{section.name}</code></p>\n'
+        f'<section id="{section.name}"><h2>{_escape(section.binary.title)}</h2>\n'
+        f'<p class="soft">{_escape(section.binary.where)}; <code>{section.name}</code></p>\n'
         + (f"<p>The paper:</p><ul>{says}</ul>\n" if says else "")
         + (blocks or "<p>Not run here.</p>")
         + "</section>"
@@ -152,10 +159,10 @@ def _section(section: Section, images: Images) -> str:
 
 
 def _block(section: Section, block: Block, images: Images) -> str:
-    parts = [f"<h3>{_ESCAPE(block.network)}</h3>"]
+    parts = [f"<h3>{_escape(block.network)}</h3>"]
     if block.claims:
         rows = (
-            f'<tr><th scope="row">{_ESCAPE(row.statement)}</th><td>{_ESCAPE(row.paper)}</td>'
+            f'<tr><th scope="row">{_escape(row.statement)}</th><td>{_escape(row.paper)}</td>'
             + "".join(f"<td>{_value(value)}</td>" for value in row.values)
             + "</tr>"
             for row in block.claims
@@ -163,21 +170,21 @@ def _block(section: Section, block: Block, images: Images) -> str:
         parts.append(_table(("Claim", "The paper", *block.columns), rows))
     if block.numbers:
         header, *lines = block.numbers
-        rows = ("<tr>" + "".join(f"<td>{_ESCAPE(cell)}</td>" for cell in line) + "</tr>" for line in lines)
+        rows = ("<tr>" + "".join(f"<td>{_escape(cell)}</td>" for cell in line) + "</tr>" for line in lines)
         parts.append(_table(header, rows))
     for column, run in zip(block.columns, block.runs, strict=True):
         unfinished = "" if run.finished else " Unfinished: go on with <code>--resume</code>."
-        differs = f" Today's recipe differs in {_ESCAPE(', '.join(run.differences))}." * bool(run.differences)
-        parts.append(f"<pre><code>{_ESCAPE(run.command)}</code></pre>")
+        differs = f" Today's recipe differs in {_escape(', '.join(run.differences))}." * bool(run.differences)
+        parts.append(f"<pre><code>{html.escape(run.command)}</code></pre>")
         parts.append(
-            f'<p class="soft">{_ESCAPE(column)}. <span class="seconds">{_ESCAPE(describe_origin(run))}</span>.'
+            f'<p class="soft">{_escape(column)}. <span class="seconds">{_escape(describe_origin(run))}</span>.'
             f"{differs}{unfinished}</p>"
         )
         for path in run.images:
             caption = f"{section.binary.figures[path.name]}; {block.network}, algorithm {run.algorithm}"
             parts.append(
-                f'<figure><img src="{_ESCAPE(images.source(path))}" alt="{_ESCAPE(caption)}">'
-                f"<figcaption>{_ESCAPE(caption)}</figcaption></figure>"
+                f'<figure><img src="{html.escape(images.source(path))}" alt="{html.escape(caption)}">'
+                f"<figcaption>{_escape(caption)}</figcaption></figure>"
             )
     return "\n".join(parts)
 
@@ -185,9 +192,9 @@ def _block(section: Section, block: Block, images: Images) -> str:
 def _value(value: Value | None) -> str:
     if value is None:
         return ""
-    remark = f"<br><small>{_ESCAPE(value.remark)}</small>" if value.remark else ""
+    remark = f"<br><small>{_escape(value.remark)}</small>" if value.remark else ""
     verdict = "holds" if value.holds else "does not hold"
-    return f'<span class="number">{_ESCAPE(value.text)}</span><br>{_badge(verdict, verdict)}{remark}'
+    return f'<span class="number">{_escape(value.text)}</span><br>{_badge(verdict, verdict)}{remark}'
 
 
 def _missing(lines: Iterable[str]) -> str:
@@ -199,7 +206,7 @@ def _missing(lines: Iterable[str]) -> str:
 
 def _environments(content: Content) -> str:
     entries = "".join(
-        f"<li>{_ESCAPE(text)}: {', '.join(f'<code>{_ESCAPE(name)}</code>' for name in folders)}</li>"
+        f"<li>{_escape(text)}: {', '.join(f'<code>{html.escape(name)}</code>' for name in folders)}</li>"
         for text, folders in content.environments
     )
     return (

@@ -72,6 +72,11 @@ class Run:
         return f"{model} width {width}, {dataset}{images}"
 
     @property
+    def short(self) -> str:
+        """The network in a few words, such as ``MLP w128, digits``."""
+        return self.described.replace(" width ", " w").split(" (")[0]
+
+    @property
     def total_seconds(self) -> float:
         """Computing time over all phases."""
         return sum(self.seconds.values())

@@ -16,7 +16,7 @@ INTRODUCTION = (
 
 INTRODUCTION_TABLE = (
     "One row for each figure of the paper. The sign tells whether all, some or none of the claims behind a "
-    "row hold on a network; both algorithms and both matchings count."
+    "row hold on a network, of which w is the width; both algorithms and both matchings count."
 )
 
 # A sign for each verdict, so that colour is not all that tells them apart.
