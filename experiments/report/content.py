@@ -198,7 +198,6 @@ def format_claim(binary: str, claim: Claim) -> str:
 
 def describe_environment(environment: Mapping[str, Any]) -> str:
     """Return device and versions in one line; runs that were merged have several of some."""
-
     names = {"device": "", "platform": "", "python": "Python ", "packages": ""}
     given = {name: environment.get(name) for name in names}
     return "; ".join(names[name] + _text(value) for name, value in given.items() if value is not None)
