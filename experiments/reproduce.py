@@ -1,10 +1,10 @@
 """All experiments in one command, and one report of them.
 
-Runs the experiments of both papers at a preset, in an order in which each finds the networks that earlier ones
-trained, and writes OUTPUT_DIR/report/index.html (one file that needs no other) and report.md: a row for each
-figure of the paper, and for each experiment the paper's claims, what was measured by both algorithms, verdicts,
-figures, commands and seconds. The same command again goes on where it was stopped or killed. A section that
-fails does not stop the others, and is named in the report.
+Runs the experiments of both papers at a preset, in an order in which each finds the networks that earlier
+ones trained, and writes OUTPUT_DIR/report/index.html (one file that needs no other) and report.md: a row for
+each figure of the paper, and for each experiment the paper's claims, what was measured by both algorithms,
+verdicts, figures, commands and seconds. The same command again goes on where it was stopped or killed. A
+section that fails does not stop the others, and is named in the report.
 
   python -m experiments.reproduce --preset=digits --output_dir=reproduction
   python -m experiments.reproduce --preset=demo --output_dir=reproduction_demo
@@ -14,9 +14,9 @@ fails does not stop the others, and is named in the report.
   python -m experiments.reproduce --results=results --figures=beside --output_dir=docs
 
 --plan prints what would be trained, how long it takes and how much disk it needs, and runs nothing. --results
-makes the report of results that are there, and runs nothing either. Every flag of an experiment may be given,
-such as --replicates=2 or --methods=weights: it is passed to all sections that have it. What a section prints is
-in OUTPUT_DIR/<section>/log.txt.
+makes the report of results that are there, and runs nothing either. Every flag of an experiment may be
+given, such as --replicates=2 or --methods=weights: it is passed to all sections that have it. What a section
+prints is in OUTPUT_DIR/<section>/log.txt.
 
 Exit status is 1 if a section failed, else 0, whatever the claims say.
 """
@@ -207,7 +207,7 @@ def _chosen(preset: str) -> tuple[Section, ...]:
 
 def _reproduce(reporter: Reporter) -> dict[str, str]:
     """Do what the flags say, and return why sections failed."""
-    preset = flags.FLAGS["preset"].value
+    preset = str(flags.FLAGS["preset"].value)
     if _RESULTS.value is not None:
         folder = _output_dir() / "report"
         for path in write_report(expand_home(_RESULTS.value), folder, inline=_FIGURES.value == "inline"):

@@ -36,22 +36,22 @@ class Rates(NamedTuple):
     match: float
 
 
-# VGG-16 of width 64: 50,050 images/s in training, a sweep of 25 alphas and 20,000 images in 1.39 s, a matching
-# in 1.27 s. ResNet-20 of width 64: 27,490 images/s, 3.79 s, 0.44 s. Of the MLP only the matching was measured,
-# 0.30 s; its other rates are taken to be those of VGG-16, which has 450 times its products. Narrower networks
-# are taken to be as slow as those of width 64. Both err on the side of more hours.
+# VGG-16 of width 64: 50,050 images/s in training, a sweep of 25 alphas and 20,000 images in 1.39 s, a
+# matching in 1.27 s. ResNet-20 of width 64: 27,490 images/s, 3.79 s, 0.44 s. Of the MLP only the matching was
+# measured, 0.30 s; its other rates are taken to be those of VGG-16, which has 450 times its products.
+# Narrower networks are taken to be as slow as those of width 64. Both err on the side of more hours.
 RATES = {
     "vgg16": Rates(50_050, 25 * 20_000 / 1.39, 1.27),
     "resnet20": Rates(27_490, 25 * 20_000 / 3.79, 0.44),
     "mlp": Rates(50_050, 25 * 20_000 / 1.39, 0.30),
 }
 
-# Seconds until a section has started and compiled its programs: first calls of initialisation, of an epoch and
-# of a sweep took 5 + 9 + 9 s, and a matching 11 s.
+# Seconds until a section has started and compiled its programs: first calls of initialisation, of an epoch
+# and of a sweep took 5 + 9 + 9 s, and a matching 11 s.
 _START_SECONDS = 35.0
 
-# Algorithms that align several networks together or learn a permutation take several matchings; this many is a
-# guess, as none of them was measured on an accelerator.
+# Algorithms that align several networks together or learn a permutation take several matchings; this many is
+# a guess, as none of them was measured on an accelerator.
 _JOINT_MATCHES = 10
 
 # Training examples, test examples, shape of an image, classes.
@@ -92,7 +92,7 @@ class Cost:
 
 @dataclasses.dataclass
 class _Work:
-    """What is done beside the training of parents; `extra` are further networks as their numbers of epochs."""
+    """What one replicate needs beside its parents: further networks, as numbers of epochs, and calls."""
 
     extra: list[int] = dataclasses.field(default_factory=list)
     matches: float = 0

@@ -1,4 +1,4 @@
-"""The report as one page of HTML that loads nothing but its figures, for screens of any width and for print."""
+"""The report as one page of HTML that loads nothing but its figures, for screens and for print."""
 
 import html
 import re
@@ -35,7 +35,7 @@ thead th { border-bottom-width: 2px; } tbody th { font-weight: 600; }
 .in-part { color: var(--part); background: var(--partback); }
 .does-not-hold { color: var(--bad); background: var(--badback); }
 code { font: .85em/1.4 ui-monospace, monospace; overflow-wrap: anywhere; }
-pre { margin: .5rem 0; padding: .6rem; background: var(--shade); white-space: pre-wrap; border-radius: .3rem; }
+pre { margin: .5rem 0; padding: .6rem; background: var(--shade); white-space: pre-wrap; }
 figure { margin: 1rem 0; } img { max-width: 100%; height: auto; background: #fff; border-radius: .3rem; }
 @media (max-width: 44rem) {
   .glance thead { display: none; } .glance tr { display: block; padding: .6rem 0;
@@ -73,7 +73,8 @@ def write_html(content: Content, images: Images) -> str:
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f'<title>{html.escape(TITLE)}</title>\n<link rel="icon" href="data:,">\n<style>{_STYLE}</style>\n</head>\n'
+        f'<title>{html.escape(TITLE)}</title>\n<link rel="icon" href="data:,">\n'
+        f"<style>{_STYLE}</style>\n</head>\n"
         f"<body>\n{body}\n</body>\n</html>\n"
     )
 
@@ -176,10 +177,8 @@ def _block(section: Section, block: Block, images: Images) -> str:
         unfinished = "" if run.finished else " Unfinished: go on with <code>--resume</code>."
         differs = f" Today's recipe differs in {_escape(', '.join(run.differences))}." * bool(run.differences)
         parts.append(f"<pre><code>{html.escape(run.command)}</code></pre>")
-        parts.append(
-            f'<p class="soft">{_escape(column)}. <span class="seconds">{_escape(describe_origin(run))}</span>.'
-            f"{differs}{unfinished}</p>"
-        )
+        origin = f'<span class="seconds">{_escape(describe_origin(run))}</span>'
+        parts.append(f'<p class="soft">{_escape(column)}. {origin}.{differs}{unfinished}</p>')
         for path in run.images:
             caption = f"{section.binary.figures[path.name]}; {block.network}, algorithm {run.algorithm}"
             parts.append(
@@ -211,5 +210,6 @@ def _environments(content: Content) -> str:
     )
     return (
         f'<section id="environment"><h2>Environment</h2><ul>{entries}</ul>'
-        f'<p>Computing time of all runs: <span class="seconds">{minutes(content.seconds)}</span>.</p></section>'
+        f'<p>Computing time of all runs: <span class="seconds">{minutes(content.seconds)}</span>.</p>'
+        "</section>"
     )

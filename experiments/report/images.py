@@ -1,4 +1,4 @@
-"""Figures for a report: smaller copies of the PNG files that experiments write, inside the page or beside it."""
+"""Figures of a report: smaller copies of the PNG files of experiments, inside the page or beside it."""
 
 import base64
 import io
@@ -11,8 +11,8 @@ from rebasin.files import write_whole
 
 __all__ = ["Beside", "Images", "Inline", "small_png"]
 
-# Largest width in pixels and number of colours. Inside a page figures are sharp on a screen with two pixels to
-# the point. Beside it they are to be small, since they are committed with the documentation.
+# Largest width in pixels and number of colours. Inside a page figures are sharp on a screen with two pixels
+# to the point. Beside it they are to be small, since they are committed with the documentation.
 _INLINE, _BESIDE = (1400, 96), (860, 32)
 
 

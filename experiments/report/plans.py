@@ -1,4 +1,4 @@
-"""What `reproduce` runs at each preset: sections in an order in which later ones find the networks of earlier.
+"""What `reproduce` runs at each preset: sections, ordered so that later ones find the networks of earlier.
 
 A section is a binary with flags. All sections of a preset have the same `--runs_dir`, so that a network is
 trained once and found by its recipe. Sections that need a network whole come before those that need a few of
@@ -24,8 +24,8 @@ class Section(NamedTuple):
       name: name of its folder of results.
       binary: name of the binary.
       flags: its flags beside preset, seed and folders.
-      seconds: processor seconds that it took on two cores, with the networks of earlier sections there; `None`
-        where that was not measured.
+      seconds: processor seconds that it took, with the networks of earlier sections there; `None` where that
+        was not measured.
     """
 
     name: str

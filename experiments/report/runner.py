@@ -2,18 +2,19 @@
 
 A process for each section costs it the seconds of importing JAX, and programs are compiled again that another
 section has compiled. In return a section that runs out of memory or crashes takes nothing with it, memory is
-given back, and what runs is exactly the command that is printed and that anyone can run alone. Nothing is kept
-in memory between sections: they share what is on disk. So a reproduction may be killed at any point.
+given back, and what runs is exactly the command that the report prints and that anyone can run alone. Nothing
+is kept in memory between sections: they share what is on disk. So a reproduction may be killed at any point.
 """
 
 import collections
+import contextlib
 import os
 import pathlib
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from rich.progress import BarColumn, Progress, TextColumn
@@ -123,8 +124,8 @@ def run_tasks(tasks: Sequence[Task], reporter: Reporter) -> dict[str, str]:
         title = f"{i + 1}/{len(left)} {task.section.name}"
         reporter.say(f"{title}: {clock.left(0.0)} left in all")
         began = time.perf_counter()
-        with _bar(reporter, title) as show:
-            status = _run(task, reporter, lambda: show(clock, time.perf_counter() - began))
+        with _bar(reporter, title, clock) as show:
+            status = _run(task, reporter, show)
         seconds = time.perf_counter() - began
         clock.finish(seconds)
         if status == 0 and is_done(task):
@@ -143,12 +144,6 @@ class _Clock:
         self._to_come = collections.deque(task.seconds for task in tasks)
         self._known = all(task.section.seconds for task in tasks)
         self._expected = self._took = 0.0
-
-    @property
-    def share(self) -> float:
-        """Expected seconds of sections that are over, as a fraction of all."""
-        everything = self._expected + sum(self._to_come)
-        return self._expected / everything if everything else 1.0
 
     def step(self, elapsed: float) -> float:
         """Return the fraction of all that is over after some seconds of the running section."""
@@ -173,43 +168,32 @@ class _Clock:
         return self._took / self._expected if self._took else 1.0
 
 
-class _bar:  # noqa: N801
-    """Shows a bar on a terminal while a section runs, and nothing in a log."""
-
-    def __init__(self, reporter: Reporter, title: str) -> None:
-        self._console, self._title = reporter.console, title
-        self._progress: Progress | None = None
-
-    def __enter__(self) -> Callable[[_Clock, float], None]:
-        if self._console.is_terminal:
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=20),
-                TextColumn("{task.percentage:>3.0f}%"),
-                TextColumn("{task.fields[left]} left"),
-            )
-            self._progress = Progress(*columns, console=self._console, transient=True)
-            self._progress.start()
-            self._task = self._progress.add_task(self._title, total=1.0, left="")
-        return self._show
-
-    def _show(self, clock: _Clock, elapsed: float) -> None:
-        if self._progress is not None:
-            self._progress.update(self._task, completed=clock.step(elapsed), left=clock.left(elapsed))
-
-    def __exit__(self, *error: object) -> None:
-        if self._progress is not None:
-            self._progress.stop()
+@contextlib.contextmanager
+def _bar(reporter: Reporter, title: str, clock: _Clock) -> Iterator[Callable[[float], None]]:
+    """Yield a function of the elapsed seconds that moves a bar on a terminal, and does nothing elsewhere."""
+    if not reporter.console.is_terminal:
+        yield lambda elapsed: None
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TextColumn("{task.fields[left]} left"),
+    )
+    with Progress(*columns, console=reporter.console, transient=True) as progress:
+        bar = progress.add_task(title, total=1.0, left="")
+        yield lambda elapsed: progress.update(bar, completed=clock.step(elapsed), left=clock.left(elapsed))
 
 
 def _log(task: Task) -> pathlib.Path:
     return task.folder / "log.txt"
 
 
-def _run(task: Task, reporter: Reporter, tick: Callable[[], None]) -> int:
+def _run(task: Task, reporter: Reporter, show: Callable[[float], None]) -> int:
     """Run the process of a section, and return its exit status."""
     task.folder.mkdir(parents=True, exist_ok=True)
     _wait_until_free(task.folder, reporter)
+    began = time.perf_counter()
     with _log(task).open("wb") as log:
         environment = os.environ | {"COLUMNS": "80"}
         process = subprocess.Popen(
@@ -222,7 +206,7 @@ def _run(task: Task, reporter: Reporter, tick: Callable[[], None]) -> int:
         )
         try:
             while (status := process.poll()) is None:
-                tick()
+                show(time.perf_counter() - began)
                 time.sleep(_POLL_SECONDS)
             return status
         except BaseException:

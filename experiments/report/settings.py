@@ -129,7 +129,7 @@ def _text(value: Any) -> str:
 
 
 def _differences(built: Mapping[str, Any], stored: Mapping[str, Any]) -> list[str]:
-    """Return the names of fields that are stored and built otherwise; fields newer than the file do not count."""
+    """Return the names of fields that are built otherwise than stored; newer ones do not count."""
     differing = [
         name for name in stored if name not in ("recipe", "second") and built.get(name) != stored[name]
     ]

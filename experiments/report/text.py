@@ -9,9 +9,9 @@ INTRODUCTION = (
     "figures beside them alone.",
     "A number is the mean over independent replicates, with the 95 % interval of the mean in brackets. "
     "Barriers are those of Eq. 1, errors are in % of test examples, losses in nats. Networks are matched by "
-    "two algorithms: `best` is this project's default, `paper` is Algorithm 1 of arXiv 2404.06498. P_t is the "
-    "permutation that is found at epoch t, P_end that of the last epoch. Each claim has a rule that was set "
-    "before the run; it holds or it does not.",
+    "two algorithms: `best` is this project's default, `paper` is Algorithm 1 of arXiv 2404.06498. P_t is "
+    "the permutation that is found at epoch t, P_end that of the last epoch. Each claim has a rule that was "
+    "set before the run; it holds or it does not.",
 )
 
 INTRODUCTION_TABLE = (
