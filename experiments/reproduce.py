@@ -29,6 +29,7 @@ from absl import app, flags, logging
 
 from experiments.harness import options
 from experiments.harness.console import Reporter
+from experiments.harness.experiment import Config
 from experiments.report.content import build_content
 from experiments.report.cost import Cost, count_costs, makespan
 from experiments.report.html import write_html
@@ -84,7 +85,7 @@ def plan(preset: str, sections: Sequence[Section], forwarded: Sequence[str], rep
       ConfigError: the config of a section cannot work.
     """
     arguments = [_arguments(preset, section, forwarded) for section in sections]
-    configs = [config_of(s.binary, given) for s, given in zip(sections, arguments, strict=True)]
+    configs = [_config(section, given) for section, given in zip(sections, arguments, strict=True)]
     keep = [_kept(preset, section, given) for section, given in zip(sections, arguments, strict=True)]
     costs = count_costs(sections, configs, keep)
     measured = all(section.seconds for section in sections) and not forwarded
@@ -110,6 +111,13 @@ def plan(preset: str, sections: Sequence[Section], forwarded: Sequence[str], rep
         f"in all {total.hours:.1f} hours on one GPU, {makespan(costs, 8):.1f} on eight, if replicates of a "
         f"section run beside each other, and {total.gigabytes:,.0f} GB of disk"
     )
+
+
+def _config(section: Section, arguments: Sequence[str]) -> Config:
+    try:
+        return config_of(section.binary, arguments)
+    except ConfigError as error:
+        raise ConfigError(f"{section.name}: {error}") from error
 
 
 def _cells(cost: Cost) -> list[str]:

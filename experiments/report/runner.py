@@ -50,18 +50,14 @@ class Task(NamedTuple):
       folder: its folder of results.
       arguments: all of its flags but ``--resume``.
       seconds: how long it is expected to take, relative to the others.
+      command: what runs it.
     """
 
     section: Section
     folder: pathlib.Path
     arguments: tuple[str, ...]
     seconds: float
-
-    @property
-    def command(self) -> list[str]:
-        """The command that runs it."""
-        module = f"experiments.{self.section.binary}"
-        return [sys.executable, "-m", module, *self.arguments, "--resume"]
+    command: tuple[str, ...]
 
 
 def prepare(sections: Sequence[Section], arguments: Callable[[Section], Sequence[str]]) -> list[Task]:
@@ -78,7 +74,8 @@ def prepare(sections: Sequence[Section], arguments: Callable[[Section], Sequence
     for section in sections:
         flags = tuple(arguments(section))
         folder = pathlib.Path(flags[-1].partition("=")[2])
-        task = Task(section, folder, flags, section.seconds or _UNKNOWN_SECONDS)
+        command = (sys.executable, "-m", f"experiments.{section.binary}", *flags, "--resume")
+        task = Task(section, folder, flags, section.seconds or _UNKNOWN_SECONDS, command)
         try:
             is_done(task)
         except ConfigError as error:

@@ -1,4 +1,4 @@
-"""The report: every part of the papers, every verdict of the committed results, one page that loads nothing."""
+"""The report: every part of the papers, every verdict of committed results, one page that loads nothing."""
 
 import base64
 import dataclasses
