@@ -67,8 +67,8 @@ def _digits(times: Mapping[str, float]) -> tuple[Section, ...]:
             "--replicates=3",
         ),
         "transitivity": (_ALL, "--widths=16,64", "--joint_steps=10", "--num_alphas=9", "--replicates=2"),
-        "learning_rates": ("--num_alphas=9",),
-        "optimal_transport": ("--num_alphas=9",),
+        "learning_rates": ("--num_alphas=5", "--rates=0.0004,0.0063,0.025,0.1", "--replicates=3"),
+        "optimal_transport": ("--num_alphas=5", "--rates=0.0004,0.0063,0.025,0.1", "--replicates=3"),
         "compare_methods": ("--num_alphas=9", "--num_steps=20", "--replicates=2"),
     }
     trajectories = flags["training_trajectories"]
@@ -94,18 +94,13 @@ def _small(sections: tuple[Section, ...]) -> tuple[Section, ...]:
         "--rates": "0.01,0.1",
         "--widths": "16,32",
     }
-    takes = {
-        "learning_rates": ("--replicates=2", "--rates=0.01,0.1"),
-        "optimal_transport": ("--replicates=2", "--rates=0.01,0.1"),
-    }
 
     def shrunk(flag: str) -> str:
         name, _, value = flag.partition("=")
         return f"{name}={changes.get(name, value)}"
 
     return tuple(
-        section._replace(flags=(*map(shrunk, section.flags), *takes.get(section.binary, ())), seconds=None)
-        for section in sections
+        section._replace(flags=tuple(map(shrunk, section.flags)), seconds=None) for section in sections
     )
 
 
