@@ -186,13 +186,16 @@ def _stored_epochs(config: Any, recipe: Recipe, kept: str) -> int:
     }[kept]
 
 
-@functools.cache
 def _bytes(recipe: Recipe) -> int:
     """Return the size of a network's weights."""
     _, _, shape, classes = _DATASETS[recipe.dataset]
+    return _model_bytes(recipe.model, recipe.width, shape, classes)
+
+
+@functools.cache
+def _model_bytes(model: str, width: int, shape: tuple[int, ...], classes: int) -> int:
     dataset: Any = SimpleNamespace(train=SimpleNamespace(inputs=np.empty((1, *shape))))
-    model = build_model(recipe.model, width=recipe.width, num_classes=classes)
-    return tree_bytes(network_shapes(model, dataset)[0])
+    return tree_bytes(network_shapes(build_model(model, width=width, num_classes=classes), dataset)[0])
 
 
 def _shared_levels(binary: str, config: Any, recipe: Recipe, levels: set[tuple[Any, ...]]) -> int:

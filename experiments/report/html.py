@@ -28,7 +28,8 @@ p, li { max-width: 46rem; } a { color: inherit; } .soft, small, figcaption { col
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: .875rem; line-height: 1.4; }
 th, td { padding: .4rem .6rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
-thead th { border-bottom-width: 2px; } tbody th { font-weight: 600; }
+thead th { border-bottom-width: 2px; } tbody th { font-weight: 400; }
+.glance tbody th { font-weight: 600; white-space: nowrap; } li small { white-space: nowrap; }
 .number { white-space: nowrap; font-variant-numeric: tabular-nums; }
 .badge { display: inline-block; margin: 0 .3rem .25rem 0; padding: 0 .45rem; border-radius: .6rem; }
 .holds { color: var(--good); background: var(--goodback); }
@@ -152,7 +153,8 @@ def _section(section: Section, images: Images) -> str:
     blocks = "\n".join(_block(section, block, images) for block in section.blocks)
     return (
         f'<section id="{section.name}"><h2>{_escape(section.binary.title)}</h2>\n'
-        f'<p class="soft">{_escape(section.binary.where)}; <code>{section.name}</code></p>\n'
+        f'<p class="soft">{_escape(section.binary.where)}; <code>{section.name}</code>; '
+        '<a href="#glance">first table</a></p>\n'
         + (f"<p>The paper:</p><ul>{says}</ul>\n" if says else "")
         + (blocks or "<p>Not run here.</p>")
         + "</section>"

@@ -212,6 +212,23 @@ def test_columns_of_tables_agree_and_figures_exist(content, tmp_path):
     assert all((folder / link).resolve().is_file() for link in links)
 
 
+def test_the_committed_report_is_that_of_the_committed_results(content):
+    """If this fails, run `make report`."""
+    folder = ROOT / "docs" / "report"
+    assert (folder / "report.md").read_text() == write_markdown(content, folder)
+    page = write_html(content, Nowhere())
+    committed = (folder / "index.html").read_text()
+    assert re.sub(r'src="[^"]*"', "", committed) == re.sub(r'src="[^"]*"', "", page)
+    sources = parse_beside(committed)
+    assert len(sources) == len(set(sources)) == page.count("<img")
+    assert {folder / source for source in sources} == set((folder / "figures").iterdir())
+    assert sum(path.stat().st_size for path in folder.rglob("*.*")) < 3e6
+
+
+def parse_beside(page):
+    return re.findall(r'<img src="(figures/[^"]*)"', page)
+
+
 def test_figures_are_small_and_those_of_an_earlier_report_go(tmp_path):
     path = ROOT / "results/methods_digits/compare_methods.png"
     inside = Inline().source(path)

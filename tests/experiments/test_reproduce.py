@@ -24,7 +24,7 @@ from experiments.report.settings import config_of, flags_of
 from rebasin.training.lock import locked
 
 ROOT = pathlib.Path(__file__).parents[2]
-LANDSCAPE = ROOT / "results" / "digits_mlp_landscape"
+CHILDREN = ROOT / "results" / "digits_mlp_instability"
 COPY = "import pathlib, shutil, sys; shutil.copytree(sys.argv[1], sys.argv[2], dirs_exist_ok=True)"
 
 
@@ -122,7 +122,7 @@ def test_given_flags_go_to_the_sections_that_have_them(capsys):
     )
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[1:3] for line in lines if "training_trajectories " in line] == [["2", "6"]]
-    assert [line.split()[1:3] for line in lines if "learning_rates " in line] == [["12", "36"]]
+    assert [line.split()[1:3] for line in lines if "learning_rates " in line] == [["8", "24"]]
 
 
 @pytest.mark.parametrize("flag", ["--resume", "--time_limit=9", "--spawn_epochs=1"])
@@ -152,29 +152,29 @@ def test_what_is_wrong_is_one_message(tmp_path):
 
 
 def test_results_of_other_options_are_refused_before_anything_runs(tmp_path):
-    folder = tmp_path / "loss_landscape"
+    folder = tmp_path / "sgd_instability"
     folder.mkdir()
-    (folder / "results.json").write_bytes((LANDSCAPE / "results.json").read_bytes())
-    message = call("--only=loss_landscape", f"--output_dir={tmp_path}")
+    (folder / "results.json").write_bytes((CHILDREN / "results.json").read_bytes())
+    message = call("--only=sgd_instability", f"--output_dir={tmp_path}")
     assert "is of another config; choose another folder" in message
     assert not (folder / "log.txt").exists()
 
 
-def landscape(folder, name="loss_landscape", command=None):
+def children(folder, name="sgd_instability", command=None):
     """A section that copies committed results instead of measuring them."""
-    section = Section(name, "loss_landscape", seconds=9)
-    (task,) = prepare([section], lambda _: ["--preset=digits", "--seed=100", f"--output_dir={folder / name}"])
-    return task._replace(command=command or (sys.executable, "-c", COPY, str(LANDSCAPE), str(task.folder)))
+    section = Section(name, "sgd_instability", seconds=9)
+    (task,) = prepare([section], lambda _: ["--preset=digits", f"--output_dir={folder / name}"])
+    return task._replace(command=command or (sys.executable, "-c", COPY, str(CHILDREN), str(task.folder)))
 
 
 def test_a_section_that_fails_does_not_stop_the_others(tmp_path):
     say = "print('error: no such luck'); raise SystemExit(3)"
     kill = "import os; print('so far', flush=True); os.kill(os.getpid(), 9)"
     tasks = [
-        landscape(tmp_path, "says", (sys.executable, "-c", say)),
-        landscape(tmp_path, "dies", (sys.executable, "-c", kill)),
-        landscape(tmp_path, "silent", (sys.executable, "-c", "")),
-        landscape(tmp_path),
+        children(tmp_path, "says", (sys.executable, "-c", say)),
+        children(tmp_path, "dies", (sys.executable, "-c", kill)),
+        children(tmp_path, "silent", (sys.executable, "-c", "")),
+        children(tmp_path),
     ]
     text = reporter()
     failures = run_tasks(tasks, text)
@@ -185,8 +185,8 @@ def test_a_section_that_fails_does_not_stop_the_others(tmp_path):
     }
     assert [is_done(task) for task in tasks] == [False, False, False, True]
     printed = text.console.file.getvalue()
-    assert "4/4 loss_landscape: about" in printed
-    assert "2 of 2 claims hold" in printed
+    assert "4/4 sgd_instability: about" in printed
+    assert "3 of 6 claims hold" in printed
     assert max(map(len, printed.replace(str(tmp_path), "out").splitlines())) <= 80
     # Done ones are not run again.
     assert run_tasks(tasks[3:], reporter()) == {}
@@ -197,16 +197,16 @@ def test_a_section_that_fails_does_not_stop_the_others(tmp_path):
 
 
 def test_a_section_that_lost_a_figure_is_drawn_again(tmp_path):
-    task = landscape(tmp_path)
+    task = children(tmp_path)
     assert run_tasks([task], reporter()) == {}
-    (task.folder / "landscape.png").unlink()
+    (task.folder / "sgd_instability.png").unlink()
     assert not is_done(task)
     assert run_tasks([task], reporter()) == {}
-    assert (task.folder / "landscape.png").is_file()
+    assert (task.folder / "sgd_instability.png").is_file()
 
 
 def test_a_section_that_still_runs_is_waited_for(tmp_path):
-    task, text = landscape(tmp_path), reporter()
+    task, text = children(tmp_path), reporter()
     task.folder.mkdir()
     held = threading.Event()
 
