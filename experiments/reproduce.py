@@ -39,7 +39,7 @@ from experiments.report.plans import PLANS, SEED, Section
 from experiments.report.registry import BINARIES
 from experiments.report.runner import prepare, run_tasks
 from experiments.report.runs import find_runs
-from experiments.report.settings import config_of, experiment_of, flags_of
+from experiments.report.settings import config_of, experiment_of, flags_of, load_binaries
 from experiments.report.text import minutes
 from rebasin.errors import ConfigError, RebasinError
 from rebasin.files import explain, write_whole
@@ -68,6 +68,8 @@ _SHARED = ("preset", "output_dir", "runs_dir", "data_dir", "seed")
 # Flags of experiments that make no sense for many of them.
 _REFUSED = ("resume", "merge", "time_limit", "strict")
 
+# Their flags may be given, and flags are read before anything is run.
+load_binaries(name for name, binary in BINARIES.items() if binary.writes)
 for _name in _SHARED:
     flags.declare_key_flag(_name)
 

@@ -131,6 +131,9 @@ def run_tasks(tasks: Sequence[Task], reporter: Reporter) -> dict[str, str]:
             failures[task.section.name] = _reason(task, status)
             reporter.wrap(f"failed: {failures[task.section.name]}", head="    ")
             reporter.say(f"    {_log(task)}")
+    if left:
+        over = len(tasks) - len(failures)
+        reporter.say(f"{over} of {len(tasks)} sections are finished, after {minutes(clock.took)}")
     return failures
 
 
@@ -140,7 +143,7 @@ class _Clock:
     def __init__(self, tasks: Sequence[Task]) -> None:
         self._to_come = collections.deque(task.seconds for task in tasks)
         self._known = all(task.section.seconds for task in tasks)
-        self._expected = self._took = 0.0
+        self._expected = self.took = 0.0
 
     def step(self, elapsed: float) -> float:
         """Return the fraction of all that is over after some seconds of the running section."""
@@ -150,7 +153,7 @@ class _Clock:
 
     def left(self, elapsed: float) -> str:
         """Say how much time is left after some seconds of the running section."""
-        if not self._known and not self._took:
+        if not self._known and not self.took:
             return "an unknown time"
         running = min(elapsed / self._pace, 0.95 * self._to_come[0]) if self._to_come else 0.0
         return f"about {minutes(self._pace * (sum(self._to_come) - running))}"
@@ -158,11 +161,11 @@ class _Clock:
     def finish(self, seconds: float) -> None:
         """Count a section that took some seconds as over."""
         self._expected += self._to_come.popleft()
-        self._took += seconds
+        self.took += seconds
 
     @property
     def _pace(self) -> float:
-        return self._took / self._expected if self._took else 1.0
+        return self.took / self._expected if self.took else 1.0
 
 
 @contextlib.contextmanager

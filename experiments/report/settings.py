@@ -2,7 +2,7 @@
 
 import importlib
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from absl import flags
@@ -13,7 +13,7 @@ from experiments.harness.presets import PRESETS
 from experiments.harness.serialisation import to_json
 from rebasin.errors import RebasinError
 
-__all__ = ["command_of", "config_of", "experiment_of", "flags_of", "program"]
+__all__ = ["command_of", "config_of", "experiment_of", "flags_of", "load_binaries", "program"]
 
 # The flag of each field of a config, where its name is another one. `None` for a field that follows from
 # others.
@@ -33,6 +33,12 @@ _RECIPE = ("dataset", "width", "epochs", "num_train", "warmup_epochs")
 
 # In all binaries `width` is that of the recipe, and where there is a list of widths its first.
 _SWEPT = ("strong_connectivity", "transitivity")
+
+
+def load_binaries(names: Iterable[str]) -> None:
+    """Import binaries, whose flags are known from then on."""
+    for name in names:
+        importlib.import_module(f"experiments.{name}")
 
 
 def experiment_of(binary: str) -> Experiment[Any, Any, Any]:
