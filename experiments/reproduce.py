@@ -68,8 +68,9 @@ _SHARED = ("preset", "output_dir", "runs_dir", "data_dir", "seed")
 # Flags of experiments that make no sense for many of them.
 _REFUSED = ("resume", "merge", "time_limit", "strict")
 
+_EXPERIMENTS = tuple(name for name, binary in BINARIES.items() if binary.writes)
 # Their flags may be given, and flags are read before anything is run.
-load_binaries(name for name, binary in BINARIES.items() if binary.writes)
+load_binaries(_EXPERIMENTS)
 for _name in _SHARED:
     flags.declare_key_flag(_name)
 
@@ -188,11 +189,8 @@ def _forwarded(sections: Sequence[Section]) -> list[str]:
       app.UsageError: no section has such a flag, or it makes no sense for many sections.
     """
     known = {name for section in sections for name in flags_of(section.binary)}
-    ours = {flag.name for found in flags.FLAGS.flags_by_module_dict().values() for flag in found}
-    # Flags of the experiments are defined in modules of this project; absl and others have theirs.
-    experiments = {name for name in BINARIES if name not in ("reproduce", "compare_algorithms")}
-    theirs = known.union(*(flags_of(name) for name in experiments))
-    given = [name for name in sorted(ours & theirs) if flags.FLAGS[name].present and name not in _SHARED]
+    every = {name for binary in _EXPERIMENTS for name in flags_of(binary)}
+    given = [name for name in sorted(every) if flags.FLAGS[name].present and name not in _SHARED]
     wrong = [name for name in given if name in _REFUSED or name not in known]
     if wrong:
         raise app.UsageError(f"no section of a reproduction takes --{', --'.join(wrong)}")

@@ -56,7 +56,7 @@ def _digits(times: Mapping[str, float]) -> tuple[Section, ...]:
             "--matching_margin=0.02",
             "--replicates=3",
         ),
-        "mask_transport_widths": ("--widths=32,128", "--levels=10", "--replicates=2"),
+        "mask_transport_widths": ("--widths=16,128", "--levels=12", "--replicates=3"),
         "sgd_instability": ("--num_alphas=9", "--spawn_epochs=0,1,3,10,20", "--replicates=3"),
         "stability_interventions": ("--num_alphas=9", "--replicates=3"),
         "strong_connectivity": (
@@ -67,8 +67,8 @@ def _digits(times: Mapping[str, float]) -> tuple[Section, ...]:
             "--replicates=3",
         ),
         "transitivity": (_ALL, "--widths=16,64", "--joint_steps=10", "--num_alphas=9", "--replicates=2"),
-        "learning_rates": ("--num_alphas=5", "--rates=0.0004,0.0063,0.025,0.1", "--replicates=3"),
-        "optimal_transport": ("--num_alphas=5", "--rates=0.0004,0.0063,0.025,0.1", "--replicates=3"),
+        "learning_rates": ("--num_alphas=5", "--rates=0.0004,0.0016,0.025,0.1"),
+        "optimal_transport": ("--num_alphas=5", "--rates=0.0004,0.0016,0.025,0.1"),
         "compare_methods": ("--num_alphas=9", "--num_steps=20", "--replicates=2"),
     }
     trajectories = flags["training_trajectories"]
@@ -83,7 +83,6 @@ def _digits(times: Mapping[str, float]) -> tuple[Section, ...]:
 def _small(sections: tuple[Section, ...]) -> tuple[Section, ...]:
     """Return sections in miniature, which show that everything runs and say little."""
     changes = {
-        "--replicates": "2",
         "--num_alphas": "5",
         "--levels": "4",
         "--fractions": "0,0.5,0.9",
@@ -99,9 +98,10 @@ def _small(sections: tuple[Section, ...]) -> tuple[Section, ...]:
         name, _, value = flag.partition("=")
         return f"{name}={changes.get(name, value)}"
 
-    return tuple(
-        section._replace(flags=tuple(map(shrunk, section.flags)), seconds=None) for section in sections
-    )
+    def few(flags: tuple[str, ...]) -> tuple[str, ...]:
+        return *(shrunk(flag) for flag in flags if not flag.startswith("--replicates")), "--replicates=2"
+
+    return tuple(section._replace(flags=few(section.flags), seconds=None) for section in sections)
 
 
 def _with_defaults(name: str, *binaries: tuple[str, tuple[str, ...]]) -> tuple[Section, ...]:
