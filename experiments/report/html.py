@@ -29,7 +29,8 @@ p, li { max-width: 46rem; } a { color: inherit; } .soft, small, figcaption { col
 table { border-collapse: collapse; width: 100%; font-size: .875rem; line-height: 1.4; }
 th, td { padding: .4rem .6rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
 thead th { border-bottom-width: 2px; } tbody th { font-weight: 400; }
-.glance tbody th { font-weight: 600; white-space: nowrap; } li small { white-space: nowrap; }
+.glance tbody th { font-weight: 600; width: 13%; } .glance td:nth-child(2) { width: 27%; }
+li small { white-space: nowrap; }
 .number { white-space: nowrap; font-variant-numeric: tabular-nums; }
 .badge { display: inline-block; margin: 0 .3rem .25rem 0; padding: 0 .45rem; border-radius: .6rem; }
 .holds { color: var(--good); background: var(--goodback); }
@@ -41,7 +42,7 @@ figure { margin: 1rem 0; } img { max-width: 100%; height: auto; background: #fff
 @media (max-width: 44rem) {
   .glance thead { display: none; } .glance tr { display: block; padding: .6rem 0;
     border-bottom: 1px solid var(--line); }
-  .glance th, .glance td { display: block; border: 0; padding: .1rem 0; } }
+  .glance tr > * { display: block; border: 0; padding: .1rem 0; width: auto !important; } }
 @media print {
   :root { --ink: #000; --soft: #444; --line: #bbb; --paper: #fff; --good: #116329; --part: #7a4d00;
     --bad: #a40e26; --goodback: #fff; --partback: #fff; --badback: #fff; --shade: #fff; }
@@ -137,7 +138,8 @@ def _glance_row(row: Row) -> str:
     )
     what = f"<br><small>{_escape(row.statement)}</small>" if row.statement else ""
     badges = "".join(
-        _badge(badge.verdict, f"{badge.network}: {badge.held} of {badge.total}") for badge in row.badges
+        _badge(badge.verdict, f"{badge.network}: {badge.held}\u00a0of\u00a0{badge.total}")
+        for badge in row.badges
     )
     note = f"<small>{_code(row.note)}</small> " if row.note else ""
     return (

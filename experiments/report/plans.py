@@ -61,7 +61,7 @@ def _digits(times: Mapping[str, float]) -> tuple[Section, ...]:
         "stability_interventions": ("--num_alphas=9", "--replicates=3"),
         "strong_connectivity": (
             _ALL,
-            "--widths=16,64,256",
+            "--widths=16,64,128",
             "--joint_steps=10",
             "--num_alphas=9",
             "--replicates=3",
