@@ -8,10 +8,11 @@ STAMP := $(VENV)/installed
 # The packages of public models have an environment of their own, since their exact versions may not fit the tests'.
 PUBLIC_VENV := .venv-public-models
 
-# Options of the attack, see `python -m benchmarks.attack --help`.
+# Options of the attack and of the reproduction, see `python -m benchmarks.attack --help` and
+# `python -m experiments.reproduce --help`.
 ARGS ?=
 
-.PHONY: help demo bench attack test test-slow zoo-table primitive-table public-models mutate docs check format clean
+.PHONY: help demo reproduce report bench attack test test-slow zoo-table primitive-table public-models mutate docs check format clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -19,6 +20,12 @@ help:  ## this list
 
 demo: $(STAMP)  ## train ten small networks on digits, align them, print the table, draw the figure
 	$(BIN)/python -m experiments.training_trajectories --preset=demo --output_dir=results/demo
+
+reproduce: $(STAMP)  ## all experiments on the digits, and reproduction/report/index.html; the same again goes on
+	$(BIN)/python -m experiments.reproduce --preset=digits --output_dir=reproduction $(ARGS)
+
+report: $(STAMP)  ## docs/report from the results in results/; nothing is run
+	$(BIN)/python -m experiments.reproduce --results=results --figures=beside --output_dir=docs
 
 bench: $(STAMP)  ## time, objective and barrier of weight matching against git-re-basin's loop, half an hour
 	$(BIN)/python -m benchmarks.weight_matching --output=results/weight_matching
