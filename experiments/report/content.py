@@ -245,9 +245,7 @@ def _build_row(part: Part, found: Found) -> Row:
     own = [run for run in runs if run.network in part.models]
     runs = sorted(own or runs, key=lambda run: (_network_order(run), _algorithm_order(run)))
     note = ""
-    if part.theory:
-        note = f"not measured: {part.theory}"
-    elif not runs:
+    if not runs:
         note = f"not run: no finished results of {', '.join(part.evidence)}"
     elif part.models and not own:
         names = [f"{MODELS[model]} on {DATASETS[data]}" for model, data in part.models]

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import heapq
 import math
+import re
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -151,10 +152,11 @@ def _cost(
         stored += len(further) * _bytes(recipe) if kept != "none" else 0
         matches += work.matches * config.replicates
         points += (work.sweeps * config.num_alphas + work.grid_points) * config.replicates
-    rates = RATES.get(config.recipe.model)
+    # MLPs of fewer hidden layers cost at most what that of three costs.
+    rates = RATES.get(re.sub(r"^mlp_\d$", "mlp", config.recipe.model))
     hours = None
     if rates:
-        train, test, _, _ = _DATASETS[config.recipe.dataset]
+        train, test, _, _ = _dataset(config.recipe.dataset)
         chosen = getattr(config, "num_eval", None) or getattr(config, "num_test", None)
         evaluated = min(chosen or train, train) + min(chosen or test, test)
         images = epochs * min(config.recipe.num_train or train, train)
@@ -186,9 +188,18 @@ def _stored_epochs(config: Any, recipe: Recipe, kept: str) -> int:
     }[kept]
 
 
+def _dataset(name: str) -> tuple[int, int, tuple[int, ...], int]:
+    """Return what `_DATASETS` has of a dataset, whose images are shrunk where its name ends as in ``_7x7``."""
+    shrunk = re.fullmatch(r"(.+)_(\d+)x\2", name)
+    if shrunk is None:
+        return _DATASETS[name]
+    train, test, (_, _, channels), classes = _DATASETS[shrunk[1]]
+    return train, test, (int(shrunk[2]), int(shrunk[2]), channels), classes
+
+
 def _bytes(recipe: Recipe) -> int:
     """Return the size of a network's weights."""
-    _, _, shape, classes = _DATASETS[recipe.dataset]
+    _, _, shape, classes = _dataset(recipe.dataset)
     return _model_bytes(recipe.model, recipe.width, shape, classes)
 
 
@@ -277,7 +288,7 @@ def _stability(config: Any, recipe: Recipe) -> _Work:
 
 def _landscape(config: Any, recipe: Recipe) -> _Work:
     times, methods = len(config.epochs), len(config.methods)
-    train, test, _, _ = _DATASETS[recipe.dataset]
+    train, test, _, _ = _dataset(recipe.dataset)
     evaluated = min(config.num_eval or train, train) + min(config.num_eval or test, test)
     # Grids are measured on fewer examples, and for one replicate alone.
     share = config.num_grid / evaluated / _REPLICATES_OF_GRIDS
@@ -313,4 +324,5 @@ _COUNTERS: dict[str, Callable[[Any, Recipe], _Work]] = {
     "compare_methods": _methods,
     "learning_rates": _rates,
     "optimal_transport": _rates,
+    "width_scaling": _rates,
 }

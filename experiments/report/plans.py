@@ -69,6 +69,7 @@ def _digits(times: Mapping[str, float]) -> tuple[Section, ...]:
         "transitivity": (_ALL, "--widths=16,64", "--joint_steps=10", "--num_alphas=9", "--replicates=2"),
         "learning_rates": ("--num_alphas=5", "--rates=0.0004,0.0016,0.025,0.1"),
         "optimal_transport": ("--num_alphas=5", "--rates=0.0004,0.0016,0.025,0.1"),
+        "width_scaling": ("--num_alphas=9", "--replicates=2"),
         "compare_methods": ("--num_alphas=9", "--num_steps=20", "--replicates=2"),
     }
     trajectories = flags["training_trajectories"]
@@ -128,6 +129,10 @@ def _cpu() -> tuple[Section, ...]:
             ("transitivity", (_ALL, "--replicates=2", *some, "--widths=32,128")),
             ("learning_rates", ("--epochs=10", "--num_alphas=13")),
             ("optimal_transport", ("--epochs=10", "--num_alphas=13")),
+            (
+                "width_scaling",
+                (*some, "--num_train=20000", "--epochs=10", "--replicates=4"),
+            ),
             ("compare_methods", (*some, "--num_match=2000", "--num_steps=25")),
         ),
         Section("cifar10_vgg16", "training_trajectories", ("--model=vgg16", "--num_alphas=13")),
@@ -175,7 +180,13 @@ def _paper() -> tuple[Section, ...]:
     mlp = ("--model=mlp",)
     return (
         *sections,
-        *_with_defaults("mlp", ("transitivity", mlp), ("learning_rates", mlp), ("optimal_transport", mlp)),
+        *_with_defaults(
+            "mlp",
+            ("transitivity", mlp),
+            ("learning_rates", mlp),
+            ("optimal_transport", mlp),
+            ("width_scaling", mlp),
+        ),
         *_with_defaults("vgg16", ("mask_transport_widths", ("--model=vgg16", "--replicates=3"))),
         *_with_defaults("vgg16", ("compare_methods", ("--model=vgg16", _ALL))),
     )

@@ -59,7 +59,6 @@ class Part(NamedTuple):
         the one whose number stands in the table.
       models: models and datasets of the paper's figure, as (model, dataset). Where there are results of one
         of these, results of other networks are left out of the row. Empty where all networks count.
-      theory: why nothing is measured, for a part that is a proof.
     """
 
     label: str
@@ -67,7 +66,6 @@ class Part(NamedTuple):
     says: str
     evidence: dict[str, tuple[str, ...]]
     models: tuple[tuple[str, str], ...] = ()
-    theory: str = ""
 
 
 BINARIES: dict[str, Binary] = {
@@ -168,8 +166,20 @@ BINARIES: dict[str, Binary] = {
     "optimal_transport": Binary(
         "Effective dimension and dependence of neurons",
         "arXiv 2310.19103, sections 5 and 6",
-        {"optimal_transport.png": "dimensions and barriers by learning rate"},
+        {
+            "optimal_transport.png": "dimensions and barriers by learning rate",
+            "correlations.png": "dimensions against losses over rates, widths, epochs and layers",
+        },
         "optimal_transport",
+    ),
+    "width_scaling": Binary(
+        "The width that networks need",
+        "arXiv 2310.19103, sections 4 and 5",
+        {
+            "width_scaling.png": "barriers by width, and the width needed by inputs and depth",
+            "width_bounds.png": "measured widths and the paper's bounds",
+        },
+        "width_scaling",
     ),
     "mask_transport_widths": Binary(
         "A ticket in another network's beginning, over widths",
@@ -388,16 +398,14 @@ PARTS: tuple[Part, ...] = (
     Part(
         "section 4",
         "2310.19103",
-        "Two wide two-layer networks are connected with high probability.",
-        {},
-        theory="a theorem; `rebasin.transport.width_bound` computes its bound",
+        "Two two-layer networks of width of order √d/ε are connected with probability 1 − ε.",
+        {"width_scaling": ("wide_two_layer_networks_connect", "width_grows_no_faster_with_")},
     ),
     Part(
         "section 5, depth",
         "2310.19103",
         "The width that deep networks need grows exponentially with depth, less so in low dimension.",
-        {},
-        theory="a theorem; `rebasin.transport.width_bound` computes its bound",
+        {"width_scaling": ("depth_multiplies_the_width",)},
     ),
     Part(
         "sections 5 and 6, dimension",
@@ -459,6 +467,9 @@ UNITS: dict[tuple[str, str], str] = {
     ("learning_rates", ""): _NATS,
     ("optimal_transport", "dimension_goes_with_loss"): "rank correlation",
     ("optimal_transport", "dimension_"): "dimensions",
+    ("width_scaling", "wide_two_layer_networks_connect"): _NATS,
+    ("width_scaling", "width_grows_no_faster_with_"): "exponent",
+    ("width_scaling", "depth_multiplies_the_width"): "times",
 }
 
 
