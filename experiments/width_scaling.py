@@ -14,7 +14,7 @@ metric of the data and relative to the norm of neurons in it.
 
   python -m experiments.width_scaling --preset=digits --output_dir=results/digits_mlp_width_scaling
   python -m experiments.width_scaling --preset=cpu --model=mlp --num_train=20000 --epochs=10
-    --replicates=4 --num_eval=2000 --num_alphas=13 --output_dir=results/mnist_mlp_width_scaling
+    --num_eval=2000 --num_alphas=13 --output_dir=results/mnist_mlp_width_scaling
 
 Writes results.json, barriers.csv, width_scaling.png and width_bounds.png. Two networks are trained for each
 replicate, size of images, depth and width. A finished run of the same options is only drawn anew.
@@ -58,6 +58,9 @@ _DEPTHS = flags.DEFINE_list("depths", ["1", "2", "3"], "Numbers of hidden layers
 _TOLERANCES = flags.DEFINE_list(
     "tolerances", ["0.3", "0.2", "0.1"], "Test loss barriers, in nats, up to which networks are connected."
 )
+
+# Pairs for each kind and width.
+_PAIRS = 4
 
 # The models by number of hidden layers.
 _MODELS = {1: "mlp_1", 2: "mlp_2", 3: "mlp"}
@@ -391,7 +394,7 @@ def _numbers(name: str, given: Sequence[str], kind: type[Any]) -> tuple[Any, ...
 
 def build_config() -> ScalingConfig:
     """Build the config that the flags describe."""
-    choice = options.choose("optimal_transport")
+    choice = options.choose("optimal_transport", replicates=options.chosen_pairs(_PAIRS))
     recipe = choice.fields["recipe"]
     if recipe.model == "mlp":
         recipe = dataclasses.replace(recipe, model=_MODELS[1])

@@ -36,6 +36,7 @@ __all__ = [
     "chosen_connectivity",
     "choose_epochs_with_last",
     "chosen_methods",
+    "chosen_pairs",
     "chosen_pruning",
     "define_connectivity_flags",
     "define_flags",
@@ -120,6 +121,9 @@ INTERRUPTED = 130
 
 # Presets whose networks are so small that they stay beside the results.
 _SMALL = ("demo", "digits")
+
+# So many pairs of them are measured in a minute where networks are trained in dozens of ways.
+_SMALL_PAIRS = 3
 
 
 class Choice(NamedTuple):
@@ -296,6 +300,15 @@ def chosen_connectivity(choice: "Choice") -> dict[str, Any]:
 def chosen_methods(default: Sequence[str]) -> tuple[str, ...]:
     """Return the matching methods of ``--methods``, or those of a default."""
     return tuple(flags.FLAGS["methods"].value or default)
+
+
+def chosen_pairs(usual: int) -> int:
+    """Return the number of pairs where ``--replicates`` is not given, which is smaller in small presets.
+
+    Args:
+      usual: that number in other presets.
+    """
+    return min(usual, _SMALL_PAIRS) if _PRESET.value in _SMALL else usual
 
 
 def choose(regime: str = "trajectory", *, replicates: int | None = None) -> Choice:

@@ -178,6 +178,23 @@ def test_claims_follow_their_rules():
     assert not gathered["independent_neurons_adam"]
 
 
+def test_methods_are_ordered_by_their_barriers_at_the_lower_rates():
+    config = small_config(rates=(0.1, 0.2, 0.4), replicates=3)
+
+    def left(record, losses):
+        paths = {name: TestPath(loss, loss, 0.0, loss, (loss,)) for name, loss in losses.items()}
+        methods = {name: MatchRecord(None, 0.0, 0.0, path) for name, path in paths.items()}
+        return dataclasses.replace(record, methods=methods)
+
+    low = {"weights": 3.0, "covariance": 2.0, "activations": 2.5}
+    high = {"weights": 0.0, "covariance": 9.0, "activations": 0.0}  # at 0.4, which does not count
+    records = records_of(config, dimensions={}, losses={})
+    claims = judge(config, [left(r, high if r.setting == "0.4" else low) for r in records])
+    found = {claim.id: (claim.measured, claim.holds) for claim in claims}
+    assert found["covariance_better_than_weights_by_barrier"] == (pytest.approx(1), True)
+    assert found["activations_better_than_covariance_by_barrier"] == (pytest.approx(-0.5), False)
+
+
 def test_correlations_are_over_the_settings_of_a_family():
     config = small_config(rates=(0.1, 0.2, 0.4), replicates=3, widths=(4, 8), lengths=())
     dimensions = {"0.1": 9, "0.2": 7, "0.4": 4, "width 4": 3, "width 8": 2}
