@@ -12,7 +12,7 @@ PUBLIC_VENV := .venv-public-models
 # `python -m experiments.reproduce --help`.
 ARGS ?=
 
-.PHONY: help demo reproduce report bench attack test test-slow zoo-table primitive-table public-models mutate check format clean
+.PHONY: help demo reproduce report bench attack test test-slow zoo-table primitive-table public-models mutate docs check format clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -50,6 +50,9 @@ public-models: $(PUBLIC_VENV)/installed  ## verify the specs of public models an
 
 mutate: $(STAMP)  ## make errors in a copy of the library, see whether tests notice, and write docs/mutations.md
 	$(BIN)/python -m benchmarks.mutate
+
+docs: $(STAMP)  ## build the book in build/site; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 check: $(STAMP)  ## lint, format and types
 	$(BIN)/ruff check

@@ -30,7 +30,8 @@ CHECKPOINTS = ["absl-py>=2.1", "flax>=0.12", "orbax-checkpoint>=0.12", "safetens
 # For the matching methods that learn, which load them when they are called.
 SINKHORN = ["optax>=0.2.5", "ott-jax>=0.6"]
 
-# Exact versions of the linters: a rule that changes with a release should not turn a check red by itself.
+# Exact versions of the linters (ruff is above): a rule that changes with a release should not turn a check
+# red by itself.
 TEST = [
     "chex>=0.1.91",
     "dm-haiku>=0.0.16",  # models in other libraries have the same symmetries
@@ -39,8 +40,10 @@ TEST = [
     "pyright[nodejs]==1.1.414",
     "pytest>=8.3",
     "pytest-xdist>=3.6",
-    "ruff==0.17.5",
 ]
+
+# The book of docs/, which is read from the sources. Ruff writes signatures over several lines.
+DOCS = ["mkdocs-material>=9.8,<10", "mkdocstrings[python]>=1.0", "ruff==0.17.5"]
 
 # What benchmarks/public_models.py builds its models from. Exact versions, since its table is in the docs.
 # transformers 5 has no Flax models, diffusers announced their removal, and equimo 2 needs another Python.
@@ -76,10 +79,11 @@ setup(
     entry_points={"console_scripts": ["rebasin = rebasin.command.main:run"]},
     extras_require={
         "checkpoints": CHECKPOINTS,
+        "docs": DOCS,
         "experiments": [*EXPERIMENTS, *SINKHORN],
         "public-models": PUBLIC_MODELS,
         "sinkhorn": SINKHORN,
-        "test": [*EXPERIMENTS, *CHECKPOINTS, *SINKHORN, *TEST],
+        "test": [*EXPERIMENTS, *CHECKPOINTS, *SINKHORN, *DOCS, *TEST],
     },
     keywords=[
         "jax",

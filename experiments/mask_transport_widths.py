@@ -42,6 +42,7 @@ from experiments.harness.paths import PathMeter, endpoints
 from experiments.harness.pruning import PruningConfig, WidthLevel, WidthRecord, WidthsSummary
 from experiments.harness.record import Metrics, added, summarise
 from experiments.harness.results import Claim, Schema, claim
+from experiments.harness.widths import OverWidths
 from rebasin.masks import sparsity_report
 from rebasin.permutation import Permutation, compiled_permute
 from rebasin.pruning import prunable_leaves
@@ -49,7 +50,7 @@ from rebasin.training.imp import Level
 from rebasin.training.loop import InitialState
 from rebasin.training.trajectory import Trajectory
 
-__all__ = ["EXPERIMENT", "WidthsConfig", "judge", "main"]
+__all__ = ["EXPERIMENT", "TransportWidthsConfig", "judge", "main"]
 
 options.define_flags(__name__, methods=True, strict=True, merge=True)
 options.define_pruning_flags(__name__, rewind=False)
@@ -63,47 +64,16 @@ _METHODS = ("weights",)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class WidthsConfig(PruningConfig):
-    """Everything that the results depend on; written into ``results.json``.
-
-    Attributes:
-      widths: widths of the networks in ascending order, each in place of the recipe's.
-    """
-
-    widths: tuple[int, ...]
-
-    def problems(self) -> list[str]:
-        """Return the problems of the base, then those of the field that is added here."""
-        problems = super().problems()
-        if not self.widths or list(self.widths) != sorted(set(self.widths)) or self.widths[0] < 1:
-            problems.append(f"widths: wanted ascending positive widths, got {list(self.widths)}")
-        return problems
-
-    @property
-    def width(self) -> str:
-        """The widths of the networks, in words."""
-        return f"width {', '.join(map(str, self.widths))}"
-
-    @property
-    def pairs(self) -> list[Pair]:
-        """One pair for each replicate and width, all widths of a replicate in a row."""
-        recipes = [dataclasses.replace(self.recipe, width=width) for width in self.widths]
-        return [pair._replace(recipe=recipe) for pair in super().pairs for recipe in recipes]
+class TransportWidthsConfig(OverWidths, PruningConfig):
+    """Everything that the results depend on; written into ``results.json``."""
 
     @property
     def further_networks(self) -> int:
         """The sparse networks of both parents, and B with each mask in a new data order."""
         return self.levels * (4 + len(self.methods))
 
-    def misfits(self, record: WidthRecord[float], pair: Pair) -> list[str]:
-        """Return the problems that the base finds, and that of the width."""
-        problems = super().misfits(record, pair)
-        if record.width != pair.recipe.width:
-            problems.append(f"width: wanted {pair.recipe.width}, got {record.width}")
-        return problems
 
-
-def _build_measure(setup: Setup[WidthsConfig]) -> Measure[WidthRecord[float]]:
+def _build_measure(setup: Setup[TransportWidthsConfig]) -> Measure[WidthRecord[float]]:
     config, tools = setup.config, _Tools(setup)
 
     def measure(
@@ -143,7 +113,7 @@ class _Tools:
       setup: the setup for networks of this width.
     """
 
-    def __init__(self, setup: Setup[WidthsConfig]) -> None:
+    def __init__(self, setup: Setup[TransportWidthsConfig]) -> None:
         config = setup.config
         self._setup = setup
         # Networks are measured alone: the path is that from the network to itself.
@@ -205,14 +175,14 @@ class _Tools:
             return endpoints(self._meter(params, params)).a
 
 
-def _summarise(config: WidthsConfig, records: Sequence[WidthRecord[float]]) -> WidthsSummary:
+def _summarise(config: TransportWidthsConfig, records: Sequence[WidthRecord[float]]) -> WidthsSummary:
     """Return mean, 95 % interval and standard deviation over replicates at each width."""
     return WidthsSummary(
         tuple(summarise([record for record in records if record.width == width]) for width in config.widths)
     )
 
 
-def judge(config: WidthsConfig, records: Sequence[WidthRecord[float]]) -> list[Claim]:
+def judge(config: TransportWidthsConfig, records: Sequence[WidthRecord[float]]) -> list[Claim]:
     """Judge what Adnan et al. report of test errors, by rules that were set before the runs.
 
     Args:
@@ -272,7 +242,7 @@ def _listed(values: np.ndarray) -> str:
 
 
 EXPERIMENT = Experiment(
-    schema=Schema("mask_transport_widths", WidthsConfig, WidthRecord[float], WidthsSummary),
+    schema=Schema("mask_transport_widths", TransportWidthsConfig, WidthRecord[float], WidthsSummary),
     build_measure=_build_measure,
     summarise=_summarise,
     judge=judge,
@@ -283,12 +253,12 @@ EXPERIMENT = Experiment(
 )
 
 
-def build_config() -> WidthsConfig:
+def build_config() -> TransportWidthsConfig:
     """Build the config that the flags describe."""
     choice = options.choose()
     width = choice.fields["recipe"].width
     widths = tuple(sorted({max(1, round(width * fraction)) for fraction in _DEFAULT_WIDTHS}))
-    return WidthsConfig(
+    return TransportWidthsConfig(
         **choice.fields,
         methods=options.chosen_methods(_METHODS),
         **options.chosen_pruning(rewind=False),

@@ -16,7 +16,7 @@ from experiments.harness.statistics import Interval, student_interval
 
 __all__ = ["draw_widths", "gaps", "report", "tidy_rows"]
 
-# What a finished run holds; its config is a `WidthsConfig`.
+# What a finished run holds; its config is a `TransportWidthsConfig`.
 _Finished = Results[Any, WidthRecord[float], WidthsSummary]
 
 _UNPERMUTED = GROUND._replace(label=r"$B$ with $m_A$ as it is", marker=".")

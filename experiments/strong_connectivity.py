@@ -35,11 +35,11 @@ from absl import app
 from experiments import strong_connectivity_figures as figures
 from experiments.harness import options
 from experiments.harness.connectivity import (
+    ConnectivityConfig,
     JointTriplet,
     MatchedTriplet,
     TripletRecord,
     TripletSummary,
-    WidthsConfig,
     align_jointly,
 )
 from experiments.harness.experiment import Experiment, Measure, Setup
@@ -63,7 +63,7 @@ _FAR, _NEAR = 2.0, 1.2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class StrongConfig(WidthsConfig):
+class StrongConfig(ConnectivityConfig):
     """Everything that the results depend on; written into ``results.json``."""
 
     unit = "triplet"

@@ -5,10 +5,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from rebasin.arithmetic import wide_dtype
+from rebasin.arithmetic import in_common_dtypes
 from rebasin.barrier import classification_metrics
 from rebasin.batches import Batch
 from rebasin.errors import ConfigError, TreeMismatchError, problem_list
@@ -21,7 +20,7 @@ from rebasin.matching.result import MatchResult
 from rebasin.permutation import compiled_permute
 from rebasin.roles import Role, RoleNames, check_roles
 from rebasin.spec import PermutationSpec
-from rebasin.trees import conform, is_below, join_static, leaf_table, map_leaves, path_name, split_static
+from rebasin.trees import conform, is_below, join_static, leaf_table, path_name, split_static
 
 __all__ = ["Aligned", "align", "as_function"]
 
@@ -145,7 +144,7 @@ def align(
         params_b = _with_heads_of(params_a, params_b, shared)
         heads: dict[str, Role] = {p: "constant" for p in leaf_table(params_a) if not _is_shared(p, shared)}
         chosen = dataclasses.replace(chosen, roles={**dict(check_roles(chosen.roles)), **heads})
-    wide_a, wide_b = _in_common_dtypes(params_a, params_b)
+    wide_a, wide_b = in_common_dtypes((params_a, params_b), names=("params_a", "params_b"))
     if not inputs and (spec is None or verify):
         task = "infer the symmetries" if spec is None else "verify the spec (verify=False leaves that out)"
         raise ConfigError(f"align needs example inputs to {task}, got none")
@@ -225,25 +224,3 @@ def _with_heads_of(params_a: Any, params_b: Any, shared: Sequence[str]) -> Any:
         headline = "heads that are not shared must have the same leaves and numbers of axes in both networks:"
         raise TreeMismatchError(problem_list(headline, problems))
     return conform(params_a, {p: b[p] if _is_shared(p, shared) else a[p] for p in a}, dtypes=False)
-
-
-def _in_common_dtypes(params_a: Any, params_b: Any) -> tuple[Any, Any]:
-    """Return two networks of one structure in the wider of their floating dtypes, leaf by leaf."""
-    b = leaf_table(params_b)
-    dtypes = {
-        path: (jnp.result_type(leaf), jnp.result_type(b[path])) for path, leaf in leaf_table(params_a).items()
-    }
-    differ = {path: pair for path, pair in dtypes.items() if pair[0] != pair[1]}
-    problems = [
-        f"{path}: dtype {one} in params_a, {other} in params_b"
-        for path, (one, other) in differ.items()
-        if not all(jnp.issubdtype(dtype, jnp.inexact) for dtype in (one, other))
-    ]
-    if problems:
-        raise TreeMismatchError(problem_list("params_a and params_b differ:", problems))
-    common = {path: jnp.promote_types(*map(wide_dtype, pair)) for path, pair in differ.items()}
-
-    def widen(path: str, leaf: Any) -> Any:
-        return jnp.asarray(leaf, common[path]) if path in common else leaf
-
-    return map_leaves(widen, params_a), map_leaves(widen, params_b)

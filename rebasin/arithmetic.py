@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from rebasin.errors import ConfigError, problem_list
+from rebasin.errors import ConfigError, TreeMismatchError, problem_list
 from rebasin.roles import RoleNames, check_weight_dtypes, weight_leaves
 from rebasin.trees import (
     check_same_shapes,
@@ -29,7 +29,16 @@ from rebasin.trees import (
     real_parts,
 )
 
-__all__ = ["average", "distance", "inner_product", "interpolate", "mix", "wide_dtype", "widen_weights"]
+__all__ = [
+    "average",
+    "distance",
+    "in_common_dtypes",
+    "inner_product",
+    "interpolate",
+    "mix",
+    "wide_dtype",
+    "widen_weights",
+]
 
 
 def interpolate(params_a: Any, params_b: Any, alpha: Any, *, roles: RoleNames = None) -> Any:
@@ -227,6 +236,38 @@ def widen_weights(tree: Any, weights: Collection[str]) -> Any:
     return map_leaves(
         lambda path, leaf: jnp.asarray(leaf, wide_dtype(leaf)) if path in weights else leaf, tree
     )
+
+
+def in_common_dtypes(trees: Sequence[Any], *, names: Sequence[str]) -> list[Any]:
+    """Return networks in the widest of their floating dtypes, leaf by leaf.
+
+    Leaves whose dtypes are equal stay as they are.
+
+    Args:
+      trees: networks of one structure, two or more.
+      names: what messages call them.
+
+    Raises:
+      TreeMismatchError: leaves of one place differ in dtype, and one of them holds integers or booleans.
+    """
+    tables = [leaf_table(tree) for tree in trees]
+    common, problems = {}, []
+    for path in tables[0]:
+        dtypes = [jnp.result_type(table[path]) for table in tables]
+        if len(set(dtypes)) == 1:
+            continue
+        if all(jnp.issubdtype(dtype, jnp.inexact) for dtype in dtypes):
+            common[path] = functools.reduce(jnp.promote_types, (wide_dtype(table[path]) for table in tables))
+        else:
+            other = next(i for i, dtype in enumerate(dtypes) if dtype != dtypes[0])
+            problems.append(f"{path}: dtype {dtypes[0]} in {names[0]}, {dtypes[other]} in {names[other]}")
+    if problems:
+        raise TreeMismatchError(problem_list("networks differ:", problems))
+
+    def widen(path: str, leaf: Any) -> Any:
+        return jnp.asarray(leaf, common[path]) if path in common else leaf
+
+    return [map_leaves(widen, tree) for tree in trees]
 
 
 def _as_scalar(share: Any, leaf: Any) -> Any:

@@ -7,15 +7,16 @@ from typing import Any, ClassVar, Generic
 import jax
 
 import rebasin
-from experiments.harness.experiment import Config, Setup
+from experiments.harness.experiment import Setup
 from experiments.harness.methods import check_methods
-from experiments.harness.networks import Pair
 from experiments.harness.record import FixedPoints, Metrics, N, PairRecord
 from experiments.harness.statistics import Interval, Onset
+from experiments.harness.widths import OverWidths
 from rebasin.matching.many import UniverseResult, match_to_reference
 
 __all__ = [
     "JOINT",
+    "ConnectivityConfig",
     "DefinitionRecord",
     "JointTriplet",
     "MatchedTriplet",
@@ -25,7 +26,6 @@ __all__ = [
     "TransitivityShare",
     "TripletRecord",
     "TripletSummary",
-    "WidthsConfig",
     "align_jointly",
 ]
 
@@ -71,12 +71,11 @@ def align_jointly(setup: Setup[Any], name: str, trees: Sequence[Any], key: jax.A
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class WidthsConfig(Config):
-    """The base of the configs of experiments over widths; written into ``results.json``.
+class ConnectivityConfig(OverWidths):
+    """The base of the configs of experiments on connectivity over widths; written into ``results.json``.
 
     Attributes:
       methods: names of matching methods.
-      widths: widths of the networks in ascending order, each in place of the recipe's.
       joint: names of algorithms that align all networks together, some of `JOINT`.
       joint_steps: number of gradient steps of ``all_pairs``.
       connected_at_most: test error barrier, a fraction, up to which two networks count as connected.
@@ -85,7 +84,6 @@ class WidthsConfig(Config):
     """
 
     methods: tuple[str, ...]
-    widths: tuple[int, ...]
     joint: tuple[str, ...]
     joint_steps: int
     connected_at_most: float
@@ -95,8 +93,6 @@ class WidthsConfig(Config):
     def problems(self) -> list[str]:
         """Return the problems of the base, then those of the fields that are added here."""
         problems = [*super().problems(), *check_methods(self.methods)]
-        if not self.widths or list(self.widths) != sorted(set(self.widths)) or self.widths[0] < 1:
-            problems.append(f"widths: wanted ascending widths from 1 on, got {list(self.widths)}")
         if not set(self.joint) <= set(JOINT) or len(set(self.joint)) != len(self.joint):
             problems.append(f"joint: wanted some of {', '.join(JOINT)}, none twice, got {list(self.joint)}")
         if self.joint_steps < 1:
@@ -113,28 +109,9 @@ class WidthsConfig(Config):
         return {"test_error": self.connected_at_most, "test_loss": self.loss_at_most}
 
     @property
-    def width(self) -> str:
-        """The widths of the networks, in words."""
-        return f"width {', '.join(map(str, self.widths))}"
-
-    @property
-    def pairs(self) -> list[Pair]:
-        """The networks of each replicate, all replicates of a width in a row."""
-        replicates = super().pairs
-        recipes = [dataclasses.replace(self.recipe, width=width) for width in self.widths]
-        return [pair._replace(recipe=recipe) for recipe in recipes for pair in replicates]
-
-    @property
     def wanted_parts(self) -> tuple[str, ...]:
         """The algorithms that align all networks together; the methods are measured before them."""
         return self.joint
-
-    def misfits(self, record: Any, pair: Pair) -> list[str]:
-        """Return the problems that the base finds, and that of the width."""
-        problems = super().misfits(record, pair)
-        if record.width != pair.recipe.width:
-            problems.append(f"width: wanted {pair.recipe.width}, got {record.width}")
-        return problems
 
 
 @dataclasses.dataclass(frozen=True)

@@ -271,7 +271,7 @@ def define_connectivity_flags(binary: str) -> None:
 
 
 def chosen_connectivity(choice: "Choice") -> dict[str, Any]:
-    """Return the fields of `experiments.harness.connectivity.WidthsConfig`, by name.
+    """Return the fields of `experiments.harness.connectivity.ConnectivityConfig`, by name.
 
     Raises:
       ConfigError: the widths are not numbers.

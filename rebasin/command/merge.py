@@ -1,17 +1,15 @@
 """``rebasin merge``: average checkpoints whose units are in one order."""
 
-import functools
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from rebasin.arithmetic import average
+from rebasin.arithmetic import average, in_common_dtypes
 from rebasin.checkpoints import (
     check_absent,
     read_checkpoint,
@@ -69,26 +67,21 @@ def _weights(text: str | None) -> Sequence[float] | Mapping[str, Sequence[float]
         ) from None
 
 
-def _in_common_dtypes(trees: Sequence[Any]) -> list[Any]:
-    """Return networks in the containers of the first, and each weight in the widest of its floating dtypes.
-
-    So that networks of several precisions are averaged exactly, and rounded once to that of the first.
-    """
+def _average(trees: Sequence[Any], weights: Sequence[float] | Mapping[str, Sequence[float]] | None) -> Any:
+    """Average networks in the widest of their precisions, and round once to that of the first."""
     first = trees[0]
+    names = [f"network {i}" for i in range(len(trees))]
     conformed = [
-        conform(first, tree, names=("network 0", f"network {i}"), dtypes=False)
-        for i, tree in enumerate(trees)
+        conform(first, tree, names=(names[0], name), dtypes=False)
+        for name, tree in zip(names, trees, strict=True)
     ]
-
-    def widen(*leaves: Any) -> tuple[Any, ...]:
-        dtypes = [leaf.dtype for leaf in leaves]
-        if not all(jnp.issubdtype(dtype, jnp.inexact) for dtype in dtypes):
-            return leaves
-        common = functools.reduce(jnp.promote_types, dtypes)
-        return tuple(leaf.astype(common) for leaf in leaves)
-
-    widened = jax.tree.map(widen, *conformed)
-    return [jax.tree.map(lambda _, leaves, i=i: leaves[i], first, widened) for i in range(len(trees))]
+    double = any(
+        leaf.dtype in (np.float64, np.complex128) for tree in trees for leaf in jax.tree.leaves(tree)
+    )
+    # Without this JAX takes float64 for float32.
+    with jax.enable_x64(double):
+        merged = average(in_common_dtypes(conformed, names=names), weights)
+        return jax.tree.map(lambda value, leaf: np.asarray(value).astype(leaf.dtype), merged, first)
 
 
 def _run(values: flags.FlagValues) -> None:
@@ -102,10 +95,7 @@ def _run(values: flags.FlagValues) -> None:
     checkpoints = [read_checkpoint(path, names=names) for path in values.networks]
     for i, checkpoint in enumerate(checkpoints):
         print(describe(f"network {i}", checkpoint))
-    first = checkpoints[0].tree
-    merged = average(_in_common_dtypes([checkpoint.tree for checkpoint in checkpoints]), weights)
-    rounded = jax.tree.map(lambda value, leaf: np.asarray(value).astype(leaf.dtype), merged, first)
-    write_checkpoint(output, rounded, checkpoints[0])
+    write_checkpoint(output, _average([c.tree for c in checkpoints], weights), checkpoints[0])
     write_card(output, {"networks": [origin(c) for c in checkpoints], "weights": weights})
 
 

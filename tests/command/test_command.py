@@ -164,6 +164,15 @@ def test_merge_averages_in_the_widest_precision_and_rounds_once(home, networks):
     assert json.loads((home / "m.json").read_text())["weights"] == [3.0, 1.0]
 
 
+def test_merge_averages_float64_in_float64(home, networks):
+    """Beside a network in float32 too; JAX would round to float32."""
+    double = {name: array.astype(np.float64) + np.pi * 1e-9 for name, array in networks[0].items()}
+    save_file(double, "double.safetensors")
+    assert main(["merge", "--networks=double.safetensors,b.safetensors", "--output=m"]) == 0
+    expected = {name: (double[name] + array) / 2 for name, array in networks[1].items()}
+    chex.assert_trees_all_close(load_file("m"), expected, rtol=1e-14, atol=0)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

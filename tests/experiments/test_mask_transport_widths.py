@@ -14,7 +14,7 @@ from experiments.harness import networks
 from experiments.harness.networks import child_seed, run_directory
 from experiments.harness.pruning import WidthLevel, WidthRecord
 from experiments.harness.record import METRICS, Metrics
-from experiments.mask_transport_widths import EXPERIMENT, WidthsConfig, judge
+from experiments.mask_transport_widths import EXPERIMENT, TransportWidthsConfig, judge
 from rebasin.barrier import classification_metrics
 from rebasin.errors import ConfigError
 from rebasin.masks import load_mask
@@ -43,7 +43,7 @@ def small_config(**changes):
         "num_match": 100,
         "widths": (8, 12),
     }
-    return WidthsConfig(**(fields | changes))
+    return TransportWidthsConfig(**(fields | changes))
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +180,7 @@ def test_every_problem_of_a_config_is_listed():
         "this experiment cannot work:",
         "  levels: wanted at least 1, got 0",
         "  rewind_epoch: wanted at least 0 and less than 2, got 2",
-        "  widths: wanted ascending positive widths, got [4, 2]",
+        "  widths: wanted ascending widths from 1 on, got [4, 2]",
     ]
 
 
