@@ -22,6 +22,7 @@ CHAPTERS: Mapping[str, str] = {
     "CONTRIBUTING.md": "contributing.md",
     "README.md": "overview.md",
     "benchmarks/RESULTS.md": "timings.md",
+    "docs/report/report.md": "reproduction.md",
     "experiments/README.md": "results.md",
 }
 
