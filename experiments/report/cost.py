@@ -189,7 +189,7 @@ def _stored_epochs(config: Any, recipe: Recipe, kept: str) -> int:
 
 
 def _dataset(name: str) -> tuple[int, int, tuple[int, ...], int]:
-    """Return what `_DATASETS` has of a dataset, whose images are shrunk where its name ends as in ``_7x7``."""
+    """Return what `_DATASETS` has of a dataset, with shrunk images where its name ends as ``_7x7`` does."""
     shrunk = re.fullmatch(r"(.+)_(\d+)x\2", name)
     if shrunk is None:
         return _DATASETS[name]
