@@ -7,10 +7,10 @@ networks at the end. Nothing is trained or measured anew.
   python -m experiments.compare_algorithms results/digits_mlp_paper/results.json
     results/digits_mlp/results.json
 
-For each method and epoch t it prints the test error barriers that P_t leaves at the last epoch under both
-algorithms, and their difference over the same pairs of networks. P_t counts as good if its barrier at the end
-exceeds that of P_end of the same run by at most --tolerance; the first epoch from which every P_t is good is
-given for each algorithm, with the difference over pairs.
+For each method of both runs and each epoch t it prints the test error barriers that P_t leaves at the
+last epoch under both algorithms, and their difference over the same pairs of networks. P_t counts as good
+if its barrier at the end exceeds that of P_end of the same run by at most --tolerance; the first epoch
+from which every P_t is good is given for each algorithm, with the difference over pairs.
 """
 
 import pathlib
@@ -43,10 +43,12 @@ def check_comparable(runs: Sequence[Results]) -> None:
     first, second = (run.config for run in runs)
     if first.algorithm == second.algorithm:
         problems.append(f"algorithm: wanted two different ones, got {first.algorithm!r} twice")
-    for name in ("recipe", "seed", "replicates", "methods", "epochs", "num_eval", "num_alphas"):
+    for name in ("recipe", "seed", "replicates", "epochs", "num_eval", "num_alphas"):
         one, other = getattr(first, name), getattr(second, name)
         if one != other:
             problems.append(f"{name}: wanted the same in both, got {one} and {other}")
+    if not set(first.methods) & set(second.methods):
+        problems.append(f"methods: wanted one that is in both, got {first.methods} and {second.methods}")
     if problems:
         raise ConfigError(problem_list("these runs cannot be compared:", problems))
 
@@ -82,7 +84,7 @@ def report(runs: Sequence[Results], reporter: Reporter, tolerance: float) -> Non
     """
     config = runs[0].config
     names = [run.config.algorithm for run in runs]
-    for method in config.methods:
+    for method in (name for name in config.methods if name in runs[1].config.methods):
         one, other = (_at_end(run, method) for run in runs)
         reporter.say(f"\nmatching of {method}: test error barrier at the last epoch under P_t, in %")
         rows = [

@@ -47,3 +47,16 @@ def test_other_networks_and_equal_algorithms_are_refused(runs):
     other = dataclasses.replace(runs[1], config=dataclasses.replace(runs[1].config, seed=7), summary=None)
     with pytest.raises(ConfigError, match=r"run 2 is unfinished\n.*seed: wanted the same in both, got 100 "):
         check_comparable([runs[0], other])
+
+
+def test_runs_are_compared_by_the_methods_that_both_have(runs):
+    def with_methods(run, *methods):
+        return dataclasses.replace(run, config=dataclasses.replace(run.config, methods=methods))
+
+    output, chosen = io.StringIO(), [runs[0], with_methods(runs[1], "activations")]
+    check_comparable(chosen)
+    report(chosen, Reporter(Console(file=output, width=80, highlight=False)), 0.02)
+    assert "matching of activations" in output.getvalue()
+    assert "matching of weights" not in output.getvalue()
+    with pytest.raises(ConfigError, match="methods: wanted one that is in both, got "):
+        check_comparable([with_methods(runs[0], "weights"), chosen[1]])
