@@ -51,6 +51,7 @@ def apply_metric(
       A tree like `params`.
 
     Examples:
+      >>> import numpy as np
       >>> spec = PermutationSpec.from_axes({"w": (None, "P0"), "v": ("P0", None)})
       >>> params = {"w": np.array([[1.0, 2.0]], np.float32), "v": np.ones((2, 1), np.float32)}
       >>> x = np.array([[2.0], [0.0]], np.float32)  # of second moment 2
